@@ -1,0 +1,156 @@
+"""Layers that every model here is made of: parameters in float32, computation in `dtype`, room for adapters.
+
+A submodule carries the name that PyTorch gives it ("resnets.0", "to_out.0"), so a path in the tree, joined
+with dots, is the checkpoint's key. Leaves are `kernel` (input before output, space before both), `bias`,
+`scale` and `embedding`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vpo_jax.runtime.errors import UserError
+
+# PyTorch's default for Linear and Conv: uniform within 1 / sqrt(fan_in).
+kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "mish": lambda x: x * jnp.tanh(nn.softplus(x)),
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The activation that diffusers and transformers call `name`.
+
+    Raises:
+      UserError: an unknown name, with the known ones.
+    """
+    if name not in _ACTIVATIONS:
+        raise UserError(f"act_fn: unknown activation {name!r}; known: {', '.join(sorted(_ACTIVATIONS))}")
+    return _ACTIVATIONS[name]
+
+
+class Dense(nn.Module):
+    """y = x W + b, and + scale * (x A) B where an adapter is given.
+
+    Attributes:
+      features: size of the last axis of the output.
+      use_bias: whether b exists.
+      dtype: of the computation; parameters are float32.
+      lora_scale: alpha / rank of the adapter in the `lora` collection, if there is one.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    lora_scale: float = 1.0
+    init: Callable[..., jax.Array] = kernel_init
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.init, (x.shape[-1], self.features))
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.has_variable("lora", "lora_A"):
+            down = self.get_variable("lora", "lora_A").astype(self.dtype)  # [in, r]
+            up = self.get_variable("lora", "lora_B").astype(self.dtype)  # [r, out]
+            y = y + self.lora_scale * ((x @ down) @ up)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return y
+
+
+class Conv(nn.Module):
+    """Convolution over the axes between the first and the last, with an adapter where one is given.
+
+    Attributes:
+      features: output channels.
+      kernel_size: one size an axis; its length says how many axes are convolved.
+      strides: one an axis; 1 if left out.
+      padding: (low, high) an axis, or one int for all; as in PyTorch, zeros.
+      use_bias, dtype, lora_scale: as in `Dense`.
+    """
+
+    features: int
+    kernel_size: Sequence[int]
+    strides: Sequence[int] | None = None
+    padding: Sequence[tuple[int, int]] | int = 0
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    lora_scale: float = 1.0
+    init: Callable[..., jax.Array] = kernel_init
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.init, (*self.kernel_size, x.shape[-1], self.features))
+        x = x.astype(self.dtype)
+        y = self._convolve(x, kernel)
+        if self.has_variable("lora", "lora_A"):
+            low = self._convolve(x, self.get_variable("lora", "lora_A"))  # kernel [*kernel_size, in, r]
+            up = self.get_variable("lora", "lora_B").astype(self.dtype)  # [r, out]
+            y = y + self.lora_scale * (low @ up)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return y
+
+    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        axes = "DHW"[-len(self.kernel_size) :]
+        padding = self.padding
+        if isinstance(padding, int):
+            padding = [(padding, padding)] * len(self.kernel_size)
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(self.dtype),
+            window_strides=self.strides or (1,) * len(self.kernel_size),
+            padding=padding,
+            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        )
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over every axis but the first and, within a group, the last; statistics in float32.
+
+    What the axes mean is the caller's choice: [B*F, H, W, C] normalises each frame, [B, F, H, W, C] all frames
+    of a video jointly.
+    """
+
+    num_groups: int
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.num_groups, channels // self.num_groups)
+        mean = grouped.mean((1, 3), keepdims=True)
+        centred = grouped - mean
+        variance = jnp.square(centred).mean((1, 3), keepdims=True)
+        y = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        return (y * scale + bias).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis; statistics in float32."""
+
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)

@@ -1,0 +1,83 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) as a tree of their own beside frozen parameters."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.trees import flatten, unflatten
+
+Tree = Any
+
+# The projections of every attention, spatial and temporal: the field's usual choice for video UNets.
+ATTENTION_TARGETS = (r"\.to_q$", r"\.to_k$", r"\.to_v$", r"\.to_out\.0$")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Which layers get an adapter and how large.
+
+    Attributes:
+      rank: inner size r.
+      alpha: the adapter's output is scaled by alpha / rank.
+      targets: regular expressions, searched in a module's dotted PyTorch name.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = ATTENTION_TARGETS
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+
+def init_lora(key: jax.Array, params: Tree, config: LoRAConfig) -> Tree:
+    """Fresh adapters for every kernel whose module matches a target: A uniform, B zero, so the model is unchanged.
+
+    Args:
+      key: random key; each adapter's A depends on it and on the order of names only.
+      params: the frozen tree; kernels are [..., in, out].
+      config: rank and targets.
+
+    Returns:
+      Tree of the same nesting with `lora_A` [..., in, r] and `lora_B` [r, out] in float32.
+
+    Raises:
+      UserError: no module matches.
+    """
+    adapters: dict[str, jax.Array] = {}
+    for path, kernel in sorted(flatten(params).items()):
+        module, _, leaf = path.rpartition("/")
+        dotted = "." + module.replace("/", ".")
+        if leaf != "kernel" or not any(re.search(pattern, dotted) for pattern in config.targets):
+            continue
+        *window, fan_in, features = kernel.shape
+        receptive = fan_in
+        for size in window:
+            receptive *= size
+        bound = receptive**-0.5
+        draw = jax.random.fold_in(key, len(adapters))
+        shape = (*window, fan_in, config.rank)
+        adapters[f"{module}/lora_A"] = jax.random.uniform(draw, shape, jnp.float32, -bound, bound)
+        adapters[f"{module}/lora_B"] = jnp.zeros((config.rank, features), jnp.float32)
+    if not adapters:
+        raise UserError(f"lora.targets: no layer matches any of {list(config.targets)}; the names are PyTorch's")
+    return unflatten(adapters)
+
+
+def merge_lora(params: Tree, adapters: Tree, scale: float) -> Tree:
+    """Parameters with the adapters folded in: kernel + scale * A B, computed in float32, kept in the kernel's dtype."""
+    merged = dict(flatten(params))
+    flat = flatten(adapters)
+    for path, down in flat.items():
+        module, _, leaf = path.rpartition("/")
+        if leaf == "lora_A":
+            kernel = merged[f"{module}/kernel"]
+            product = down @ flat[f"{module}/lora_B"]
+            merged[f"{module}/kernel"] = (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+    return unflatten(merged)
