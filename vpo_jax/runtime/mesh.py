@@ -1,0 +1,114 @@
+"""Devices as a mesh of four axes, and sharding as data: an ordered list of (path pattern, spec)."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.trees import path_of
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Mesh with the axes data, fsdp, context (frames) and tensor; at most one size may be -1 and takes the rest.
+
+    A mesh smaller than the machine uses its first devices (one process only).
+    Raises UserError when the sizes do not fit the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+    for axis, size in sizes.items():
+        if size != -1 and size < 1:
+            raise UserError(f"mesh.{axis}: {size} is not a size; give a number from 1 up, or -1 for the rest")
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise UserError(f"mesh.{open_axes[1]}: only one axis may be -1, and mesh.{open_axes[0]} is; give a number")
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    blamed = open_axes[0] if open_axes else max(sizes, key=lambda axis: sizes[axis])
+    if fixed > len(devices):
+        raise UserError(
+            f"mesh.{blamed}: the mesh {_spell(sizes)} needs {fixed} devices and there are {len(devices)};"
+            f" make the sizes smaller, or set mesh.data=-1 to take what is there"
+        )
+    if open_axes:
+        if len(devices) % fixed:
+            raise UserError(
+                f"mesh.{blamed}: {len(devices)} devices are not a multiple of {fixed} ({_spell(sizes)});"
+                f" choose sizes whose product divides {len(devices)}"
+            )
+        sizes[blamed] = len(devices) // fixed
+        fixed = len(devices)
+    if fixed < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"mesh.{blamed}: the mesh {_spell(sizes)} uses {fixed} of {len(devices)} devices, and a run of several"
+            f" processes has to use all; set mesh.data=-1"
+        )
+    # Auto axes: under make_mesh's default, Explicit, linen's logical constraints raise.
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:fixed]
+    )
+
+
+def _spell(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def infer_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """The tree's shardings by the first rule whose pattern is found in a leaf's path "a/b/c", else replicated.
+
+    A dimension that its axes do not divide, or that the leaf lacks, is replicated.
+    Leaves need only a `shape`: arrays or `jax.ShapeDtypeStruct`.
+    """
+    compiled = [(re.compile(pattern), spec) for pattern, spec in rules]
+
+    def sharding(keypath: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        path = path_of(keypath)
+        spec = next((spec for pattern, spec in compiled if pattern.search(path)), PartitionSpec())
+        return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    fitted = []
+    for size, axes in zip(shape, spec, strict=False):
+        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        parts = int(np.prod([mesh.shape[name] for name in names]))
+        fitted.append(axes if size % parts == 0 else None)
+    return PartitionSpec(*fitted)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of a batch: its first dimension over data and fsdp."""
+    return NamedSharding(mesh, BATCH)
+
+
+def batch_size(mesh: Mesh) -> int:
+    """Number of parts that the mesh cuts a batch into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """`x` with its sharding pinned to `spec` inside a jit under `jax.set_mesh`; `x` itself outside a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
