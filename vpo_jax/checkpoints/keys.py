@@ -1,0 +1,159 @@
+"""Parameter trees to PyTorch state dicts and back, by one generic rule.
+
+The modules are named as in PyTorch ("down_blocks.0", "resnets.1", "norm1"), so a parameter's path joined with
+"." is its key. Only the leaf differs, by its kind and rank:
+
+    flax kernel [in, out]          torch weight [out, in]                (Linear)
+    flax kernel [*space, in, out]  torch weight [out, in, *space]        (Conv1d, Conv2d, Conv3d)
+    flax scale, embedding          torch weight, the same layout         (norms, Embedding)
+    flax any other name            the same name and layout              (bias, latents, ...)
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.trees import flatten, unflatten
+
+_LISTED = 5  # names in an error message before "and N more"
+
+# Names that older releases of diffusers and transformers wrote, and what to call them when the new one is absent.
+_LEGACY: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"^text_model\."), ""),
+    (re.compile(r"(\battentions\.\d+)\.query\."), r"\1.to_q."),
+    (re.compile(r"(\battentions\.\d+)\.key\."), r"\1.to_k."),
+    (re.compile(r"(\battentions\.\d+)\.value\."), r"\1.to_v."),
+    (re.compile(r"(\battentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
+)
+# Buffers, not weights: position indices that transformers saved before 4.31.
+_BUFFERS = re.compile(r"(^|\.)position_ids$")
+
+
+def init_shapes(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The tree of `ShapeDtypeStruct` that `module.init` would make for these inputs, computing nothing.
+
+    `args` may be `ShapeDtypeStruct`s themselves.
+    """
+    return jax.eval_shape(lambda *a: module.init(jax.random.key(0), *a, **kwargs), *args)["params"]
+
+
+def torch_key(path: str) -> str:
+    """The state-dict key of the parameter at `path` ("a/b/kernel" gives "a.b.weight")."""
+    *parents, leaf = path.split("/")
+    return ".".join([*parents, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
+
+
+def torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that the parameter at `path` has in PyTorch."""
+    return tuple(shape[axis] for axis in _to_torch_axes(path, len(shape)))
+
+
+def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A parameter tree as a flat state dict of contiguous numpy arrays; dtypes stay as they are."""
+    state = {}
+    for path, leaf in flatten(params).items():
+        array = np.asarray(leaf)
+        state[torch_key(path)] = np.ascontiguousarray(array.transpose(_to_torch_axes(path, array.ndim)))
+    return state
+
+
+def from_torch(
+    state: Mapping[str, np.ndarray], shapes: Any, where: str = "state dict", dtype: Any = jnp.float32
+) -> dict[str, Any]:
+    """A parameter tree of `shapes` from a flat state dict.
+
+    Args:
+        state: torch key -> array; legacy names are accepted (`text_model.` prefix, old VAE attention).
+        shapes: a tree of arrays or `ShapeDtypeStruct`s, as `init_shapes` makes.
+        where: file or folder, for the error messages.
+        dtype: of floating leaves in the result.
+
+    Raises:
+        UserError: tensors are missing, extra, of another shape or not finite; the first few are listed.
+    """
+    state = _modern_names(state, {torch_key(path) for path in flatten(shapes)})
+    wanted = {path: tuple(leaf.shape) for path, leaf in flatten(shapes).items()}
+    keys = {path: torch_key(path) for path in wanted}
+    _check_names(set(keys.values()), set(state), where)
+    _check_shapes({keys[path]: torch_shape(path, shape) for path, shape in wanted.items()}, state, where)
+    leaves = {}
+    for path in wanted:
+        array = state[keys[path]]
+        leaves[path] = _layout_from_torch(path, array, dtype)
+    _check_finite({keys[path]: leaf for path, leaf in leaves.items()}, where)
+    return unflatten(leaves)
+
+
+def _to_torch_axes(path: str, rank: int) -> tuple[int, ...]:
+    if path.rsplit("/", 1)[-1] != "kernel":
+        return tuple(range(rank))
+    return (rank - 1, rank - 2, *range(rank - 2))
+
+
+def _layout_from_torch(path: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    axes = np.argsort(_to_torch_axes(path, array.ndim))
+    target = dtype if jnp.issubdtype(array.dtype, jnp.floating) else array.dtype
+    return np.ascontiguousarray(array.transpose(axes)).astype(target, copy=False)
+
+
+def _modern_names(state: Mapping[str, np.ndarray], wanted: set[str]) -> dict[str, np.ndarray]:
+    renamed = {}
+    for key, array in state.items():
+        name = key
+        for pattern, replacement in _LEGACY:
+            name = name if name in wanted else pattern.sub(replacement, name)
+        if name in wanted or not _BUFFERS.search(key):
+            renamed[name if name in wanted else key] = array
+    return renamed
+
+
+def _check_names(wanted: set[str], found: set[str], where: str) -> None:
+    missing, extra = sorted(wanted - found), sorted(found - wanted)
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing tensors ({_some(missing)})")
+    if extra:
+        problems.append(f"{len(extra)} tensors that config.json has no place for ({_some(extra)})")
+    if problems:
+        raise UserError(f"{where}: {' and '.join(problems)}; use the weights that belong to this config.json")
+
+
+def _check_shapes(
+    wanted: Mapping[str, tuple[int, ...]], state: Mapping[str, np.ndarray], where: str
+) -> None:
+    wrong = [
+        f"{key} is {list(state[key].shape)}, config.json makes it {list(shape)}"
+        for key, shape in wanted.items()
+        if tuple(state[key].shape) != shape
+    ]
+    if wrong:
+        fix = "use the config.json that belongs to these weights"
+        raise UserError(f"{where}: {len(wrong)} tensors of the wrong shape ({_some(wrong)}); {fix}")
+
+
+def _check_finite(leaves: Mapping[str, np.ndarray], where: str) -> None:
+    bad = [key for key, leaf in leaves.items() if not _finite(leaf)]
+    if bad:
+        raise UserError(
+            f"{where}: NaN or infinite values in {len(bad)} tensors ({_some(bad)}); use an undamaged copy"
+        )
+
+
+def _finite(array: np.ndarray) -> bool:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return True
+    # A sum is one pass with no array of booleans; it can overflow where every value is finite, so look closer then.
+    with np.errstate(all="ignore"):
+        total = np.sum(array, dtype=np.float32)
+        return bool(np.isfinite(total)) or bool(np.isfinite(array.astype(np.float32)).all())
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
