@@ -1,0 +1,162 @@
+"""Winners and losers: which two candidates of a prompt make a pair, and the buffer that keeps pairs for some steps."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+DROP_REASONS = ("non_finite", "tie", "margin", "motion")
+
+
+class Choice(NamedTuple):
+    """The pair of each prompt.
+
+    Attributes:
+      winner: int32 [P], index of the candidate.
+      loser: int32 [P].
+      mask: bool [P], whether the pair is kept.
+      winner_reward: float32 [P], in units of the combined reward.
+      loser_reward: float32 [P].
+      dropped: reason -> int32 count; every dropped pair counts under the first reason that holds.
+    """
+
+    winner: jax.Array
+    loser: jax.Array
+    mask: jax.Array
+    winner_reward: jax.Array
+    loser_reward: jax.Array
+    dropped: Mapping[str, jax.Array]
+
+
+class Pairs(NamedTuple):
+    """Preference pairs with what training on them needs; the first dimension of every leaf is the pair.
+
+    Attributes:
+      winner: clean latents [P, F, h, w, C] float32.
+      loser: likewise.
+      text: the prompt's encoding [P, L, D].
+      mask: bool [P]; a pair that is dropped stays, masked, so that shapes are static.
+      winner_reward: float32 [P].
+      loser_reward: float32 [P].
+      slot: int32 [P], the prompt's place in its step.
+      step: int32 [P], the step that made the pair.
+    """
+
+    winner: jax.Array
+    loser: jax.Array
+    text: jax.Array
+    mask: jax.Array
+    winner_reward: jax.Array
+    loser_reward: jax.Array
+    slot: jax.Array
+    step: jax.Array
+
+
+def choose_pairs(
+    rewards: jax.Array,
+    finite: jax.Array,
+    motion: jax.Array | None,
+    margin: float,
+    motion_tolerance: float,
+) -> Choice:
+    """The best against the worst candidate of each prompt, kept where the difference is real and motion is not lost.
+
+    Args:
+      rewards: combined reward r, [P, N].
+      finite: bool [P, N]; a candidate that is not can neither win nor lose.
+      motion: z of the training scorer's dynamic_degree, [P, N]; None switches the motion gate off.
+      margin: least r_w - r_l.
+      motion_tolerance: the winner's z may be below the loser's by this much.
+
+    Returns:
+      The choice; ties go to the lower index, and a group of equal rewards makes no pair at any margin.
+    """
+    winner = jnp.argmax(jnp.where(finite, rewards, -jnp.inf), axis=1)
+    loser = jnp.argmin(jnp.where(finite, rewards, jnp.inf), axis=1)
+    winner_reward, loser_reward = _of(rewards, winner), _of(rewards, loser)
+    enough = jnp.sum(finite, axis=1) >= 2
+    winner_reward = jnp.where(enough, winner_reward, 0.0)
+    loser_reward = jnp.where(enough, loser_reward, 0.0)
+    difference = winner_reward - loser_reward
+    if motion is None:
+        moves = jnp.ones_like(enough)
+    else:
+        moves = _of(motion, winner) >= _of(motion, loser) - motion_tolerance
+    fails = {
+        "non_finite": ~enough,
+        "tie": (winner == loser) | (difference <= 0.0),
+        "margin": difference < margin,
+        "motion": ~moves,
+    }
+    mask = jnp.ones_like(enough)
+    dropped = {}
+    for reason in DROP_REASONS:
+        dropped[reason] = jnp.sum(mask & fails[reason], dtype=jnp.int32)
+        mask = mask & ~fails[reason]
+    return Choice(winner, loser, mask, winner_reward, loser_reward, dropped)
+
+
+def _of(values: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]
+
+
+def gather_pairs(choice: Choice, latents: jax.Array, text: jax.Array, step: jax.Array) -> Pairs:
+    """The chosen candidates' latents as pairs of this step.
+
+    Args:
+      choice: of P prompts.
+      latents: [P, N, F, h, w, C].
+      text: [P, L, D].
+      step: int32 scalar.
+
+    Returns:
+      Pairs in which a dropped pair's latents are zero: a candidate may have been dropped for not being finite, and
+      a gradient of zero times infinity would still be NaN.
+    """
+    prompts = jnp.arange(latents.shape[0], dtype=jnp.int32)
+    keep = choice.mask[:, None, None, None, None]
+
+    def take(index: jax.Array) -> jax.Array:
+        chosen = jnp.take_along_axis(latents, index[:, None, None, None, None, None], axis=1)[:, 0]
+        return jnp.where(keep, chosen, 0.0)
+
+    return Pairs(
+        winner=take(choice.winner),
+        loser=take(choice.loser),
+        text=text,
+        mask=choice.mask,
+        winner_reward=choice.winner_reward,
+        loser_reward=choice.loser_reward,
+        slot=prompts,
+        step=jnp.full_like(prompts, step),
+    )
+
+
+def empty_buffer(pairs: Pairs, max_age: int) -> Pairs:
+    """A buffer for max_age + 1 steps' pairs, all masked; `pairs` gives shapes and dtypes only.
+
+    Pair p of step s lies at p * (max_age + 1) + s % (max_age + 1), so that on a mesh a prompt's pairs stay where
+    the prompt is.
+    """
+    blocks = max_age + 1
+    empty = jax.tree.map(lambda x: jnp.zeros((x.shape[0] * blocks, *x.shape[1:]), x.dtype), pairs)
+    return empty._replace(step=jnp.full(empty.step.shape, -1, empty.step.dtype))
+
+
+def push(buffer: Pairs, pairs: Pairs, step: jax.Array) -> Pairs:
+    """The buffer with this step's pairs in place of the oldest."""
+    prompts = pairs.mask.shape[0]
+    blocks = buffer.mask.shape[0] // prompts
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        grid = old.reshape(prompts, blocks, *old.shape[1:])
+        return grid.at[:, step % blocks].set(new.astype(old.dtype)).reshape(old.shape)
+
+    return jax.tree.map(write, buffer, pairs)
+
+
+def drop_older(buffer: Pairs, step: jax.Array, max_age: int) -> Pairs:
+    """The buffer with pairs masked that were made more than max_age steps before `step`."""
+    young = (buffer.step >= 0) & (step - buffer.step <= max_age)
+    return buffer._replace(mask=buffer.mask & young)
