@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from absl import logging
+
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.signals import Interrupted
 
@@ -18,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs `command(argv)` and exits: 0 done, 2 wrong input (one line on stderr), 130 and 143 interrupted."""
+    logging.set_verbosity(logging.ERROR)  # Orbax warns about what is meant
     try:
         command(sys.argv[1:] if argv is None else argv)
     except UserError as error:
