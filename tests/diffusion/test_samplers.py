@@ -1,0 +1,242 @@
+"""Every sampler against the diffusers scheduler of the same config."""
+
+import json
+import warnings
+from typing import Any
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from vpo_jax.diffusion.samplers import Sampler, make_sampler, sample
+from vpo_jax.runtime.errors import UserError
+
+torch.set_num_threads(1)
+
+# The project's promise: 1e-5 of the output's largest value, a hundred float32 roundings.
+TOLERANCE = 1e-5
+SHAPE = (2, 3, 4, 2)
+
+DDIM, DPM, EULER = "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"
+MODELSCOPE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+COSINE_V = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
+ZERO_SNR = {**MODELSCOPE, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+SHARED: list[tuple[str, dict[str, Any], int]] = [
+    ("class defaults", {}, 10),
+    ("modelscope", MODELSCOPE, 25),
+    ("modelscope, trailing", {**MODELSCOPE, "timestep_spacing": "trailing"}, 7),
+    ("modelscope, linspace", {**MODELSCOPE, "timestep_spacing": "linspace"}, 20),
+    ("cosine v", {**COSINE_V, "timestep_spacing": "leading"}, 20),
+    ("cosine v, trailing", {**COSINE_V, "timestep_spacing": "trailing"}, 16),
+    ("cosine v, linspace", {**COSINE_V, "timestep_spacing": "linspace"}, 9),
+    ("linear, sample", {"prediction_type": "sample", "clip_sample": False}, 12),
+    ("sample, offset 3, trailing", {"prediction_type": "sample", "steps_offset": 3, "timestep_spacing": "trailing"}, 8),
+    ("zero terminal SNR", {**ZERO_SNR, "timestep_spacing": "trailing"}, 10),
+    ("zero terminal SNR, linspace", {**ZERO_SNR, "timestep_spacing": "linspace"}, 5),
+    ("zero terminal SNR, leading epsilon", {**ZERO_SNR, "prediction_type": "epsilon"}, 10),
+    ("two hundred training steps", {"num_train_timesteps": 200, "beta_end": 0.05, "steps_offset": 1}, 11),
+    ("trained betas", {"num_train_timesteps": 50, "trained_betas": np.geomspace(1e-3, 0.2, 50).tolist()}, 6),
+    ("one step", MODELSCOPE, 1),
+    ("two steps", COSINE_V, 2),
+]
+OWN: list[tuple[str, str, dict[str, Any], int]] = [
+    (DDIM, "clip range", {**COSINE_V, "clip_sample": True, "clip_sample_range": 0.7}, 10),
+    (DDIM, "alpha to one", {**MODELSCOPE, "set_alpha_to_one": True}, 10),
+    (DDIM, "cosine epsilon, clipped", {"beta_schedule": "squaredcos_cap_v2"}, 13),
+    (DPM, "first order", {**MODELSCOPE, "solver_order": 1}, 9),
+    (DPM, "heun", {**MODELSCOPE, "solver_type": "heun"}, 20),
+    (DPM, "heun, short", {**COSINE_V, "solver_type": "heun"}, 8),
+    (DPM, "no lower order at the end", {**MODELSCOPE, "lower_order_final": False}, 8),
+    (DPM, "ends at sigma_min", {**MODELSCOPE, "final_sigmas_type": "sigma_min"}, 20),
+    (DPM, "ends at sigma_min, short", {**MODELSCOPE, "final_sigmas_type": "sigma_min"}, 8),
+    (
+        DPM,
+        "ends at sigma_min, second order throughout, heun",
+        {**MODELSCOPE, "final_sigmas_type": "sigma_min", "lower_order_final": False, "solver_type": "heun"},
+        8,
+    ),
+    (DPM, "Euler at the end", {**MODELSCOPE, "final_sigmas_type": "sigma_min", "euler_at_final": True}, 20),
+    (DPM, "Karras", {**MODELSCOPE, "use_karras_sigmas": True}, 20),
+    (DPM, "Karras, cosine", {**COSINE_V, "use_karras_sigmas": True, "lambda_min_clipped": -5.1}, 15),
+    (DPM, "clipped lambda", {**COSINE_V, "lambda_min_clipped": -5.1}, 16),
+    (DPM, "clipped lambda, trailing", {**COSINE_V, "lambda_min_clipped": -5.1, "timestep_spacing": "trailing"}, 10),
+    (DPM, "another solver's names", {**MODELSCOPE, "algorithm_type": "deis", "solver_type": "bh2"}, 10),
+    (EULER, "Karras", {**MODELSCOPE, "use_karras_sigmas": True}, 20),
+    (EULER, "Karras with bounds", {**MODELSCOPE, "use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 9.0}, 9),
+    (EULER, "log linear", {**MODELSCOPE, "interpolation_type": "log_linear"}, 10),
+    (EULER, "ends at sigma_min", {**MODELSCOPE, "final_sigmas_type": "sigma_min"}, 10),
+]
+CASES = [(name, config, steps, label) for label, config, steps in SHARED for name in (DDIM, DPM, EULER)]
+CASES += [(name, config, steps, label) for name, label, config, steps in OWN]
+CASES = [case for case in CASES if (case[0], case[3]) != (DDIM, "one step")] + [(DDIM, MODELSCOPE, 2, "two steps")]
+
+
+def scheduler_of(name: str, config: dict[str, Any], steps: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scheduler = getattr(diffusers, name).from_config(config)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def relative_error(ours: Any, theirs: Any) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def fake_denoiser(x: Any, timestep: Any, sin: Any) -> Any:
+    return 0.9 * sin(1.3 * x + 0.01 * timestep) + 0.2 * x
+
+
+@pytest.mark.parametrize(("name", "config", "steps", "label"), CASES, ids=[f"{c[0]}: {c[3]}" for c in CASES])
+def test_every_step_and_the_whole_loop_equal_diffusers(name, config, steps, label):
+    scheduler = scheduler_of(name, {"_class_name": name, **config}, steps)
+    sampler = make_sampler({"_class_name": name, **config}, steps)
+    np.testing.assert_allclose(sampler.timesteps, scheduler.timesteps.numpy(), rtol=1e-6)
+    assert sampler.initial_sigma == pytest.approx(float(scheduler.init_noise_sigma), rel=TOLERANCE)
+
+    latents = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+    theirs = torch.from_numpy(latents) * scheduler.init_noise_sigma
+    state = sampler.init(jnp.asarray(latents))
+    for i, timestep in enumerate(scheduler.timesteps):
+        model_input = scheduler.scale_model_input(theirs, timestep)
+        assert relative_error(sampler.model_input(state, i), model_input) <= TOLERANCE
+        prediction = fake_denoiser(model_input, timestep, torch.sin)
+        theirs = scheduler.step(prediction, timestep, theirs).prev_sample
+        state = sampler.step(state, i, jnp.asarray(prediction.numpy()))
+        assert relative_error(state.sample, theirs) <= TOLERANCE, f"step {i}"
+        state = state._replace(sample=jnp.asarray(theirs.numpy()))
+
+    loop = sample(sampler, lambda x, t: fake_denoiser(x, t, jnp.sin), jnp.asarray(latents))
+    assert relative_error(loop, theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("config", [MODELSCOPE, {**COSINE_V, "timestep_spacing": "trailing"}, ZERO_SNR, {}])
+def test_ddim_with_eta_equals_diffusers_given_the_same_noise(eta, config):
+    scheduler = scheduler_of(DDIM, config, 8)
+    sampler = make_sampler(config, 8, name=DDIM, eta=eta)
+    rng = np.random.default_rng(1)
+    theirs = torch.from_numpy(rng.standard_normal(SHAPE).astype(np.float32))
+    state = sampler.init(jnp.asarray(theirs.numpy()))
+    for i, timestep in enumerate(scheduler.timesteps):
+        prediction, noise = (torch.from_numpy(rng.standard_normal(SHAPE).astype(np.float32)) for _ in range(2))
+        theirs = scheduler.step(prediction, timestep, theirs, eta=eta, variance_noise=noise).prev_sample
+        state = sampler.advance(state, i, jnp.asarray(prediction.numpy()), jnp.asarray(noise.numpy()))
+        assert relative_error(state.sample, theirs) <= TOLERANCE
+        state = state._replace(sample=jnp.asarray(theirs.numpy()))
+
+
+@pytest.mark.parametrize("origin", [DDIM, DPM, EULER, "PNDMScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("target", [DDIM, DPM, EULER])
+def test_another_sampler_is_what_from_config_makes(origin, target):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = getattr(diffusers, origin)(beta_schedule="scaled_linear", beta_end=0.012, steps_offset=1)
+        in_memory = dict(made.config)  # knows which fields were left to the class's defaults
+        on_disk = json.loads(made.to_json_string())  # does not: defaults have become choices
+    for config in (in_memory, on_disk):
+        theirs = scheduler_of(target, config, 6)
+        ours = make_sampler({"_class_name": origin, **config}, 6, name=target)
+        np.testing.assert_allclose(ours.timesteps, theirs.timesteps.numpy(), rtol=1e-6)
+        latents = np.random.default_rng(2).standard_normal(SHAPE).astype(np.float32)
+        assert relative_error(_loop(ours, latents), _torch_loop(theirs, latents)) <= TOLERANCE
+
+
+def _loop(sampler: Sampler, latents: np.ndarray) -> Any:
+    return sample(sampler, lambda x, t: fake_denoiser(x, t, jnp.sin), jnp.asarray(latents))
+
+
+def _torch_loop(scheduler: Any, latents: np.ndarray) -> Any:
+    x = torch.from_numpy(latents) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        prediction = fake_denoiser(scheduler.scale_model_input(x, timestep), timestep, torch.sin)
+        x = scheduler.step(prediction, timestep, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "steps", "named"),
+    [
+        ("PNDMScheduler", {}, 5, "_class_name"),
+        (None, {}, 5, "_class_name"),
+        (DDIM, {"thresholding": True}, 5, "thresholding"),
+        (DDIM, {"beta_schedule": "sigmoid"}, 5, "beta_schedule"),
+        (DDIM, {"prediction_type": "flow_prediction"}, 5, "prediction_type"),
+        (DDIM, {"timestep_spacing": "log"}, 5, "timestep_spacing"),
+        (DDIM, {"num_train_timesteps": "1000"}, 5, "num_train_timesteps"),
+        (DDIM, {"beta_end": 1.7}, 5, "beta_end"),
+        (DDIM, {"beta_end": "0.02"}, 5, "beta_end"),
+        (DDIM, {"clip_sample": "no"}, 5, "clip_sample"),
+        (DDIM, {"trained_betas": [0.1, 0.2]}, 5, "trained_betas"),
+        (DDIM, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 5, "rescale_betas_zero_snr"),
+        (DDIM, {"steps_offset": 1}, 1000, "steps_offset"),
+        (DDIM, {}, 1001, "num_inference_steps"),
+        (DDIM, {}, 0, "num_inference_steps"),
+        (DPM, {"algorithm_type": "sde-dpmsolver++"}, 5, "algorithm_type"),
+        (DPM, {"solver_order": 3}, 5, "solver_order"),
+        (DPM, {"use_lu_lambdas": True}, 5, "use_lu_lambdas"),
+        (DPM, {"use_flow_sigmas": True}, 5, "use_flow_sigmas"),
+        (DPM, {"variance_type": "learned"}, 5, "variance_type"),
+        (DPM, {"timestep_spacing": "leading"}, 1000, "num_inference_steps"),
+        (EULER, {"timestep_type": "continuous"}, 5, "timestep_type"),
+        (EULER, {"use_beta_sigmas": True}, 5, "use_beta_sigmas"),
+    ],
+)
+def test_what_is_not_honoured_is_refused_by_name(name, config, steps, named):
+    with pytest.raises(UserError, match=named):
+        make_sampler({"_class_name": name, **config}, steps)
+
+
+def test_eta_outside_0_to_1_is_refused():
+    with pytest.raises(UserError, match="eta"):
+        make_sampler({"_class_name": DDIM}, 5, eta=1.5)
+
+
+def test_fresh_noise_of_a_sample_does_not_depend_on_its_batch():
+    sampler = make_sampler({**MODELSCOPE, "_class_name": DDIM}, 4, eta=1.0)
+    keys = jax.vmap(jax.random.key)(jnp.arange(3))
+    latents = jax.random.normal(jax.random.key(0), (3, 4, 2))
+    together = sample(sampler, lambda x, t: 0.1 * x, latents, keys)
+    alone = sample(sampler, lambda x, t: 0.1 * x, latents[2:], keys[2:])
+    np.testing.assert_array_equal(together[2:], alone)
+    assert not np.allclose(together[0], together[1])
+
+
+def test_a_stochastic_sampler_without_a_key_raises():
+    sampler = make_sampler({**MODELSCOPE, "_class_name": DDIM}, 4, eta=0.5)
+    with pytest.raises(ValueError, match="key"):
+        sample(sampler, lambda x, t: x, jnp.ones((1, 2)))
+
+
+def test_the_loop_compiles_once_for_all_its_steps():
+    traces = []
+
+    def denoise(x, t):
+        traces.append(t)
+        return 0.1 * x
+
+    run = jax.jit(lambda x: sample(make_sampler({"_class_name": DPM}, 30), denoise, x))
+    run(jnp.ones((2, 3)))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", [DDIM, DPM, EULER])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_a_denoiser_that_knows_the_answer_is_followed_to_it(name, spacing):
+    config = {**COSINE_V, "prediction_type": "sample", "timestep_spacing": spacing, "set_alpha_to_one": True}
+    truth = jax.random.normal(jax.random.key(3), (2, 5))
+    result = sample(make_sampler(config, 6, name=name), lambda x, t: truth, jnp.ones((2, 5)))
+    np.testing.assert_allclose(result, truth, atol=1e-5)

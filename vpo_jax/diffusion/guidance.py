@@ -1,0 +1,21 @@
+"""Classifier-free guidance."""
+
+import jax
+import jax.numpy as jnp
+
+
+def classifier_free(unconditional: jax.Array, conditional: jax.Array, scale: float | jax.Array) -> jax.Array:
+    """unconditional + scale (conditional - unconditional) (Ho and Salimans 2022); scale 1 is no guidance."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def rescale(guided: jax.Array, conditional: jax.Array, factor: float | jax.Array) -> jax.Array:
+    """Guided prediction [B, ...] pulled back to the conditional one's standard deviation by `factor` in [0, 1].
+
+    Lin et al. 2023 (arXiv 2305.08891), section 3.4: large guidance overexposes, more so at zero terminal SNR.
+    """
+    axes = tuple(range(1, guided.ndim))
+    matched = guided * (
+        jnp.std(conditional, axes, ddof=1, keepdims=True) / jnp.std(guided, axes, ddof=1, keepdims=True)
+    )
+    return factor * matched + (1 - factor) * guided
