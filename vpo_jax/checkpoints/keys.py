@@ -98,7 +98,8 @@ def _to_torch_axes(path: str, rank: int) -> tuple[int, ...]:
 def _layout_from_torch(path: str, array: np.ndarray, dtype: Any) -> np.ndarray:
     axes = np.argsort(_to_torch_axes(path, array.ndim))
     target = dtype if jnp.issubdtype(array.dtype, jnp.floating) else array.dtype
-    return np.ascontiguousarray(array.transpose(axes)).astype(target, copy=False)
+    # Always a copy: what was read may be a view of a mapped file, which somebody may overwrite.
+    return np.array(array.transpose(axes), dtype=target, order="C", copy=True)
 
 
 def _modern_names(state: Mapping[str, np.ndarray], wanted: set[str]) -> dict[str, np.ndarray]:
@@ -123,9 +124,7 @@ def _check_names(wanted: set[str], found: set[str], where: str) -> None:
         raise UserError(f"{where}: {' and '.join(problems)}; use the weights that belong to this config.json")
 
 
-def _check_shapes(
-    wanted: Mapping[str, tuple[int, ...]], state: Mapping[str, np.ndarray], where: str
-) -> None:
+def _check_shapes(wanted: Mapping[str, tuple[int, ...]], state: Mapping[str, np.ndarray], where: str) -> None:
     wrong = [
         f"{key} is {list(state[key].shape)}, config.json makes it {list(shape)}"
         for key, shape in wanted.items()
@@ -139,9 +138,7 @@ def _check_shapes(
 def _check_finite(leaves: Mapping[str, np.ndarray], where: str) -> None:
     bad = [key for key, leaf in leaves.items() if not _finite(leaf)]
     if bad:
-        raise UserError(
-            f"{where}: NaN or infinite values in {len(bad)} tensors ({_some(bad)}); use an undamaged copy"
-        )
+        raise UserError(f"{where}: NaN or infinite values in {len(bad)} tensors ({_some(bad)}); use an undamaged copy")
 
 
 def _finite(array: np.ndarray) -> bool:

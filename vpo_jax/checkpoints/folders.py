@@ -1,0 +1,332 @@
+"""Whole diffusers folders, in and out, in the form of `TextToVideoSDPipeline`.
+
+model_index.json        which class each part is
+unet/ vae/ text_encoder/   config.json and safetensors
+tokenizer/ scheduler/   files of CLIPTokenizer, scheduler_config.json
+vpo_jax.json            optional: the frames, height, width and guidance that the model was made for
+"""
+
+import copy
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+
+from vpo_jax.checkpoints import safetensors_io as io
+from vpo_jax.checkpoints.keys import from_torch, init_shapes, to_torch
+from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
+from vpo_jax.runtime.errors import UserError
+
+PIPELINE_CLASS = "TextToVideoSDPipeline"
+DEFAULTS_FILE = "vpo_jax.json"
+_DIFFUSERS_VERSION = "0.42.1"  # the release whose form is written
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def _unet_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    side = 2 ** (len(config.block_out_channels) - 1)
+    sample = jax.ShapeDtypeStruct((1, 1, side, side, config.in_channels), jnp.float32)
+    text = jax.ShapeDtypeStruct((1, 1, config.cross_attention_dim), jnp.float32)
+    return sample, jax.ShapeDtypeStruct((1,), jnp.int32), text
+
+
+def _vae_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    side = config.scale_factor
+    return (jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32),)
+
+
+def _text_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One part of the pipeline that has weights: its class on both sides and the inputs that `init` wants."""
+
+    library: str
+    stem: str
+    config: Any
+    module: Callable[..., nn.Module]
+    inputs: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]]
+
+    @property
+    def class_name(self) -> str:
+        return self.module.__name__
+
+
+COMPONENTS: dict[str, Component] = {
+    "unet": Component("diffusers", io.DIFFUSERS_STEM, UNet3DConfig, UNet3DConditionModel, _unet_inputs),
+    "vae": Component("diffusers", io.DIFFUSERS_STEM, AutoencoderKLConfig, AutoencoderKL, _vae_inputs),
+    "text_encoder": Component("transformers", io.TRANSFORMERS_STEM, CLIPTextConfig, CLIPTextModel, _text_inputs),
+}
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+_WRITTEN = {"model_index.json", DEFAULTS_FILE, *COMPONENTS, "tokenizer", "scheduler"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineParts:
+    """What a diffusers folder holds.
+
+    Attributes:
+        configs: parsed JSON of "unet", "vae", "text_encoder" (config.json) and "scheduler".
+        params: parameter trees of "unet", "vae" and "text_encoder".
+        tokenizer: transformers' CLIPTokenizer.
+        defaults: vpo_jax.json, or {}.
+    """
+
+    configs: Mapping[str, Mapping[str, Any]]
+    params: Mapping[str, Any]
+    tokenizer: Any
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def param_shapes(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of `ShapeDtypeStruct` that the part `name` ("unet", "vae", "text_encoder") has for this config."""
+    part = COMPONENTS[name]
+    parsed = part.config.from_dict(config)
+    return init_shapes(part.module(parsed), *part.inputs(parsed))
+
+
+def read_component(folder: str | Path, name: str, dtype: Any = jnp.float32) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Config and parameters of one part, from its own folder (".../unet").
+
+    Args:
+        folder: holds config.json and the safetensors.
+        name: "unet", "vae" or "text_encoder".
+        dtype: of the parameters.
+
+    Raises:
+        UserError: another class, or anything that `from_torch` and `read_weights` refuse.
+    """
+    folder = Path(folder)
+    config = io.read_json(folder / "config.json")
+    _check_class(config, COMPONENTS[name], folder / "config.json")
+    state = io.read_weights(folder, COMPONENTS[name].stem)
+    return config, from_torch(state, param_shapes(name, config), str(folder), dtype)
+
+
+def read_pipeline(path: str | Path, dtype: Any = jnp.float32) -> PipelineParts:
+    """All parts of a diffusers folder, or of a model on the hub when there is a network.
+
+    Args:
+        path: a folder, or a hub id ("owner/name").
+        dtype: of the parameters, whatever dtype the files have.
+
+    Raises:
+        UserError: one line that names the file and the fix.
+    """
+    root = local_folder(path)
+    _check_index(root)
+    configs: dict[str, Mapping[str, Any]] = {}
+    params = {}
+    for name in COMPONENTS:
+        configs[name], params[name] = read_component(root / name, name, dtype)
+    configs["scheduler"] = io.read_json(root / "scheduler" / "scheduler_config.json")
+    defaults = io.read_json(root / DEFAULTS_FILE) if (root / DEFAULTS_FILE).is_file() else {}
+    tokenizer = read_tokenizer(root / "tokenizer", CLIPTextConfig.from_dict(configs["text_encoder"]))
+    return PipelineParts(configs, params, tokenizer, defaults)
+
+
+def write_pipeline(
+    path: str | Path,
+    parts: PipelineParts,
+    dtypes: Mapping[str, str] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a folder that `TextToVideoSDPipeline.from_pretrained` loads.
+
+    Everything goes into a hidden folder beside `path`, which is renamed at the end: a folder of that name is
+    always whole. A pipeline that is already there is replaced.
+
+    Args:
+        path: the folder to make.
+        parts: as `read_pipeline` returns.
+        dtypes: "float32", "float16" or "bfloat16" for each of "unet", "vae", "text_encoder"; float32 if left out.
+            A half-precision text encoder makes diffusers fail unless `torch_dtype` is passed to it.
+        max_shard_bytes: weights larger than this are written in shards.
+
+    Raises:
+        UserError: the name is taken by something else, a value does not fit the dtype, or the disk refuses.
+    """
+    path = Path(path).resolve()
+    _check_target(path)
+    partial = path.parent / f".{path.name}.partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name in COMPONENTS:
+            wanted = (dtypes or {}).get(name, "float32")
+            _write_component(partial / name, name, parts, wanted, max_shard_bytes)
+        _write_json(partial / "scheduler" / "scheduler_config.json", parts.configs["scheduler"])
+        parts.tokenizer.save_pretrained(str(partial / "tokenizer"))
+        if parts.defaults:
+            _write_json(partial / DEFAULTS_FILE, parts.defaults)
+        _write_json(partial / "model_index.json", _index(parts))
+        _swap(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({error}); free space or choose another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def local_folder(path: str | Path) -> Path:
+    """The folder itself, or where the hub's copy of it lies; downloads what the pipeline reads, and no pickles.
+
+    Raises:
+        UserError: there is no such folder and no such model that can be reached.
+    """
+    root = Path(path)
+    if root.is_dir():
+        return root
+    if root.is_file():
+        if root.suffix in io.PICKLES:
+            raise io.refuse_pickle(root)
+        raise UserError(f"{path}: a file; give the diffusers folder that has model_index.json in it")
+    if not _HUB_ID.fullmatch(str(path)):
+        raise UserError(f"{path}: no such folder; give a diffusers folder or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download  # it takes a second to import and is seldom wanted
+
+    wanted = ["model_index.json", DEFAULTS_FILE, "*/*.json", "*/*.safetensors", "tokenizer/*.txt"]
+    try:
+        root = Path(snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=["*.fp16*", "*non_ema*"]))
+        if not all(any((root / name).glob("*.safetensors")) for name in COMPONENTS):
+            root = Path(snapshot_download(str(path), allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise UserError(
+            f"{path}: no such folder, and the hub gave no such model ({reason}); check the path, or download it first"
+        ) from error
+    return root
+
+
+def read_tokenizer(folder: Path, text_config: CLIPTextConfig) -> Any:
+    """transformers' CLIPTokenizer from its folder, never longer than the text encoder's positions.
+
+    Raises:
+        UserError: files are missing or broken, or it has more tokens than the text encoder.
+    """
+    if (folder / "tokenizer.json").is_file():
+        io.read_json(folder / "tokenizer.json")
+    elif not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+        raise UserError(f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt, belong there")
+    from transformers import CLIPTokenizer  # it takes seconds to import
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: not a CLIPTokenizer ({error}); copy it again") from error
+    if len(tokenizer) > text_config.vocab_size:
+        raise UserError(
+            f"{folder}: {len(tokenizer)} tokens, but text_encoder.vocab_size is {text_config.vocab_size}; "
+            "use the tokenizer that belongs to this text encoder"
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
+    return tokenizer
+
+
+def _check_index(root: Path) -> None:
+    file = root / "model_index.json"
+    if not file.is_file():
+        pickles = sorted(p for p in root.iterdir() if p.suffix in io.PICKLES)
+        if pickles:
+            raise io.refuse_pickle(pickles[0])
+        raise UserError(f"{root}: not a diffusers pipeline (no model_index.json); give the folder that has it")
+    index = io.read_json(file)
+    if index.get("_class_name") != PIPELINE_CLASS:
+        found = index.get("_class_name")
+        raise UserError(f"{file}: _class_name is {found!r}; only {PIPELINE_CLASS} can be loaded, give such a model")
+    expected = {name: (part.class_name,) for name, part in COMPONENTS.items()} | {"tokenizer": _TOKENIZERS}
+    for name, classes in expected.items():
+        entry = index.get(name)
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        if found not in classes:
+            raise UserError(f"{file}: {name} is {found!r}; only {classes[0]} can be loaded, give such a model")
+    known = {*expected, "scheduler"}
+    for name, entry in index.items():
+        if name not in known and not name.startswith("_") and entry not in (None, [None, None]):
+            raise UserError(f"{file}: {name} is a part that {PIPELINE_CLASS} does not have; remove it")
+
+
+def _check_class(config: Mapping[str, Any], part: Component, file: Path) -> None:
+    if part.library == "diffusers":
+        found = config.get("_class_name", part.class_name)
+    else:
+        found = (config.get("architectures") or [part.class_name])[0]
+    if found != part.class_name:
+        raise UserError(f"{file}: the architecture is {found!r}; only {part.class_name} can be loaded here")
+
+
+def _check_target(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: a file is in the way; choose another folder")
+    if path.is_dir():
+        foreign = sorted({entry.name for entry in path.iterdir()} - _WRITTEN)
+        if foreign:
+            raise UserError(f"{path}: holds {foreign[0]}, which no pipeline has; choose an empty or a new folder")
+
+
+def _write_component(folder: Path, name: str, parts: PipelineParts, dtype: str, max_shard_bytes: int) -> None:
+    part = COMPONENTS[name]
+    config = dict(copy.deepcopy(parts.configs[name]))
+    if part.library == "diffusers":
+        config = {"_class_name": part.class_name, "_diffusers_version": _DIFFUSERS_VERSION, **config}
+    else:
+        config = {"architectures": [part.class_name], "model_type": "clip_text_model", **config}
+        # transformers 5 makes the model in the dtype that the config names, not in the tensors' own
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    _write_json(folder / "config.json", config)
+    io.write_weights(folder, part.stem, _cast(to_torch(parts.params[name]), dtype, name), max_shard_bytes)
+
+
+def _cast(state: dict[str, np.ndarray], dtype: str, where: str) -> dict[str, np.ndarray]:
+    for key, array in state.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            continue
+        with np.errstate(over="ignore"):
+            state[key] = array.astype(jnp.dtype(dtype), copy=False)
+        if not np.isfinite(state[key]).all():
+            raise UserError(
+                f"{where}.{key}: NaN, infinite or too large for {dtype}; nothing was written, save in float32"
+            )
+    return state
+
+
+def _index(parts: PipelineParts) -> dict[str, Any]:
+    scheduler = parts.configs["scheduler"].get("_class_name", "DDIMScheduler")
+    return {
+        "_class_name": PIPELINE_CLASS,
+        "_diffusers_version": _DIFFUSERS_VERSION,
+        "scheduler": ["diffusers", scheduler],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        **{name: [part.library, part.class_name] for name, part in COMPONENTS.items()},
+    }
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _swap(partial: Path, path: Path) -> None:
+    if not path.exists():
+        partial.rename(path)
+        return
+    # A folder cannot be renamed over one that is not empty, so the old one steps aside first.
+    previous = path.parent / f".{path.name}.previous"
+    shutil.rmtree(previous, ignore_errors=True)
+    path.rename(previous)
+    partial.rename(path)
+    shutil.rmtree(previous, ignore_errors=True)

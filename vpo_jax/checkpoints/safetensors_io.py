@@ -1,0 +1,155 @@
+"""Weights of one model folder: safetensors in one file or in shards with an index. Pickles are never opened."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from vpo_jax.runtime.errors import UserError
+
+# What the two libraries call the file of a model's weights.
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = "model"
+PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+
+_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+def read_weights(folder: Path, stem: str) -> dict[str, np.ndarray]:
+    """Every tensor of `folder`, by name, mapped from disk rather than read.
+
+    Looks for `stem.safetensors`, then its sharded form, then the same two as fp16 variants.
+
+    Raises:
+        UserError: no safetensors there (a pickle is named with the line that converts it), a shard that the
+            index names is absent, or a file is cut short.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for file in _weight_files(folder, stem):
+        tensors.update(read_file(file))
+    return tensors
+
+
+def read_file(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of one safetensors file, as read-only arrays over the mapped file.
+
+    The library's own numpy reader refuses bfloat16 and its flax reader makes arrays on the default device.
+
+    Raises:
+        UserError: the file is cut short or is not safetensors.
+    """
+    try:
+        # It checks the header against the file's length, so that the offsets below can be trusted.
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged or cut short ({error}); copy or download it again") from error
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_bytes))
+    header.pop("__metadata__", None)
+    start = 8 + header_bytes
+    data = np.memmap(file, np.uint8, "r", start) if file.stat().st_size > start else np.zeros(0, np.uint8)
+    return {name: _view(data, spec, f"{file}: {name}") for name, spec in header.items()}
+
+
+def write_weights(folder: Path, stem: str, state: Mapping[str, np.ndarray], max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write a flat state dict into `folder`, in shards with an index where it is larger than `max_shard_bytes`."""
+    shards: list[dict[str, np.ndarray]] = [{}]
+    filled = 0
+    for name, array in state.items():
+        if shards[-1] and filled + array.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = array
+        filled += array.nbytes
+    if len(shards) == 1:
+        _write_file(folder / f"{stem}.safetensors", shards[0])
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file = folder / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(file, shard)
+        weight_map.update(dict.fromkeys(shard, file.name))
+    total = sum(array.nbytes for array in state.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from `file`.
+
+    Raises:
+        UserError: the file is absent, unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file; the folder is not complete, copy it again") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error}); copy or download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: holds a {type(value).__name__} where a JSON object belongs; copy it again")
+    return value
+
+
+def refuse_pickle(file: Path) -> UserError:
+    """The error that a pickled checkpoint gets, with the line that converts it."""
+    source = file.parent if file.stem.startswith((DIFFUSERS_STEM, "pytorch_model")) else file
+    return UserError(
+        f"{file}: a pickle, which can run code when it is opened; "
+        f"convert it with: python tools/pickle_to_safetensors.py {source}"
+    )
+
+
+def _weight_files(folder: Path, stem: str) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; the model is not complete, copy it again")
+    for variant in ("", ".fp16"):
+        single = folder / f"{stem}{variant}.safetensors"
+        if single.is_file():
+            return [single]
+        # Releases of the two libraries put the variant into the index's name in three places.
+        for name in (
+            f"{stem}{variant}.safetensors.index.json",
+            f"{stem}.safetensors{variant}.index.json",
+            f"{stem}.safetensors.index{variant}.json",
+        ):
+            if (folder / name).is_file():
+                return _shards(folder / name)
+    for file in sorted(folder.iterdir()):
+        if file.suffix in PICKLES:
+            raise refuse_pickle(file)
+    raise UserError(f"{folder}: no weights; {stem}.safetensors belongs there")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index}: has no weight_map from tensors to files; copy or download it again")
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{index}: names {', '.join(missing)}, which is not there; copy or download every shard")
+    return files
+
+
+def _view(data: np.ndarray, spec: Mapping[str, Any], where: str) -> np.ndarray:
+    if spec["dtype"] not in _DTYPES:
+        raise UserError(f"{where}: dtype {spec['dtype']} is not supported; save it in float16, bfloat16 or float32")
+    begin, end = spec["data_offsets"]
+    return np.asarray(data[begin:end]).view(_DTYPES[spec["dtype"]]).reshape(spec["shape"])
+
+
+def _write_file(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    # transformers and diffusers refuse a file that does not say whose layout it has
+    save_file(dict(tensors), file, metadata={"format": "pt"})
