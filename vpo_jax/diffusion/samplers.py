@@ -101,7 +101,7 @@ class Sampler:
         self, state: SamplerState, i: int | jax.Array, prediction: jax.Array, noise: jax.Array | None
     ) -> SamplerState:
         """`step` with the fresh noise [B, ...] given."""
-        at = Coefficients(*(jnp.asarray(table)[i] for table in self.coefficients))
+        at: Any = jax.tree.map(lambda table: jnp.asarray(table)[i], self.coefficients)
         sample, prediction = state.sample, prediction.astype(jnp.float32)
         clean = at.clean_of_sample * sample + at.clean_of_prediction * prediction
         if self.clip_range is not None:
@@ -191,25 +191,26 @@ def _ddim(fields: Mapping[str, Any], levels: Table, steps: int, eta: float) -> S
 
 def _dpm_solver(fields: Mapping[str, Any], levels: Table, steps: int) -> Sampler:
     """DPM-Solver++ of first or second order, multistep (Lu et al. 2022, arXiv 2211.01095, algorithm 2)."""
-    timesteps, sigmas32 = dpm_timesteps_and_sigmas(fields, levels, steps)
+    timesteps, sigmas = dpm_timesteps_and_sigmas(fields, levels, steps)
     steps = len(timesteps)
-    sigmas = sigmas32.astype(np.float64)
+    # In float32 as in diffusers: lambda is near 10 at high noise, and its last bit shows in a difference of two.
     signal = 1 / np.sqrt(sigmas**2 + 1)
+    noise = sigmas * signal
     now, following = slice(0, steps), slice(1, steps + 1)
-    a, b, _, _ = _split(fields["prediction_type"], signal[now], (sigmas * signal)[now])
+    a, b, _, _ = _split(fields["prediction_type"], signal[now], noise[now])
     # The last step may end at sigma 0, lambda infinite: its terms are masked below.
     with np.errstate(divide="ignore", invalid="ignore"):
-        h = np.log(sigmas[now]) - np.log(sigmas[following])  # the step in lambda = log(signal / noise)
-        decay = np.expm1(-h)
-        ratio = np.concatenate([np.ones(1), h[:-1] / h[1:]])  # the step before over this one
+        h = np.diff(np.log(signal) - np.log(noise))  # the step in lambda = log(signal / noise)
+        decay = np.exp(-h) - 1
+        ratio = np.concatenate([np.ones(1, np.float32), h[:-1] / h[1:]])  # the step before over this one
         slope = -0.5 * decay if fields["solver_type"] == "midpoint" else decay / h + 1
         correction = signal[following] * slope / ratio
-    correction = np.where(_second_order(fields, steps), correction, 0.0)
+    correction = np.where(_second_order(fields, steps), correction, 0)
     coefficients = _coefficients(
         steps,
         clean_of_sample=a,
         clean_of_prediction=b,
-        next_of_sample=(sigmas * signal)[following] / (sigmas * signal)[now],
+        next_of_sample=noise[following] / noise[now],
         next_of_clean=-signal[following] * decay + correction,
         next_of_previous_clean=-correction,
     )
