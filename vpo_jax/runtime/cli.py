@@ -159,8 +159,12 @@ def _parse(key: str, text: str, kind: type) -> Any:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"; did you mean {close[0]}?" if close else ""
+    def likeness(key: str) -> float:
+        # A name whose last part is right counts for more than one in the right group.
+        whole = difflib.SequenceMatcher(None, name, key).ratio()
+        return whole + difflib.SequenceMatcher(None, name.rpartition(".")[2], key.rpartition(".")[2]).ratio()
+
+    return f"; did you mean {max(known, key=likeness)}?" if known else ""
 
 
 def describe_config(config: Mapping[str, Any]) -> str:

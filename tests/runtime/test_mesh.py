@@ -1,0 +1,82 @@
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import batch_sharding, constrain, infer_shardings, make_mesh, replicated
+
+
+def test_one_device_makes_a_mesh_of_four_auto_axes():
+    mesh = make_mesh()
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 64}, r"mesh\.data: .* needs 64 devices and there are 1"),
+        ({"tensor": 64}, r"mesh\.data: .* needs 64 devices and there are 1"),
+        ({"data": 0}, r"mesh\.data: 0 is not a size"),
+        ({"fsdp": -1}, r"mesh\.fsdp: only one axis may be -1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(sizes, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(**sizes)
+
+
+def test_constrain_is_nothing_outside_a_mesh():
+    x = jnp.ones(3)
+    assert constrain(x, P("data")) is x
+
+
+EIGHT = """
+    import jax, jax.numpy as jnp, pytest
+    from jax.sharding import PartitionSpec as P
+    from vpo_jax.runtime.errors import UserError
+    from vpo_jax.runtime.mesh import batch_sharding, batch_size, constrain, infer_shardings, make_mesh
+
+    assert dict(make_mesh().shape)["data"] == 8
+    mesh = make_mesh(fsdp=2, tensor=2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2} and batch_size(mesh) == 4
+    assert make_mesh(data=1).devices.size == 1
+    with pytest.raises(UserError, match="mesh.data: 8 devices are not a multiple of 3"):
+        make_mesh(fsdp=3)
+
+    leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    tree = {"unet": {"to_q": {"kernel": leaf(4, 6), "bias": leaf(6)}, "odd": {"kernel": leaf(3, 6)}}, "n": leaf()}
+    rules = [(r"to_q/kernel$", P("fsdp", "tensor")), (r"kernel$", P(("data", "fsdp"), "tensor"))]
+    rules += [(r"bias$", P(None, "tensor"))]
+    specs = jax.tree.map(lambda s: s.spec, infer_shardings(tree, mesh, rules))
+    assert specs["unet"]["to_q"]["kernel"] == P("fsdp", "tensor"), "the first rule wins"
+    assert specs["unet"]["odd"]["kernel"] == P(None, "tensor"), "3 rows are not cut in 4"
+    assert specs["unet"]["to_q"]["bias"] == P(None), "a dimension that is not there"
+    assert specs["n"] == P()
+
+    x = jax.device_put(jnp.arange(8.0), batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        text = jax.jit(lambda x: constrain(x * 2, P(("data", "fsdp")))).lower(x).as_text()
+    assert "sharding_constraint" in text or "@Sharding" in text, "the constraint lowers"
+"""
+
+
+def test_eight_devices_are_cut_by_rules():
+    code = textwrap.dedent(EIGHT)
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_rules_accept_arrays_too():
+    mesh = make_mesh()
+    assert infer_shardings({"a": jnp.ones((2, 2))}, mesh, [("a", P("data"))])["a"].spec == P("data")
+    assert replicated(mesh).is_fully_replicated and batch_sharding(mesh).spec == P(("data", "fsdp"))

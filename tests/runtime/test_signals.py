@@ -1,0 +1,39 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from vpo_jax.runtime.signals import Interrupted, catch_signals
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_a_flag_until_it_is_looked_at(signum, code):
+    with catch_signals() as stop:
+        stop.check()
+        os.kill(os.getpid(), signum)
+        assert stop.requested
+        with pytest.raises(Interrupted) as error:
+            stop.check()
+    assert error.value.exit_code == code
+
+
+def test_the_handlers_from_before_are_back_afterwards():
+    before = signal.getsignal(signal.SIGTERM)
+    with catch_signals():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    code = """
+import os, signal
+from vpo_jax.runtime.signals import catch_signals
+with catch_signals():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGTERM and done.stdout == ""

@@ -1,0 +1,141 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.workdir import open_workdir
+
+CONFIG = {
+    "seed": 0,
+    "train": {"steps": 12},
+    "mesh": {"data": -1},
+    "eval": {"every": 5},
+    "reference": {"every": 3},
+    "log": {"samples": 4},
+    "optimizer": {"learning_rate": 1e-4},
+}
+
+
+def with_value(key, value):
+    config = json.loads(json.dumps(CONFIG))
+    *parents, last = key.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    return config
+
+
+def test_a_new_directory_holds_the_config_and_the_environment(tmp_path):
+    with open_workdir(tmp_path / "a" / "b", CONFIG) as workdir:
+        assert not workdir.resumed and workdir.completed_steps is None
+        assert json.loads((workdir.path / "config.json").read_text()) == CONFIG
+        environment = json.loads((workdir.path / "environment.json").read_text())
+        assert environment["versions"]["jax"] and environment["devices"] and "commit" in environment
+
+
+def test_the_same_config_comes_back_and_complete_is_remembered(tmp_path):
+    with open_workdir(tmp_path, CONFIG) as workdir:
+        workdir.complete(12)
+    with open_workdir(tmp_path, CONFIG) as workdir:
+        assert workdir.resumed and workdir.completed_steps == 12
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("mesh.data", 8), ("train.steps", 24), ("eval.every", 1), ("reference.every", 4), ("log.samples", 0)],
+)
+def test_what_may_differ_on_resume_differs(tmp_path, key, value):
+    open_workdir(tmp_path, CONFIG).close()
+    open_workdir(tmp_path, with_value(key, value)).close()
+    assert json.loads((tmp_path / "config.json").read_text()) == with_value(key, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.steps", 6, r"train\.steps was 12 and is 6"),
+        ("seed", 1, "seed was 0 and is 1"),
+        ("optimizer.learning_rate", 2e-4, r"optimizer\.learning_rate was 0\.0001 and is 0\.0002"),
+        ("optimizer.new", 2, r"optimizer\.new was None and is 2"),
+    ],
+)
+def test_another_config_is_refused_with_old_and_new_value_and_nothing_is_written(tmp_path, key, value, message):
+    open_workdir(tmp_path, CONFIG).close()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=message):
+        open_workdir(tmp_path, with_value(key, value))
+    before[".lock"] = (tmp_path / ".lock").read_bytes()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    open_workdir(tmp_path, CONFIG).close()
+
+
+def test_a_directory_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "export").mkdir()
+    with pytest.raises(UserError, match=r"has a export and no config\.json"):
+        open_workdir(tmp_path, CONFIG)
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file; give a directory"):
+        open_workdir(tmp_path / "file", CONFIG)
+    with pytest.raises(UserError, match="is a file; give a directory"):
+        open_workdir(tmp_path / "file" / "below", CONFIG)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_broken_config_json_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        open_workdir(tmp_path, CONFIG)
+
+
+def test_no_permission_is_a_user_error(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    # Root may write anywhere, so the attempt is made by a child that is nobody.
+    code = f"""
+        import os
+        from pathlib import Path
+        from vpo_jax.runtime.errors import UserError
+        from vpo_jax.runtime.workdir import open_workdir
+        if os.getuid() == 0:
+            for path in Path({str(tmp_path)!r}).parents[:3]:
+                os.chmod(path, 0o755) if path != Path("/tmp") else None
+            os.setuid(65534)
+        try:
+            open_workdir("{tmp_path}/locked/run", {{}})
+        except UserError as error:
+            print(error)
+    """
+    done = run_python(code)
+    assert "no permission to write" in done.stdout, done.stderr
+
+
+def run_python(code):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def test_one_run_holds_the_directory_until_its_process_dies_by_any_death(tmp_path):
+    code = f"""
+        import time
+        from vpo_jax.runtime.workdir import open_workdir
+        workdir = open_workdir({str(tmp_path)!r}, {CONFIG!r})
+        print("held", flush=True)
+        time.sleep(60)
+    """
+    holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"is in use by another run \(process {holder.pid}\)"):
+        open_workdir(tmp_path, CONFIG)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    open_workdir(tmp_path, CONFIG).close()

@@ -1,0 +1,227 @@
+"""The directory of one run: its config, its lock, and whether it is complete."""
+
+import contextlib
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vpo_jax.runtime.errors import UserError
+
+# On resume these may differ; train.steps may also, upwards.
+_FREE = re.compile(r"^mesh\.|\.every$|^log\.")
+_OURS = ("metrics.jsonl", "checkpoints", "samples", "export", "report.html", "environment.json")
+_PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy", "safetensors", "transformers",
+    "diffusers", "imageio", "tensorboardX",
+)  # fmt: skip
+
+
+class Workdir:
+    """A run's directory, held by this process until `close` or the process's end."""
+
+    def __init__(self, path: Path, config: dict[str, Any], resumed: bool, lock: int) -> None:
+        self.path = path
+        self.config = config
+        self.resumed = resumed  # a run of this config was here before
+        self._lock = lock
+
+    @property
+    def checkpoints(self) -> Path:
+        """Orbax checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Videos to look at."""
+        return self.path / "samples"
+
+    @property
+    def export(self) -> Path:
+        """The tuned model as a diffusers folder."""
+        return self.path / "export"
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.path / "report.html"
+
+    @property
+    def failure(self) -> Path:
+        """What a non-finite step leaves behind."""
+        return self.path / "failure"
+
+    @property
+    def completed_steps(self) -> int | None:
+        """Steps of the run that completed here; None while it is not complete."""
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            return int(json.loads((self.path / "complete").read_text())["steps"])
+        return None
+
+    def complete(self, steps: int) -> None:
+        """Marks the run of `steps` steps as complete."""
+        write_json(self.path / "complete", {"steps": steps})
+
+    def close(self) -> None:
+        """Lets another process take the directory."""
+        os.close(self._lock)
+
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def open_workdir(path: str | Path, config: Mapping[str, Any]) -> Workdir:
+    """The run's directory, made where it is missing, locked, with config.json and environment.json in it.
+
+    `config` is the resolved config as nested dicts. Raises UserError, before anything is written, when the path
+    is no directory, may not be written, is held by another run, or belongs to another config: mesh.*, log.*,
+    *.every and a higher train.steps are the only differences that a resumed run may have.
+    """
+    path = Path(path)
+    resolved: dict[str, Any] = json.loads(json.dumps(config))
+    with writing(path):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--workdir: {path} is a file; give a directory")
+        _refuse_strangers(path)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+    try:
+        with writing(path):
+            before = _read_config(path / "config.json")
+            if before is not None:
+                _refuse_differences(path, before, resolved)
+            if before != resolved:
+                write_json(path / "config.json", resolved)
+            write_json(path / "environment.json", environment())
+    except BaseException:
+        os.close(lock)
+        raise
+    return Workdir(path, resolved, before is not None, lock)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusals to write under `path` into UserErrors."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"--workdir: no permission to write {error.filename or path}; choose another one") from error
+    except (NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"--workdir: a part of {path} is a file; give a directory") from error
+    except OSError as error:
+        if error.errno == errno.EROFS:
+            raise UserError(f"--workdir: {path} is on a read-only disk; choose another one") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"--workdir: the disk of {path} is full; free some space, and the same command continues"
+            ) from error
+        raise UserError(f"--workdir: {path} cannot be written ({error.strerror}); choose another one") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader, or a kill, never meets half a file."""
+    whole = path.with_name(f".{path.name}.tmp")
+    whole.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(whole, path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and devices of this process."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "commit": _commit(),
+        "backend": jax.default_backend(),
+        "devices": [f"{device.device_kind} {device.id}" for device in devices],
+        "processes": jax.process_count(),
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _refuse_strangers(path: Path) -> None:
+    if (path / "config.json").exists():
+        return
+    strangers = [name for name in _OURS if (path / name).exists()]
+    if strangers:
+        raise UserError(
+            f"--workdir: {path} has a {strangers[0]} and no config.json, so it is not a run's directory;"
+            f" choose another one, and nothing is written over"
+        )
+
+
+def _lock(path: Path) -> int:
+    lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(lock, 32).decode(errors="replace").strip()
+        os.close(lock)
+        raise UserError(
+            f"--workdir: {path} is in use by another run (process {holder or 'unknown'});"
+            f" wait for it, stop it, or choose another one"
+        ) from error
+    os.truncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
+    return lock
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--workdir: {path} is not JSON; put it back or choose another directory") from error
+
+
+def _refuse_differences(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    old, new = _flat(before), _flat(now)
+    differences = []
+    for key in sorted(old.keys() | new.keys()):
+        was, is_now = old.get(key), new.get(key)
+        if was == is_now or _FREE.search(key):
+            continue
+        if key == "train.steps" and isinstance(was, int) and isinstance(is_now, int) and is_now > was:
+            continue
+        differences.append(f"{key} was {was!r} and is {is_now!r}")
+    if differences:
+        raise UserError(
+            f"--workdir: {path} belongs to another config: {', '.join(differences)};"
+            f" choose another directory, or the old values to continue"
+        )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
