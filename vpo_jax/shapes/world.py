@@ -1,8 +1,8 @@
 """The embedded world: short clips of one coloured shape that moves, with degradations of known strength.
 
 Everything is pure `jax.numpy`, written for one clip: `jax.vmap` makes batches and `jax.jit` makes them fast.
-A caption names five attributes; the 480 of them are split once and for all into prompts to train on, to tune on
-and to report on. Coordinates are pixels, x to the right and y downwards, with the frame spanning [0, 32].
+A caption names five attributes; the 480 of them are split once and for all into prompts to train on, to tune
+on and to report on. Coordinates are pixels, x to the right, y downwards, with the frame spanning [0, 32].
 """
 
 import functools
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.runtime.errors import UserError
+
+Number = jax.Array | np.ndarray | float  # traced or not, single or batched
 
 NUM_FRAMES = 8
 SIZE = 32
@@ -55,22 +57,22 @@ _MIXTURE_COUNT = np.array([0.35, 0.40, 0.25], np.float32)  # one, two or three d
 class Attributes(NamedTuple):
     """What a caption names: indices into SIZES, COLORS, SHAPES, MOTIONS and BACKGROUNDS, int32."""
 
-    size: jax.Array | np.ndarray | int
-    color: jax.Array | np.ndarray | int
-    shape: jax.Array | np.ndarray | int
-    motion: jax.Array | np.ndarray | int
-    background: jax.Array | np.ndarray | int
+    size: Number
+    color: Number
+    shape: Number
+    motion: Number
+    background: Number
 
 
 class Degradation(NamedTuple):
     """Strengths in [0, 1], zero for a clean clip."""
 
-    flicker: jax.Array | np.ndarray | float = 0.0
-    jitter: jax.Array | np.ndarray | float = 0.0
-    blur: jax.Array | np.ndarray | float = 0.0
-    noise: jax.Array | np.ndarray | float = 0.0
-    freeze: jax.Array | np.ndarray | float = 0.0
-    morph: jax.Array | np.ndarray | float = 0.0
+    flicker: Number = 0.0
+    jitter: Number = 0.0
+    blur: Number = 0.0
+    noise: Number = 0.0
+    freeze: Number = 0.0
+    morph: Number = 0.0
 
 
 class Scene(NamedTuple):
@@ -90,9 +92,7 @@ _VALUES = (SIZES, COLORS, SHAPES, MOTIONS, BACKGROUNDS)
 _CAPTION = re.compile(
     r"an? ({}) ({}) ({}) moving ({}) on an? ({}) background".format(*("|".join(values) for values in _VALUES))
 )
-ALL_ATTRIBUTES = np.array(
-    list(itertools.product(*(range(len(values)) for values in _VALUES))), np.int32
-)  # [480, 5]
+ALL_ATTRIBUTES = np.array(list(itertools.product(*(range(len(values)) for values in _VALUES))), np.int32)  # [480, 5]
 SPLITS = {"held_out": 96, "tune": 48, "train": 336}
 
 
@@ -113,7 +113,7 @@ def parse_caption(caption: str) -> Attributes | None:
 def _fill_balanced(order: np.ndarray, count: int) -> list[int] | None:
     """The first `count` captions of `order` in which an attribute's values come equally often, or one off."""
     room = [count // len(values) + (np.arange(len(values)) < count % len(values)) for values in _VALUES]
-    chosen = []
+    chosen: list[int] = []
     for index in order:
         if len(chosen) < count and all(r[v] for r, v in zip(room, ALL_ATTRIBUTES[index], strict=True)):
             chosen.append(int(index))
@@ -144,9 +144,7 @@ def caption_indices(split: str) -> np.ndarray:
       UserError: unknown split.
     """
     if split not in SPLITS:
-        raise UserError(
-            f"data.prompts: the shapes world has no split {split!r}; take train, tune or held_out"
-        )
+        raise UserError(f"data.prompts: the shapes world has no split {split!r}; take train, tune or held_out")
     return _splits()[split].copy()
 
 
@@ -200,11 +198,11 @@ def true_speed(scene: Scene, degradation: Degradation) -> jax.Array:
     return jnp.linalg.norm(scene.velocity, axis=-1) * (1.0 - degradation.freeze)
 
 
-def _coverage(shape: jax.Array | int, offset: jax.Array, radius: jax.Array) -> jax.Array:
+def _coverage(shape: Number, offset: jax.Array, radius: jax.Array) -> jax.Array:
     """Share of each pixel that the shape covers, from the signed distance to its edge.
 
-    offset [H, W, 2] runs from the middle of the bounding box. Its half side is `radius` for all three shapes, so
-    that they fill 0.785, 1 and 0.5 of it.
+    offset [H, W, 2] runs from the middle of the bounding box. Its half side is `radius` for all three shapes,
+    so that they fill 0.785, 1 and 0.5 of it.
     """
     x, y = offset[..., 0], offset[..., 1]
     circle = jnp.sqrt(x * x + y * y + 1e-12) - radius
@@ -215,7 +213,7 @@ def _coverage(shape: jax.Array | int, offset: jax.Array, radius: jax.Array) -> j
     return jnp.clip(0.5 - distance, 0.0, 1.0)
 
 
-def _blur_matrix(sigma: jax.Array) -> jax.Array:
+def _blur_matrix(sigma: Number) -> jax.Array:
     """Gaussian blur along one axis as a [SIZE, SIZE] matrix whose rows sum to one."""
     place = jnp.arange(SIZE, dtype=jnp.float32)
     weights = jnp.exp(-0.5 * ((place[:, None] - place[None, :]) / jnp.maximum(sigma, 1e-2)) ** 2)
@@ -257,9 +255,7 @@ def render(scene: Scene, degradation: Degradation, key: jax.Array) -> jax.Array:
     frames = jnp.einsum("ij,fjkc,lk->filc", kernel, frames, kernel)
     flicker = jax.random.uniform(flicker_key, (NUM_FRAMES,), minval=-1.0)
     exposure = scene.exposure * jax.random.normal(exposure_key, (NUM_FRAMES,))
-    frames = _expose(
-        frames, jnp.clip(exposure + FLICKER_AMPLITUDE * degradation.flicker * flicker, -0.9, 0.9)
-    )
+    frames = _expose(frames, jnp.clip(exposure + FLICKER_AMPLITUDE * degradation.flicker * flicker, -0.9, 0.9))
     frames += NOISE_STD * degradation.noise * jax.random.normal(noise_key, frames.shape)
     return jnp.clip(frames, 0.0, 1.0)
 

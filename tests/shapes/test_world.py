@@ -1,0 +1,77 @@
+"""The renderer: captions, splits, degradations, randomness."""
+
+import jax
+import numpy as np
+import pytest
+
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.shapes import world
+
+
+def test_splits_are_disjoint_and_cover_all_captions():
+    parts = [world.captions(split) for split in ("train", "tune", "held_out")]
+    assert [len(part) for part in parts] == [336, 48, 96]
+    assert len(set(sum(parts, []))) == 480
+
+
+@pytest.mark.parametrize("split", ["train", "tune", "held_out"])
+def test_every_value_of_an_attribute_comes_about_equally_often(split):
+    attributes = world.ALL_ATTRIBUTES[world.caption_indices(split)]
+    for column in attributes.T:
+        counts = np.bincount(column)
+        # The training split is what is left, and takes up the odd ones of both others.
+        assert counts.max() - counts.min() <= (2 if split == "train" else 1)
+
+
+def test_unknown_split_is_a_user_error():
+    with pytest.raises(UserError, match="no split 'test'"):
+        world.captions("test")
+
+
+def test_a_caption_parses_back_to_its_attributes():
+    for row in world.ALL_ATTRIBUTES:
+        assert world.parse_caption(world.make_caption(row)) == tuple(row)
+    assert world.parse_caption("a dog") is None
+    assert world.make_caption((0, 0, 0, 0, 1)) == "a small red circle moving left on a gray background"
+
+
+def test_a_clip_does_not_depend_on_its_neighbours():
+    rows = world.caption_indices("train")
+    a = world.render_clips(jax.random.key(3), rows[:8], 0.5)
+    b = world.render_clips(jax.random.key(3), np.concatenate([rows[:4], rows[20:24]]), 0.5)
+    np.testing.assert_array_equal(np.asarray(a.frames[:4]), np.asarray(b.frames[:4]))
+    assert not np.array_equal(np.asarray(a.frames[4]), np.asarray(b.frames[4]))
+
+
+def test_clean_objects_stay_inside_the_frame():
+    clips = world.render_clips(jax.random.key(0), np.arange(480), 0.0)
+    last = (world.NUM_FRAMES - 1) / 2
+    for time in (-last, last):
+        place = np.asarray(clips.scenes.center + time * clips.scenes.velocity)
+        margin = np.minimum(place, world.SIZE - place) - np.asarray(clips.scenes.radius)[:, None]
+        assert margin.min() > -0.1
+
+
+def test_half_of_the_mixture_is_degraded_by_one_to_three():
+    strengths = np.stack(jax.jit(jax.vmap(world.sample_degradation))(jax.random.split(jax.random.key(1), 4000)), axis=1)
+    count = (strengths > 0).sum(axis=1)
+    assert abs((count > 0).mean() - 0.5) < 0.03
+    assert set(np.unique(count)) == {0, 1, 2, 3}
+    assert strengths.max() <= 1.0 and strengths.min() >= 0.0
+    assert len(np.unique(strengths[strengths > 0])) > 0.99 * (strengths > 0).sum()
+
+
+def test_shapes_fill_their_share_of_the_bounding_box():
+    for shape, share in enumerate((np.pi / 4, 1.0, 0.5)):
+        axis = np.arange(32) + 0.5 - 16
+        offset = np.stack(np.meshgrid(axis, axis), axis=-1)
+        area = float(world._coverage(shape, offset, np.float32(7.6)).sum())
+        # The distance field rounds the coverage of corner pixels, about one pixel in all.
+        assert abs(area - share * 15.2**2) < 1.5
+
+
+def test_frozen_clips_have_no_true_speed():
+    clips = world.render_clips(jax.random.key(0), np.arange(4), 0.0)
+    still = clips.degradations._replace(freeze=np.ones(4, np.float32))
+    np.testing.assert_array_equal(np.asarray(world.true_speed(clips.scenes, still)), 0.0)
+    assert (np.asarray(world.true_speed(clips.scenes, clips.degradations)) >= 1.39).all()
