@@ -1,10 +1,21 @@
 """Winners and losers: which two candidates of a prompt make a pair, and the buffer that keeps pairs for some steps."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from vpo_jax.rewards.combine import (
+    Dimensions,
+    RewardStatistics,
+    dimension_names,
+    dimension_ranges,
+    motion_columns,
+    normalise_and_combine,
+    parse_weights,
+    update_statistics,
+)
 
 DROP_REASONS = ("non_finite", "tie", "margin", "motion")
 
@@ -160,3 +171,57 @@ def drop_older(buffer: Pairs, step: jax.Array, max_age: int) -> Pairs:
     """The buffer with pairs masked that were made more than max_age steps before `step`."""
     young = (buffer.step >= 0) & (step - buffer.step <= max_age)
     return buffer._replace(mask=buffer.mask & young)
+
+
+def make_pairing(config: Any, rewards: Sequence[Dimensions], out_shardings: Any = None) -> Callable:
+    """`pairing(statistics, latents, text, scores, step) -> (statistics, pairs, metrics)`, jitted: a step's scores and
+    candidates become its pairs.
+
+    Args:
+      config: reads preference.margin and .motion_tolerance, reward.weights.
+      rewards: the training scorers.
+      out_shardings: of the three results.
+
+    The function takes latents [P * N, F, h, w, C], candidates side by side, text [P, L, D], scores [P * N, D] and
+    the number of completed steps; metrics are (sum, count).
+    """
+    names = dimension_names(rewards)
+    weights = parse_weights(config.reward.weights, rewards)
+    ranges = dimension_ranges(rewards)
+    lows = jnp.array([low for reward in rewards for low, _ in reward.ranges], jnp.float32)
+    columns = motion_columns(rewards)
+    margin, tolerance = config.preference.margin, config.preference.motion_tolerance
+
+    def pairing(
+        statistics: RewardStatistics, latents: jax.Array, text: jax.Array, scores: jax.Array, step: jax.Array
+    ) -> tuple[RewardStatistics, Pairs, dict[str, tuple[jax.Array, jax.Array]]]:
+        prompts = text.shape[0]
+        scores = scores.reshape(prompts, -1, scores.shape[-1])  # [P, N, D]
+        statistics = update_statistics(statistics, scores)
+        reward, z, finite = normalise_and_combine(statistics, scores, weights, ranges)
+        motion = jnp.mean(z[..., jnp.array(columns)], axis=-1) if columns else None
+        choice = choose_pairs(reward, finite, motion, margin, tolerance)
+        pairs = gather_pairs(choice, latents.reshape(*reward.shape, *latents.shape[1:]), text, step)
+
+        one = jnp.ones((), jnp.float32)
+        number = jnp.sum(finite.astype(jnp.float32))
+        total = jnp.sum((scores - lows) / ranges * weights, axis=-1)
+        kept = jnp.sum(choice.mask.astype(jnp.float32))
+        gap = jnp.where(choice.mask, choice.winner_reward - choice.loser_reward, 0.0)
+        metrics = {"reward/total": (jnp.sum(jnp.where(finite, total, 0.0)), number)}
+        for column, name in enumerate(names):
+            metrics[f"reward/{name}"] = (jnp.sum(jnp.where(finite, scores[..., column], 0.0)), number)
+        metrics |= {
+            "reward/non_finite": (jnp.sum((~finite).astype(jnp.float32)), one),
+            "reward/all_non_finite": ((number == 0.0).astype(jnp.float32), one),
+            "pair/kept": (kept, one),
+            "pair/margin": (jnp.sum(gap), kept),
+        }
+        for reason, count in choice.dropped.items():
+            metrics[f"pair/dropped_{reason}"] = (count.astype(jnp.float32), one)
+        if motion is not None:
+            more = _of(motion, choice.winner) - _of(motion, choice.loser)
+            metrics["pair/motion"] = (jnp.sum(jnp.where(choice.mask, more, 0.0)), kept)
+        return statistics, pairs, metrics
+
+    return jax.jit(pairing, out_shardings=out_shardings)

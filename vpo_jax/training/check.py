@@ -1,0 +1,149 @@
+"""What a config may hold: looked at before anything is loaded, compiled or written."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from vpo_jax.runtime.cli import flatten_config, nearest
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import batch_size
+
+
+class Field(NamedTuple):
+    """A field's type, what its values must hold, and that in words."""
+
+    kind: type
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def _whole(low: int, high: int = 2**31 - 1, extra: str = "") -> Field:
+    return Field(int, lambda x: low <= x <= high, f"a whole number from {low} up{extra}")
+
+
+def _number(low: float, high: float = math.inf, extra: str = "") -> Field:
+    upper = f" to {high:g}" if high < math.inf else " up"
+    return Field(float, lambda x: low <= x <= high, f"a number from {low:g}{upper}{extra}")
+
+
+def _one_of(*values: str) -> Field:
+    return Field(str, lambda x: x in values, f"one of {', '.join(values)}")
+
+
+_FLAG = Field(bool, lambda x: True, "true or false")
+_TEXT = Field(str, lambda x: True, "text")
+_AXIS = Field(int, lambda x: x == -1 or x >= 1, "a number from 1 up, or -1 for the rest of the devices")
+_SIZE = _whole(0, extra=" (0 = what the model was made for)")
+_EVERY = _whole(0, extra=" (0 = never)")
+_POSITIVE = Field(float, lambda x: x > 0, "a number above 0")
+_DECAY = Field(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+
+
+def _named(what: str) -> Field:
+    return Field(str, lambda x: bool(x.strip()), what)
+
+
+FIELDS: Mapping[str, Field] = {
+    "seed": _whole(0),
+    "model.path": _named("a diffusers folder, a hub id, or shapes"),
+    "model.dtype": _one_of("float32", "bfloat16"),
+    "data.prompts": _named("a file of prompts, or shapes:train"),
+    "data.held_out": _named("a file of prompts, or shapes:held_out"),
+    "data.shuffle": _FLAG,
+    "reward.scorers": _named("at least one scorer, comma-separated"),
+    "reward.weights": _TEXT,
+    "held_out.scorers": _TEXT,
+    "rollout.candidates": _whole(2, extra=" (a pair needs two)"),
+    "rollout.num_inference_steps": _whole(1),
+    "rollout.guidance_scale": _number(0),
+    "rollout.negative_prompt": _TEXT,
+    "rollout.num_frames": _SIZE,
+    "rollout.height": _SIZE,
+    "rollout.width": _SIZE,
+    "rollout.sampler": _TEXT,
+    "rollout.eta": _number(0, 1),
+    "rollout.microbatch": _whole(0, extra=" (0 = all at once)"),
+    "preference.beta": _POSITIVE,
+    "preference.margin": _number(0),
+    "preference.motion_tolerance": _number(0),
+    "preference.label_temperature": _number(0, extra=" (0 = hard labels)"),
+    "preference.winner_safeguard": _FLAG,
+    "preference.winner_safeguard_mu": _number(0, 1),
+    "preference.winner_penalty": _number(0),
+    "preference.anchor": _number(0),
+    "preference.max_pair_age": _whole(0),
+    "preference.caption_dropout": _number(0, 1),
+    "reference.schedule": _one_of("frozen", "refresh", "ema", "adaptive"),
+    "reference.every": _whole(1),
+    "reference.decay": _DECAY,
+    "ema.decay": _DECAY,
+    "lora.rank": _whole(0, extra=" (0 = full fine-tuning)"),
+    "lora.alpha": _POSITIVE,
+    "lora.targets": _TEXT,
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.warmup_steps": _whole(0),
+    "optimizer.weight_decay": _number(0),
+    "optimizer.b1": _DECAY,
+    "optimizer.b2": _DECAY,
+    "optimizer.eps": _POSITIVE,
+    "optimizer.clip_norm": _number(0, extra=" (0 = no clipping)"),
+    "train.steps": _whole(1),
+    "train.prompts_per_step": _whole(1),
+    "train.updates_per_step": _whole(1),
+    "train.microbatch": _whole(0, extra=" (0 = the whole batch)"),
+    "train.remat": _FLAG,
+    "checkpoint.every": _EVERY,
+    "checkpoint.keep": _whole(1),
+    "eval.every": _EVERY,
+    "eval.prompts": _whole(1),
+    "eval.seed": _whole(0),
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.context": _AXIS,
+    "mesh.tensor": _AXIS,
+    "log.every": _whole(1),
+    "log.tensorboard": _FLAG,
+    "log.samples": _whole(0),
+}
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raises UserError, naming the field and the fix, for a key or value that no run could have."""
+    values = dict(flatten_config(config))
+    for key in values:
+        if key not in FIELDS:
+            raise UserError(f"{key}: unknown config key{nearest(key, list(FIELDS))}")
+    for key, field in FIELDS.items():
+        if key not in values:
+            raise UserError(f"{key}: missing in the config; give {field.words}")
+        _check_value(key, values[key], field)
+    microbatch, pairs = values["train.microbatch"], values["train.prompts_per_step"]
+    if microbatch and pairs % microbatch:
+        raise UserError(f"train.microbatch: {microbatch} does not divide train.prompts_per_step={pairs}; choose a divisor")
+    rollout, videos = values["rollout.microbatch"], pairs * values["rollout.candidates"]
+    if rollout and videos % rollout:
+        raise UserError(
+            f"rollout.microbatch: {rollout} does not divide the step's {videos} videos"
+            f" (train.prompts_per_step x rollout.candidates); choose a divisor"
+        )
+
+
+def _check_value(key: str, value: Any, field: Field) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    right = is_number if field.kind is float else type(value) is field.kind
+    if not right or (field.kind is float and not math.isfinite(value)) or not field.holds(value):
+        raise UserError(f"{key}: {value!r} is not {field.words}")
+
+
+def check_mesh(config: Any, mesh: Mesh) -> None:
+    """Raises UserError where the mesh does not divide the batch."""
+    parts = batch_size(mesh)
+    sizes = {"train.prompts_per_step": config.train.prompts_per_step, "train.microbatch": config.train.microbatch}
+    for key, size in (sizes | {"rollout.microbatch": config.rollout.microbatch}).items():
+        if size % parts:
+            raise UserError(
+                f"{key}: {size} is not a multiple of {parts}, into which mesh.data={mesh.shape['data']} and"
+                f" mesh.fsdp={mesh.shape['fsdp']} cut it; choose {-(-size // parts) * parts}, or another mesh"
+            )

@@ -1,0 +1,155 @@
+"""Candidate videos from the policy as it is now: encode, sample, decode and score, each compiled once.
+
+All four take clips, [B, ...] with B = prompts x candidates, in microbatches. A clip's noise comes from its own key,
+so the same clip comes out of any batch, split or mesh.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpo_jax.diffusion.guidance import classifier_free
+from vpo_jax.diffusion.samplers import Sampler, sample
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.keys import stream_key
+from vpo_jax.runtime.mesh import BATCH, constrain
+from vpo_jax.training.step import Denoise, join_batch, split_batch
+
+Tree = Any
+
+
+def check_rollout(prompts: int, candidates: int, microbatch: int, parts: int) -> None:
+    """Raises UserError where a rollout is not cut evenly, into microbatches or over the mesh's `parts`."""
+    if candidates < 2:
+        raise UserError(f"rollout.candidates: {candidates} leaves nothing to compare; give 2 or more")
+    clips = prompts * candidates
+    if clips % parts:
+        raise UserError(
+            f"train.prompts_per_step: {prompts} prompts x {candidates} candidates are not a multiple of"
+            f" mesh.data x mesh.fsdp = {parts}; give a multiple, or a smaller mesh"
+        )
+    if microbatch < 0 or (microbatch and clips % microbatch):
+        raise UserError(f"rollout.microbatch: {microbatch} does not divide {clips} videos; give a divisor, or 0 for all")
+    if microbatch % parts:
+        raise UserError(f"rollout.microbatch: {microbatch} videos are not a multiple of mesh.data x mesh.fsdp = {parts}")
+
+
+def in_microbatches(stage: Callable[[Tree], Tree], batch: Tree, microbatch: int) -> Tree:
+    """`stage` over the batch, `microbatch` clips at a time (0: all at once)."""
+    chunks = split_batch(batch, microbatch)
+    if jax.tree.leaves(chunks)[0].shape[0] == 1:
+        return stage(batch)
+    return join_batch(jax.lax.map(stage, chunks))
+
+
+def make_candidate_keys(seed: int, prompts: int, candidates: int) -> Callable[[int], jax.Array]:
+    """`keys(step)`: keys [prompts * candidates] of a step's clips, the candidates of a prompt side by side."""
+
+    def keys(step: jax.Array) -> jax.Array:
+        slots = jnp.repeat(jnp.arange(prompts), candidates)
+        indices = jnp.tile(jnp.arange(candidates), prompts)
+        return jax.vmap(lambda slot, index: stream_key(seed, "rollout", step, slot, index))(slots, indices)
+
+    return jax.jit(keys)
+
+
+def make_rollout(
+    denoise: Denoise,
+    sampler: Sampler,
+    latent_shape: tuple[int, ...],
+    guidance_scale: float,
+    microbatch: int = 0,
+) -> Callable[[Tree, Tree, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """`rollout(frozen, adapters, text [B, L, D], negative [L, D], keys [B]) -> clean latents [B, F, h, w, C]`, jitted.
+
+    A guidance scale of 1 or less is no guidance, as in diffusers, and saves half of the work.
+    """
+
+    def of_chunk(frozen: Tree, adapters: Tree, negative: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        text, keys = chunk
+        split = jax.vmap(jax.random.split)(keys)  # [B, 2]
+        noise = jax.vmap(lambda key: jax.random.normal(key, latent_shape, jnp.float32))(split[:, 0])
+        noise = constrain(noise, BATCH)
+        if guidance_scale <= 1.0:
+            guided = lambda latents, timestep: denoise(  # noqa: E731
+                frozen, adapters, latents, jnp.full(latents.shape[0], timestep), text
+            )
+        else:
+            both_text = jnp.stack([jnp.broadcast_to(negative, text.shape), text], axis=1)
+            both_text = constrain(both_text.reshape(-1, *text.shape[1:]), BATCH)
+
+            def guided(latents: jax.Array, timestep: jax.Array) -> jax.Array:
+                twice = constrain(jnp.repeat(latents, 2, axis=0), BATCH)
+                both = denoise(frozen, adapters, twice, jnp.full(twice.shape[0], timestep), both_text)
+                both = both.reshape(-1, 2, *latents.shape[1:])
+                return classifier_free(both[:, 0], both[:, 1], guidance_scale)
+
+        return constrain(sample(sampler, guided, noise, split[:, 1]), BATCH)
+
+    def rollout(
+        frozen: Tree, adapters: Tree, text: jax.Array, negative: jax.Array, keys: jax.Array
+    ) -> jax.Array:
+        return in_microbatches(lambda chunk: of_chunk(frozen, adapters, negative, chunk), (text, keys), microbatch)
+
+    return jax.jit(rollout)
+
+
+def make_decode(pipeline: Any, frames: Sequence[int], microbatch: int = 0) -> Callable[[Tree, jax.Array], jax.Array]:
+    """`decode(vae_params, latents [B, F, h, w, C]) -> uint8 [B, len(frames), H, W, 3]`, jitted: only these frames."""
+    indices = tuple(frames)
+
+    def of_chunk(params: Tree, latents: jax.Array) -> jax.Array:
+        return constrain(pipeline.to_uint8(pipeline.decode(params, latents, indices)), BATCH)
+
+    return jax.jit(lambda params, latents: in_microbatches(lambda x: of_chunk(params, x), latents, microbatch))
+
+
+def frames_to_decode(rewards: Sequence[Any], num_frames: int) -> tuple[int, ...]:
+    """The union of the frames that the scorers read, in order."""
+    return tuple(sorted({i for reward in rewards for i in reward.frame_indices(num_frames)}))
+
+
+class Scores:
+    """All scorers on one batch of videos; built once, called for every batch.
+
+    A scorer that is not jittable gets numpy arrays on the host, and the device waits for it.
+    """
+
+    def __init__(
+        self, rewards: Sequence[Any], num_frames: int, frames: Sequence[int], microbatch: int = 0
+    ) -> None:
+        self.rewards = tuple(rewards)
+        places = {frame: place for place, frame in enumerate(frames)}
+        self._score = [
+            self._one(reward, tuple(places[i] for i in reward.frame_indices(num_frames)), microbatch)
+            for reward in self.rewards
+        ]
+
+    @staticmethod
+    def _one(reward: Any, places: tuple[int, ...], microbatch: int) -> Callable:
+        def score(params: Tree, videos: Any, prepared: Tree) -> Any:
+            return reward.score(params, videos[:, np.array(places)], prepared)
+
+        if not reward.jittable:
+            return lambda params, videos, prepared: jnp.asarray(score(params, np.asarray(videos), prepared))
+
+        def in_chunks(params: Tree, videos: jax.Array, prepared: Tree) -> jax.Array:
+            return in_microbatches(lambda chunk: score(params, *chunk), (videos, prepared), microbatch)
+
+        return jax.jit(in_chunks)
+
+    def __call__(self, videos: jax.Array, prompts: Sequence[str]) -> jax.Array:
+        """float32 [B, D], the scorers' dimensions side by side.
+
+        Args:
+          videos: uint8 [B, f, H, W, 3], the frames given at construction.
+          prompts: B of them.
+        """
+        columns = [
+            score(reward.params, videos, reward.prepare(prompts))
+            for reward, score in zip(self.rewards, self._score, strict=True)
+        ]
+        return jnp.concatenate([jnp.asarray(column, jnp.float32) for column in columns], axis=-1)

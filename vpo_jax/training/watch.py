@@ -1,0 +1,127 @@
+"""Looks at the policy from outside its loss: fixed prompts, fixed seeds, judges that do not train it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vpo_jax.rewards.combine import dimension_names
+from vpo_jax.runtime.keys import stream_key
+from vpo_jax.training import losses
+from vpo_jax.training.rollout import Scores
+from vpo_jax.training.state import TrainState
+from vpo_jax.training.step import Update
+
+Tree = Any
+# An update number that no training draw reaches: the stored pairs meet noise of their own.
+_WATCH_DRAW = 2**30
+
+
+class Look(NamedTuple):
+    """What one look saw.
+
+    Attributes:
+      scores: "scorer/dimension" -> float32 [number of prompts].
+      videos: uint8 [number of videos kept, F, H, W, 3], all frames, of the first prompts.
+    """
+
+    scores: dict[str, np.ndarray]
+    videos: np.ndarray
+
+
+class Watch:
+    """Samples the tuning prompts with fixed seeds and scores them; the training scorers and the held-out judges.
+
+    Attributes:
+      prompts: the tuning prompts; never those that the result is reported on.
+      trained: names of the training scorers' dimensions.
+      held_out: names of the held-out judges' dimensions. They may steer the run (the best checkpoint, an adaptive
+        reference), so a judge that has to stay untouched does not belong here.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        rewards: Sequence[Any],
+        held_out: Sequence[Any],
+        generate: Callable[[Tree, Sequence[str], jax.Array], jax.Array],
+        clips: int,
+        num_frames: int,
+        seed: int,
+        keep_videos: int,
+        microbatch: int = 0,
+    ) -> None:
+        """`generate(adapters, prompts [clips], keys [clips]) -> uint8 [clips, F, H, W, 3]`, on `clips` at a time."""
+        self.prompts = tuple(prompts)
+        self.trained, self.held_out = dimension_names(rewards), dimension_names(held_out)
+        self._generate, self._clips, self._keep, self._seed = generate, clips, keep_videos, seed
+        self._score = Scores((*rewards, *held_out), num_frames, range(num_frames), microbatch)
+        self._keys = jax.jit(jax.vmap(lambda slot: stream_key(seed, "eval", 0, slot)))
+
+    def look(self, adapters: Tree) -> Look:
+        """Samples and scores one set of adapters; the same noise for the same prompt every time."""
+        scores, videos = [], []
+        for first in range(0, len(self.prompts), self._clips):
+            slots = np.arange(first, first + self._clips)
+            # The last batch is filled up with what is there, so that one compiled program serves all.
+            prompts = [self.prompts[slot % len(self.prompts)] for slot in slots]
+            clips = self._generate(adapters, prompts, self._keys(slots))
+            scores.append(np.asarray(self._score(clips, prompts)))
+            if first < self._keep:
+                videos.append(np.asarray(clips[: self._keep - first]))
+        table = np.concatenate(scores)[: len(self.prompts)]
+        names = (*self.trained, *self.held_out)
+        kept = np.concatenate(videos)[: len(self.prompts)] if videos else np.zeros((0,), np.uint8)
+        return Look({name: table[:, column] for column, name in enumerate(names)}, kept)
+
+    def compare(self, base: Mapping[str, Sequence[float]], now: Look) -> dict[str, float]:
+        """Means of now, and the share of prompts on which each dimension beats the base, ties counted one half."""
+        metrics = {}
+        for name, values in now.scores.items():
+            room = "held_out" if name in self.held_out else "eval"
+            metrics[f"{room}/{name}"] = float(np.mean(values))
+            difference = values - np.asarray(base[name], np.float32)
+            metrics[f"{room}/win_rate/{name}"] = float(np.mean((difference > 0) + 0.5 * (difference == 0)))
+        return metrics
+
+    def held_out_mean(self, base: Mapping[str, Sequence[float]], now: Look) -> float | None:
+        """Mean over the held-out dimensions of their gain on the base, in the base's standard deviations over prompts.
+
+        None without a held-out judge. It steers, and whoever reports it says so.
+        """
+        if not self.held_out:
+            return None
+        gains = []
+        for name in self.held_out:
+            before = np.asarray(base[name], np.float32)
+            spread = float(before.std()) or 1.0
+            gains.append(float(np.mean(now.scores[name] - before)) / spread)
+        return float(np.mean(gains))
+
+
+@jax.jit
+def _distance(a: Tree, b: Tree) -> jax.Array:
+    return optax.global_norm(jax.tree.map(jnp.subtract, a, b))
+
+
+def displacement(
+    update: Update, state: TrainState, frozen: Tree, start: Tree, empty_text: jax.Array
+) -> dict[str, float]:
+    """How far the policy has gone, and P(e_w rises): the share of stored pairs whose winner's error is above theta0's.
+
+    Preference training can make winners less likely along with losers; above 0.6 it does.
+    """
+    noised = update.draw(state.watched, empty_text, 0, _WATCH_DRAW)
+    now = update.errors(frozen, state.policy, noised).winner
+    before = update.errors(frozen, start, noised).winner
+    mask = state.watched.mask
+    risen = (now > before).astype(jnp.float32) + 0.5 * (now == before)
+    metrics = {
+        "policy/winner_error_rises": losses.masked_sum(risen, mask) / losses.denominator(mask),
+        "policy/distance_to_start": _distance(state.policy, start),
+        "policy/distance_to_reference": _distance(state.policy, state.reference),
+    }
+    return {name: float(value) for name, value in metrics.items()}
