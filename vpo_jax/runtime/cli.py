@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         """Raises UserError for what is left over after parsing."""
         if rest:
             name = rest[0].split("=")[0]
-            raise UserError(f"{name}: unknown flag{_nearest(name, list(self._option_string_actions))}")
+            raise UserError(f"{name}: unknown flag{nearest(name, list(self._option_string_actions))}")
 
 
 def split_overrides(argv: Sequence[str], prefix: str = "--config.") -> tuple[list[str], list[tuple[str, str]]]:
@@ -115,7 +115,7 @@ def override(config: Any, overrides: Iterable[tuple[str, str]]) -> None:
     fields = dict(flatten_config(config))
     for key, text in overrides:
         if key not in fields:
-            raise UserError(f"{key}: unknown config key{_nearest(key, list(fields))}")
+            raise UserError(f"{key}: unknown config key{nearest(key, list(fields))}")
         node = config
         *parents, last = key.split(".")
         for parent in parents:
@@ -158,7 +158,8 @@ def _parse(key: str, text: str, kind: type) -> Any:
     raise UserError(f"{key}: cannot be set from the command line (it is a {kind.__name__}); edit the config file")
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The words that propose the key of `known` that is most like `name`; empty where none is known."""
     def likeness(key: str) -> float:
         # A name whose last part is right counts for more than one in the right group.
         whole = difflib.SequenceMatcher(None, name, key).ratio()

@@ -121,7 +121,9 @@ def check(config: Mapping[str, Any]) -> None:
         _check_value(key, values[key], field)
     microbatch, pairs = values["train.microbatch"], values["train.prompts_per_step"]
     if microbatch and pairs % microbatch:
-        raise UserError(f"train.microbatch: {microbatch} does not divide train.prompts_per_step={pairs}; choose a divisor")
+        raise UserError(
+            f"train.microbatch: {microbatch} does not divide train.prompts_per_step={pairs}; choose a divisor"
+        )
     rollout, videos = values["rollout.microbatch"], pairs * values["rollout.candidates"]
     if rollout and videos % rollout:
         raise UserError(
