@@ -11,7 +11,7 @@ from vpo_jax.shapes import world
 def test_splits_are_disjoint_and_cover_all_captions():
     parts = [world.captions(split) for split in ("train", "tune", "held_out")]
     assert [len(part) for part in parts] == [336, 48, 96]
-    assert len(set(sum(parts, []))) == 480
+    assert len({caption for part in parts for caption in part}) == 480
 
 
 @pytest.mark.parametrize("split", ["train", "tune", "held_out"])
