@@ -1,0 +1,80 @@
+"""Signs that preference training goes wrong, read from what a run measured. Pure functions; the run decides.
+
+The DPO loss is no such sign: win rates rise while it looks flat.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+LEAST_MOTION = 0.9
+MOST_RISING = 0.6
+
+
+class Alarm(NamedTuple):
+    """One sign: a name for metrics ("alarm/motion_lost") and a sentence for people."""
+
+    name: str
+    message: str
+
+
+def judge_falls(reward: Sequence[float], judge: Sequence[float]) -> bool:
+    """Whether a held-out judge fell twice in a row while the trained reward rose: reward hacking.
+
+    Both are histories over the same evaluations, oldest first; the last three count.
+    """
+    if len(reward) != len(judge):
+        raise ValueError(f"histories of {len(reward)} and {len(judge)} evaluations")
+    if len(judge) < 3:
+        return False
+    return judge[-1] < judge[-2] < judge[-3] and reward[-1] > reward[-3]
+
+
+def motion_lost(motion: float, base_motion: float, least: float = LEAST_MOTION) -> bool:
+    """Whether the policy moves less than `least` of what the base model does; preference training freezes videos."""
+    return motion < base_motion - (1 - least) * abs(base_motion)
+
+
+def winners_forgotten(share_rising: float, most: float = MOST_RISING) -> bool:
+    """Whether too many winners have become less likely than they were at the start: P(e_w rises) > `most`."""
+    return share_rising > most
+
+
+def check_alarms(
+    evaluations: Sequence[Mapping[str, float]],
+    reward: str,
+    judges: Sequence[str] = (),
+    motion: Sequence[str] = (),
+    rising: str | None = None,
+) -> tuple[Alarm, ...]:
+    """The alarms that the newest evaluation rings.
+
+    Args:
+      evaluations: metrics of every evaluation, oldest first; the first one is the base model.
+      reward: name of the trained reward's metric.
+      judges: names of the held-out judges' metrics.
+      motion: names of motion metrics, of scorers' dynamic_degree or a judge's speed.
+      rising: name of P(e_w rises).
+
+    An evaluation that lacks a metric, or has None for it, is passed over for that metric.
+    """
+    if not evaluations:
+        return ()
+    alarms = []
+    for judge in judges:
+        both = [(e[reward], e[judge]) for e in evaluations if _has(e, reward) and _has(e, judge)]
+        if judge_falls([r for r, _ in both], [j for _, j in both]):
+            alarms.append(Alarm("judge_falls", f"{judge} fell twice in a row to {both[-1][1]:.4g} while {reward} rose"))
+    for name in motion:
+        seen = [e[name] for e in evaluations if _has(e, name)]
+        if seen and motion_lost(seen[-1], seen[0]):
+            alarms.append(Alarm("motion_lost", f"{name} is {seen[-1]:.4g}, below 90 % of the base's {seen[0]:.4g}"))
+    newest = evaluations[-1]
+    if rising is not None and _has(newest, rising) and winners_forgotten(newest[rising]):
+        alarms.append(
+            Alarm("winners_forgotten", f"{newest[rising]:.0%} of the stored winners became less likely than at first")
+        )
+    return tuple(alarms)
+
+
+def _has(evaluation: Mapping[str, float], name: str) -> bool:
+    return evaluation.get(name) is not None

@@ -1,0 +1,298 @@
+"""Base against tuned: the same prompts, the same initial noise, every scorer's every dimension by itself."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from vpo_jax.evaluation.win_rate import mean_difference, win_rate
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.keys import stream_key
+
+# What a scorer has had to do with the tuned model; only the last kind of number is evidence by itself.
+ROLES = ("trained", "steered", "held out", "measured", "unknown")
+# Always in the table: preference training can freeze videos. Flicker counts as change here, so it is no judge.
+FRAME_CHANGE = "frames/change"
+
+Scores = dict[str, np.ndarray]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One dimension of one scorer. Means in the scorer's units; `low` and `high` bound `win_rate` at 95 %."""
+
+    scorer: str
+    dimension: str
+    role: str
+    base_mean: float
+    tuned_mean: float
+    difference: float
+    difference_low: float
+    difference_high: float
+    win_rate: float
+    low: float
+    high: float
+    prompts: int
+
+    @property
+    def name(self) -> str:
+        """"scorer/dimension"."""
+        return f"{self.scorer}/{self.dimension}"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """All that was compared, and the first clips to look at.
+
+    `base_videos` and `tuned_videos` are uint8 [V, F, H, W, 3] of the first V prompts, sample 0; `base_scores` and
+    `tuned_scores` map "scorer/dimension" to float32 [P, S] of S samples a prompt; `settings` says how clips were made.
+    """
+
+    rows: tuple[Row, ...]
+    prompts: tuple[str, ...]
+    settings: Mapping[str, Any]
+    base_scores: Scores
+    tuned_scores: Scores
+    base_videos: np.ndarray
+    tuned_videos: np.ndarray
+
+    def row(self, name: str) -> Row:
+        """The row of "scorer/dimension"."""
+        return next(row for row in self.rows if row.name == name)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How clips are made; None leaves a choice to the pipeline. `seed` and `samples` fix the initial noise."""
+
+    seed: int = 0
+    samples: int = 1
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    sampler: str | None = None
+    batch: int = field(default=16, metadata={"changes": "nothing but memory and time"})
+
+    def arguments(self) -> dict[str, Any]:
+        """Those that are chosen, as keyword arguments of a pipeline."""
+        own = ("seed", "samples", "batch")
+        return {key: value for key, value in asdict(self).items() if key not in own and value is not None}
+
+
+def compare(
+    base: Any,
+    tuned: Any,
+    prompts: Sequence[str],
+    rewards: Sequence[Any],
+    sampling: Sampling | None = None,
+    roles: Mapping[str, str] | None = None,
+    keep: int = 8,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Generates with both pipelines, scores everything, and keeps the first `keep` clips of each.
+
+    `roles` maps a scorer's name to one of ROLES ("unknown" where absent). `progress(what, done, total)` is called
+    after every batch.
+    """
+    sampling = sampling or Sampling()
+    base_scores, base_videos = evaluate(base, prompts, rewards, sampling, keep, progress and _named(progress, "base"))
+    tuned_scores, tuned_videos = evaluate(
+        tuned, prompts, rewards, sampling, keep, progress and _named(progress, "tuned")
+    )
+    return Comparison(
+        rows=compare_scores(base_scores, tuned_scores, roles),
+        prompts=tuple(prompts),
+        settings={key: value for key, value in asdict(sampling).items() if value is not None and key != "batch"},
+        base_scores=base_scores,
+        tuned_scores=tuned_scores,
+        base_videos=base_videos,
+        tuned_videos=tuned_videos,
+    )
+
+
+def evaluate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    rewards: Sequence[Any],
+    sampling: Sampling,
+    keep: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Scores, np.ndarray]:
+    """Scores {"scorer/dimension": float32 [P, S]} of one pipeline, and its first `keep` prompts' clips.
+
+    The noise of prompt i, sample s is `stream_key(seed, "eval", 0, i, s)`: it depends on neither batch nor model.
+    """
+    if not prompts:
+        raise UserError("prompts: none to evaluate on; give at least one")
+    tasks = [(i, s) for i in range(len(prompts)) for s in range(sampling.samples)]
+    judges = [_jitted(reward) for reward in rewards]
+    parts: list[Scores] = []
+    kept: list[np.ndarray] = []
+    size = min(sampling.batch, len(tasks))
+    for start in range(0, len(tasks), size):
+        chunk = tasks[start : start + size]
+        # The last batch is filled up with its own first clip, so that one compiled program serves all.
+        filled = chunk + chunk[:1] * (size - len(chunk))
+        texts = [prompts[i] for i, _ in filled]
+        videos = np.asarray(pipeline(texts, latents=_noise(pipeline, filled, sampling), **sampling.arguments()))
+        scores = _score(judges, videos, texts)
+        parts.append({name: values[: len(chunk)] for name, values in scores.items()})
+        kept += [video for video, (i, s) in zip(videos, chunk, strict=False) if i < keep and s == 0]
+        if progress is not None:
+            progress(min(start + size, len(tasks)), len(tasks))
+    shape = (len(prompts), sampling.samples)
+    together = {name: np.concatenate([part[name] for part in parts]).reshape(shape) for name in parts[0]}
+    return together, np.stack(kept) if kept else np.zeros((0, *videos.shape[1:]), np.uint8)
+
+
+def score_videos(rewards: Sequence[Any], videos: np.ndarray, prompts: Sequence[str]) -> Scores:
+    """{"scorer/dimension": float32 [B]} of whole videos uint8 [B, F, H, W, 3] and their prompts, and frames/change."""
+    return _score([_jitted(reward) for reward in rewards], videos, prompts)
+
+
+def compare_scores(base: Scores, tuned: Scores, roles: Mapping[str, str] | None = None) -> tuple[Row, ...]:
+    """A row for every "scorer/dimension" that both have."""
+    rows = []
+    for name in base:
+        scorer, dimension = name.split("/", 1)
+        role = "measured" if name == FRAME_CHANGE else (roles or {}).get(scorer, "unknown")
+        wins, change = win_rate(base[name], tuned[name]), mean_difference(base[name], tuned[name])
+        rows.append(
+            Row(
+                scorer=scorer,
+                dimension=dimension,
+                role=role,
+                base_mean=_finite_mean(base[name]),
+                tuned_mean=_finite_mean(tuned[name]),
+                difference=change.rate,
+                difference_low=change.low,
+                difference_high=change.high,
+                win_rate=wins.rate,
+                low=wins.low,
+                high=wins.high,
+                prompts=wins.prompts,
+            )
+        )
+    return tuple(rows)
+
+
+def table(comparison: Comparison) -> Table:
+    """The comparison for a terminal."""
+    count, samples = len(comparison.prompts), comparison.settings.get("samples", 1)
+    title = f"base against tuned: {count} prompts, {samples} sample{'s' if samples != 1 else ''} each, same noise"
+    result = Table(title=title, title_justify="left", caption_justify="left", caption=_caption(comparison.rows))
+    for header in ("scorer", "dimension"):
+        result.add_column(header, no_wrap=True)
+    for header in ("base", "tuned", "difference", "win rate", "95 % interval"):
+        result.add_column(header, justify="right", no_wrap=True)
+    result.add_column("", no_wrap=True)
+    previous = None
+    for row in comparison.rows:
+        if previous not in (None, row.scorer):
+            result.add_section()
+        judged = row.role != "measured"
+        result.add_row(
+            "" if row.scorer == previous else row.scorer,
+            row.dimension,
+            number(row.base_mean),
+            number(row.tuned_mean),
+            f"{row.difference:+.3g}",
+            percent(row.win_rate) if judged else "",
+            f"{percent(row.low)} to {percent(row.high)}" if judged else "",
+            row.role,
+            style="bold" if judged and row.low > 0.5 else None,
+        )
+        previous = row.scorer
+    return result
+
+
+def number(value: float) -> str:
+    """A mean for people."""
+    return "none" if math.isnan(value) else f"{value:.4g}"
+
+
+def percent(share: float) -> str:
+    """A share for people."""
+    return "none" if math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def write_json(path: str | Path, comparison: Comparison) -> None:
+    """evaluation.json: the rows, how clips were made, and every score; NaN is null. Whole or not at all."""
+    document = {
+        "rows": [asdict(row) for row in comparison.rows],
+        "settings": dict(comparison.settings),
+        "prompts": list(comparison.prompts),
+        "base_scores": {name: scores.tolist() for name, scores in comparison.base_scores.items()},
+        "tuned_scores": {name: scores.tolist() for name, scores in comparison.tuned_scores.items()},
+    }
+    path = Path(path)
+    whole = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole.write_text(json.dumps(_without_nan(document), indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(whole, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; choose another --output") from error
+
+
+def _caption(rows: Sequence[Row]) -> str:
+    words = {
+        "trained": "trained: the model was trained on it",
+        "steered": "steered: it chose the checkpoint",
+        "held out": "held out: it neither trained nor steered",
+        "unknown": "unknown: not said whether it trained this model",
+    }
+    roles = [role for role in ROLES if role in words and any(row.role == role for row in rows)]
+    return "bold: the interval lies above one half. " + "; ".join(words[role] for role in roles)
+
+
+def _named(progress: Progress, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(what, done, total)
+
+
+def _noise(pipeline: Any, tasks: Sequence[tuple[int, int]], sampling: Sampling) -> jax.Array:
+    shape = pipeline.latent_shape(sampling.num_frames, sampling.height, sampling.width)
+    slots, samples = (jnp.asarray(column) for column in zip(*tasks, strict=True))
+    keys = jax.vmap(lambda i, s: stream_key(sampling.seed, "eval", 0, i, s))(slots, samples)
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+
+def _jitted(reward: Any) -> tuple[Any, Callable[..., Any]]:
+    return reward, jax.jit(reward.score) if reward.jittable else reward.score
+
+
+def _score(judges: Sequence[tuple[Any, Callable[..., Any]]], videos: np.ndarray, prompts: Sequence[str]) -> Scores:
+    steps = np.abs(np.diff(videos.astype(np.float32), axis=1))
+    scores: Scores = {}
+    for reward, score in judges:
+        frames = np.asarray(reward.frame_indices(videos.shape[1]))
+        values = np.asarray(score(reward.params, videos[:, frames], reward.prepare(prompts)), np.float32)
+        scores |= {f"{reward.name}/{dimension}": values[:, d] for d, dimension in enumerate(reward.dimensions)}
+    # In shades of 0 to 255; a single frame has no change.
+    scores[FRAME_CHANGE] = steps.mean(axis=(1, 2, 3, 4)) if videos.shape[1] > 1 else np.zeros(len(videos), np.float32)
+    return scores
+
+
+def _finite_mean(scores: np.ndarray) -> float:
+    finite = scores[np.isfinite(scores)]
+    return float(finite.mean(dtype=np.float64)) if finite.size else math.nan
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
