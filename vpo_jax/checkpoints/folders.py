@@ -224,9 +224,11 @@ def read_tokenizer(folder: Path, text_config: CLIPTextConfig) -> Any:
     from transformers import CLIPTokenizer  # it takes seconds to import
 
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: not a CLIPTokenizer ({error}); copy it again") from error
+    for key in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(key, None)  # how it was read; transformers would write it into every copy
     if len(tokenizer) > text_config.vocab_size:
         raise UserError(
             f"{folder}: {len(tokenizer)} tokens, but text_encoder.vocab_size is {text_config.vocab_size}; "
