@@ -97,10 +97,10 @@ def test_diffusion_losses_and_pairs_know_no_flax():
             assert not other.startswith("vpo_jax.models"), f"{path} imports {other}, which is flax"
 
 
-def test_only_checkpoints_know_orbax_safetensors_diffusers_and_transformers():
+def test_only_checkpoints_know_orbax_safetensors_and_diffusers():
     for path in FILES:
         if path.parent.name != "checkpoints":
-            assert not tops(path) & {"orbax", "safetensors", "diffusers", "transformers"}, path
+            assert not tops(path) & {"orbax", "safetensors", "diffusers"}, path
 
 
 def test_one_file_knows_orbax():

@@ -64,9 +64,7 @@ class Workdir:
     @property
     def completed_steps(self) -> int | None:
         """Steps of the run that completed here; None while it is not complete."""
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            return int(json.loads((self.path / "complete").read_text())["steps"])
-        return None
+        return _completed(self.path)
 
     def complete(self, steps: int) -> None:
         """Marks the run of `steps` steps as complete."""
@@ -81,6 +79,26 @@ class Workdir:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def completed_steps(path: str | Path, config: Mapping[str, Any]) -> int | None:
+    """Steps of the run that completed in `path`, None where none did; reads only.
+
+    Raises UserError for what `open_workdir` would refuse, so that nobody waits for a model to load first.
+    """
+    path = Path(path)
+    with writing(path):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--workdir: {path} is a file; give a directory")
+        _refuse_strangers(path)
+        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        if not os.access(there, os.W_OK):
+            raise UserError(f"--workdir: no permission to write {there}; choose another one")
+        before = _read_config(path / "config.json")
+        if before is None:
+            return None
+        _refuse_differences(path, before, json.loads(json.dumps(config)))
+    return _completed(path)
 
 
 def open_workdir(path: str | Path, config: Mapping[str, Any]) -> Workdir:
@@ -165,6 +183,12 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def _completed(path: Path) -> int | None:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        return int(json.loads((path / "complete").read_text())["steps"])
+    return None
 
 
 def _refuse_strangers(path: Path) -> None:

@@ -1,0 +1,174 @@
+"""The whole job: load, train online, compare with the start, export.
+
+    python -m vpo_jax.main --config=configs/vpo.py[:PRESET] [--config.a.b=c] [--workdir=DIR]
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vpo_jax.data.prompts import load_prompts
+from vpo_jax.evaluation.compare import Comparison, Sampling, compare, table, write_json
+from vpo_jax.pipeline import load_pipeline
+from vpo_jax.report.page import write_report
+from vpo_jax.rewards.loading import load_reward
+from vpo_jax.runtime import cli
+from vpo_jax.runtime.backend import keep_compiled_programs, unused_accelerator
+from vpo_jax.runtime.mesh import make_mesh
+from vpo_jax.runtime.metrics import read_metrics
+from vpo_jax.runtime.signals import Stop, catch_signals
+from vpo_jax.runtime.workdir import Workdir, completed_steps, open_workdir
+from vpo_jax.training.check import check, check_mesh
+from vpo_jax.training.train import NonFinite, train
+
+CONFIG = "configs/vpo.py"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the job that the flags name."""
+    words, overrides = cli.split_overrides(argv)
+    parser = cli.Parser("vpo_jax.main", (__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", default=CONFIG, help="FILE.py or FILE.py:PRESET (default: %(default)s)")
+    parser.add_argument("--workdir", default="", help="where everything goes (default: runs/NAME of the config)")
+    if "--help" in words or "-h" in words:
+        given = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+        parser.epilog = "fields of the config:\n" + cli.describe_config(cli.load_config(given[-1] if given else CONFIG))
+    flags = parser.parse(words)
+    config = cli.load_config(flags.config)
+    cli.override(config, overrides)
+    file, _, preset = flags.config.partition(":")
+    run(config, flags.workdir or Path("runs", "-".join(filter(None, (Path(file).stem, preset)))))
+
+
+def run(config: Any, workdir: str | Path, console: Console | None = None) -> Comparison | None:
+    """Trains what `config` describes in `workdir`, or goes on there; None when it is complete already.
+
+    Raises UserError for wrong input, before anything is written; Interrupted after saving.
+    """
+    console = console or Console()
+    check(config)
+    if completed_steps(workdir, config.to_dict()) == config.train.steps:
+        console.print(f"complete: {config.train.steps} steps are done in {workdir}", soft_wrap=True)
+        console.print(f"look at {Path(workdir) / 'report.html'}", soft_wrap=True)
+        return None
+    keep_compiled_programs()
+    if idle := unused_accelerator():
+        print(f"warning: {idle}", file=sys.stderr)
+    mesh = make_mesh(**config.mesh)
+    check_mesh(config, mesh)
+    prompts = load_prompts(config.data.prompts, "data.prompts")
+    held_out_prompts = load_prompts(config.data.held_out, "data.held_out")
+    rewards = [load_reward(name) for name in names(config.reward.scorers)]
+    judges = [load_reward(name) for name in names(config.held_out.scorers)]
+    pipeline = load_pipeline(config.model.path)
+    with open_workdir(workdir, config.to_dict()) as opened, catch_signals() as stop:
+        result = train(
+            config,
+            pipeline,
+            rewards,
+            opened,
+            mesh=mesh,
+            prompts=prompts,
+            tuning_prompts=tuning_prompts(config, prompts),
+            # A judge that may not train may not steer either: it sees the result only.
+            held_out=[judge for judge in judges if judge.trains],
+            stop=stop,
+        )
+        return finish(config, opened, pipeline, result.pipeline, held_out_prompts, rewards, judges, stop, console)
+
+
+def names(scorers: str) -> list[str]:
+    """The names or folders of a comma-separated list."""
+    return [name for name in (part.strip() for part in scorers.split(",")) if name]
+
+
+def tuning_prompts(config: Any, prompts: Sequence[str]) -> Sequence[str]:
+    """What the looks of a run are made on: never the prompts that the result is reported on."""
+    if not config.eval.every:
+        return ()
+    if config.data.prompts.startswith("shapes:"):
+        prompts = load_prompts("shapes:tune")
+    return prompts[: config.eval.prompts]
+
+
+def finish(
+    config: Any,
+    workdir: Workdir,
+    base: Any,
+    tuned: Any,
+    prompts: Sequence[str],
+    rewards: Sequence[Any],
+    judges: Sequence[Any],
+    stop: Stop,
+    console: Console,
+) -> Comparison:
+    """Exports the tuned model, compares it with its start, writes the page, marks the run complete and says so.
+
+    `judges` may repeat `rewards`. Interrupted, it starts over at the next call.
+    """
+    tuned.save_pretrained(workdir.export)
+    sizes = {key: config.rollout[key] or None for key in ("num_frames", "height", "width", "sampler")}
+    sampling = Sampling(
+        seed=config.eval.seed,
+        samples=max(1, config.eval.prompts // len(prompts)),
+        num_inference_steps=config.rollout.num_inference_steps,
+        guidance_scale=config.rollout.guidance_scale,
+        negative_prompt=config.rollout.negative_prompt,
+        **sizes,
+    )
+    roles = {reward.name: "trained" for reward in rewards}
+    for judge in judges:
+        steers = judge.trains and config.eval.every > 0
+        roles.setdefault(judge.name, "steered" if steers else "held out")
+    scorers = list({scorer.name: scorer for scorer in (*rewards, *judges)}.values())
+    with console.status("comparing base and tuned") as status:
+
+        def show(what: str, done: int, total: int) -> None:
+            stop.check()
+            status.update(f"comparing: {what} {done}/{total}")
+
+        comparison = compare(
+            base,
+            tuned,
+            prompts[: config.eval.prompts],
+            scorers,
+            sampling,
+            roles,
+            progress=show,
+        )
+    write_json(workdir.path / "evaluation.json", comparison)
+    write_report(workdir.report, comparison, read_metrics(workdir.path), workdir.config)
+    console.print(table(comparison))
+    console.print(f"look at  {workdir.report}", soft_wrap=True, highlight=False)
+    console.print("load it:\n", soft_wrap=True, highlight=False)
+    for line in loading_lines(workdir.export, comparison):
+        console.print(f"    {line}", soft_wrap=True, highlight=False, markup=False)
+    workdir.complete(config.train.steps)
+    return comparison
+
+
+def loading_lines(export: Path, comparison: Comparison) -> list[str]:
+    """Three lines of Python that load the export in diffusers and make a video."""
+    settings = comparison.settings
+    keys = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")
+    chosen = "".join(f", {key}={settings[key]}" for key in keys if settings.get(key) is not None)
+    return [
+        "from diffusers import TextToVideoSDPipeline",
+        f"pipe = TextToVideoSDPipeline.from_pretrained({str(export.resolve())!r})",
+        f"video = pipe({comparison.prompts[0]!r}{chosen}).frames",
+    ]
+
+
+def command(argv: Sequence[str]) -> None:
+    """`main`, with a run that stopped at a non-finite step as a message and exit code 1."""
+    try:
+        main(argv)
+    except NonFinite as error:
+        raise SystemExit(f"stopped: {error}") from error
+
+
+if __name__ == "__main__":
+    cli.run(command)

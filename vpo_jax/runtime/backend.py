@@ -1,0 +1,57 @@
+"""What JAX runs on, and where it keeps compiled programs."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+
+
+def keep_compiled_programs() -> Path:
+    """Turns on JAX's persistent compilation cache, before anything is compiled; returns its directory.
+
+    JAX_COMPILATION_CACHE_DIR chooses another one than ~/.cache/vpo_jax/jax.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vpo_jax" / "jax"
+    directory = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    # With jax's defaults nothing that compiles in under a second is stored.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return directory
+
+
+def unused_accelerator() -> str:
+    """What to tell a person whose GPU or TPU lies idle because JAX runs on the CPU; "" where all is well."""
+    if jax.default_backend() != "cpu":
+        return ""
+    if _has_nvidia():
+        what, requirements = "an NVIDIA GPU", "requirements-cuda12.txt"
+    elif _has_tpu():
+        what, requirements = "a TPU", "requirements-tpu.txt"
+    else:
+        return ""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms:
+        return f"this machine has {what} and JAX uses the CPU: JAX_PLATFORMS={platforms}; unset it to use {what}"
+    return f"this machine has {what} and JAX uses the CPU; pip install -r {requirements} to use {what}"
+
+
+def _has_nvidia() -> bool:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return False
+    try:
+        listed = subprocess.run([command, "-L"], capture_output=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and b"GPU" in listed.stdout
+
+
+def _has_tpu() -> bool:
+    if any(Path("/dev").glob("accel[0-9]*")):
+        return True
+    # From v5e on the chips are bound to vfio; 0x1ae0 is Google.
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    return any(Path("/dev/vfio").glob("[0-9]*")) and any("0x1ae0" in vendor.read_text() for vendor in vendors)
