@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from vpo_jax.evaluation.win_rate import mean_difference, win_rate
 from vpo_jax.runtime.errors import UserError
@@ -45,7 +47,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """"scorer/dimension"."""
+        """ "scorer/dimension"."""
         return f"{self.scorer}/{self.dimension}"
 
 
@@ -192,30 +194,32 @@ def table(comparison: Comparison) -> Table:
     """The comparison for a terminal."""
     count, samples = len(comparison.prompts), comparison.settings.get("samples", 1)
     title = f"base against tuned: {count} prompts, {samples} sample{'s' if samples != 1 else ''} each, same noise"
-    result = Table(title=title, title_justify="left", caption_justify="left", caption=_caption(comparison.rows))
-    for header in ("scorer", "dimension"):
-        result.add_column(header, no_wrap=True)
-    for header in ("base", "tuned", "difference", "win rate", "95 % interval"):
-        result.add_column(header, justify="right", no_wrap=True)
+    result = Table(
+        title=title, caption=_caption(comparison.rows), title_justify="left", caption_justify="left", box=SIMPLE_HEAD
+    )
     result.add_column("", no_wrap=True)
+    for header in ("base", "tuned", "difference", "win rate"):
+        result.add_column(header, justify="right", no_wrap=True)
     previous = None
     for row in comparison.rows:
-        if previous not in (None, row.scorer):
-            result.add_section()
+        if row.scorer != previous:
+            result.add_row(Text(f"{row.scorer} ({row.role})", style="bold"))
         judged = row.role != "measured"
         result.add_row(
-            "" if row.scorer == previous else row.scorer,
-            row.dimension,
+            Text(f"  {row.dimension}"),
             number(row.base_mean),
             number(row.tuned_mean),
             f"{row.difference:+.3g}",
-            percent(row.win_rate) if judged else "",
-            f"{percent(row.low)} to {percent(row.high)}" if judged else "",
-            row.role,
-            style="bold" if judged and row.low > 0.5 else None,
+            f"{percent(row.win_rate)} ({interval(row)})" if judged else "",
+            style="green" if judged and row.low > 0.5 else "red" if judged and row.high < 0.5 else None,
         )
         previous = row.scorer
     return result
+
+
+def interval(row: Row) -> str:
+    """The 95 % interval of a row's win rate for people, without the sign."""
+    return "none" if math.isnan(row.low) else f"{100 * row.low:.0f} to {100 * row.high:.0f}"
 
 
 def number(value: float) -> str:
@@ -255,7 +259,9 @@ def _caption(rows: Sequence[Row]) -> str:
         "unknown": "unknown: not said whether it trained this model",
     }
     roles = [role for role in ROLES if role in words and any(row.role == role for row in rows)]
-    return "bold: the interval lies above one half. " + "; ".join(words[role] for role in roles)
+    return "\n".join(
+        ["win rate: ties count one half; in brackets 95 %, bootstrap over prompts"] + [words[r] for r in roles]
+    )
 
 
 def _named(progress: Progress, what: str) -> Callable[[int, int], None]:
