@@ -1,0 +1,72 @@
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from vpo_jax.runtime.cli import flatten_config, load_config
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import make_mesh
+from vpo_jax.training.check import FIELDS, check, check_mesh
+
+
+def changed(key, value):
+    config = ConfigDict(load_config("configs/vpo.py").to_dict(), type_safe=False)
+    *parents, last = key.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    return config
+
+
+@pytest.mark.parametrize("preset", ["", "tiny"])
+def test_the_shipped_configs_pass_and_hold_every_field(preset):
+    config = load_config(f"configs/vpo.py:{preset}")
+    check(config)
+    assert {key for key, _ in flatten_config(config)} == set(FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rollout.candidates", 1, "rollout.candidates: 1 is not a whole number from 2 up (a pair needs two)"),
+        ("train.steps", 0, "train.steps: 0 is not a whole number from 1 up"),
+        ("train.steps", 2.0, "train.steps: 2.0 is not a whole number"),
+        ("train.steps", True, "train.steps: True is not a whole number"),
+        ("preference.beta", 0.0, "preference.beta: 0.0 is not a number above 0"),
+        ("preference.beta", float("nan"), "preference.beta: nan is not a number above 0"),
+        ("optimizer.learning_rate", float("inf"), "optimizer.learning_rate: inf is not a number above 0"),
+        ("optimizer.learning_rate", "1e-4", "optimizer.learning_rate: '1e-4' is not a number above 0"),
+        ("model.path", "", "model.path: '' is not a diffusers folder, a hub id, or shapes"),
+        ("model.dtype", "float64", "model.dtype: 'float64' is not one of float32, bfloat16"),
+        ("reference.schedule", "never", "reference.schedule: 'never' is not one of frozen, refresh, ema, adaptive"),
+        ("ema.decay", 1.0, "ema.decay: 1.0 is not a number from 0 to below 1"),
+        ("mesh.data", 0, "mesh.data: 0 is not a number from 1 up, or -1"),
+        ("train.remat", 1, "train.remat: 1 is not true or false"),
+        ("train.microbatch", 3, "train.microbatch: 3 does not divide train.prompts_per_step=16"),
+        ("rollout.microbatch", 7, "rollout.microbatch: 7 does not divide the step's 64 videos"),
+        ("train.stepz", 3, "train.stepz: unknown config key; did you mean train.steps?"),
+        ("seed", -1, "seed: -1 is not a whole number from 0 up"),
+    ],
+)
+def test_a_value_that_no_run_could_have_is_named_with_the_fix(key, value, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        check(changed(key, value))
+
+
+def test_a_missing_field_is_named():
+    config = changed("seed", 0)
+    del config.preference.beta
+    with pytest.raises(UserError, match=r"preference\.beta: missing in the config; give a number above 0"):
+        check(config)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_named_with_one_that_it_does():
+    class Mesh:
+        shape = {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}  # noqa: RUF012
+
+    check_mesh(changed("train.prompts_per_step", 16), make_mesh())
+    with pytest.raises(UserError, match=r"train\.prompts_per_step: 12 is not a multiple of 8.*choose 16"):
+        check_mesh(changed("train.prompts_per_step", 12), Mesh())
+    with pytest.raises(UserError, match=r"train\.microbatch: 4 is not a multiple of 8"):
+        check_mesh(changed("train.microbatch", 4), Mesh())
