@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from vpo_jax.checkpoints.folders import read_pipeline, write_pipeline
@@ -122,7 +123,7 @@ def test_a_disk_that_refuses_leaves_the_old_folder_as_it_was(written, parts, tmp
     target = Path(shutil.copytree(written, tmp_path / "model"))
 
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: No space left on device")
 
     monkeypatch.setattr("vpo_jax.checkpoints.safetensors_io.save_file", full)
     with pytest.raises(UserError, match=r"cannot be written .*No space left on device"):

@@ -19,7 +19,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import from_torch, init_shapes, to_torch
@@ -175,7 +174,7 @@ def write_pipeline(
             _write_json(partial / DEFAULTS_FILE, parts.defaults)
         _write_json(partial / "model_index.json", _index(parts))
         _swap(partial, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); free space or choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

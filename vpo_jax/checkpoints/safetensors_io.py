@@ -63,7 +63,11 @@ def read_file(file: Path) -> dict[str, np.ndarray]:
 
 
 def write_weights(folder: Path, stem: str, state: Mapping[str, np.ndarray], max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write a flat state dict into `folder`, in shards with an index where it is larger than `max_shard_bytes`."""
+    """Write a flat state dict into `folder`, in shards with an index where it is larger than `max_shard_bytes`.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     shards: list[dict[str, np.ndarray]] = [{}]
     filled = 0
     for name, array in state.items():
@@ -152,4 +156,8 @@ def _view(data: np.ndarray, spec: Mapping[str, Any], where: str) -> np.ndarray:
 
 def _write_file(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     # transformers and diffusers refuse a file that does not say whose layout it has
-    save_file(dict(tensors), file, metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # its own class, also for a full disk
+        raise OSError(str(error)) from error
