@@ -1,0 +1,136 @@
+"""The folder of a small video scorer: config.json, model.safetensors, tokenizer.json."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from vpo_jax.checkpoints import safetensors_io as io
+from vpo_jax.checkpoints.keys import from_torch, init_shapes, to_torch
+from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.trees import cast_floating
+
+CLASS = "VideoScorer"
+_PAD, _UNKNOWN = "[PAD]", "[UNK]"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorerParts:
+    """What a scorer's folder holds.
+
+    Attributes:
+        config: of the model.
+        params: its parameter tree.
+        tokenizer: of tokenizer.json; it pads and cuts captions to `config.max_length` tokens.
+    """
+
+    config: VideoScorerConfig
+    params: Any
+    tokenizer: Tokenizer
+
+
+def make_word_tokenizer(words: Sequence[str], max_length: int) -> Tokenizer:
+    """One token a word, in lower case: padding is 0, any other word 1, `words` from 2 on."""
+    vocabulary = {token: i for i, token in enumerate([_PAD, _UNKNOWN, *sorted(set(words))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    tokenizer.enable_truncation(max_length)
+    tokenizer.enable_padding(pad_id=0, pad_token=_PAD, length=max_length)
+    return tokenizer
+
+
+def encode_captions(tokenizer: Tokenizer, captions: Sequence[str]) -> np.ndarray:
+    """Token ids of captions, padded with 0: int32 [B, max_length]."""
+    return np.array([encoding.ids for encoding in tokenizer.encode_batch(list(captions))], np.int32)
+
+
+def scorer_class(folder: str | Path) -> str:
+    """The `_class_name` of the scorer in `folder`.
+
+    Raises:
+        UserError: there is no such folder, or no scorer in it.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder; a scorer is a folder with config.json in it")
+    return str(io.read_json(Path(folder) / "config.json").get("_class_name"))
+
+
+def read_scorer(folder: str | Path) -> ScorerParts:
+    """The scorer in `folder`, with parameters in float32.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not belong to the others.
+    """
+    folder = Path(folder)
+    config = VideoScorerConfig.from_dict(io.read_json(folder / "config.json"))
+    where = folder / "tokenizer.json"
+    io.read_json(where)
+    try:
+        tokenizer = Tokenizer.from_file(str(where))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{where}: not a tokenizer ({error}); copy it again") from error
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise UserError(
+            f"{where}: {tokenizer.get_vocab_size()} tokens, but config.json has vocab_size {config.vocab_size}; "
+            "use the tokenizer that belongs to this scorer"
+        )
+    tokenizer.enable_truncation(config.max_length)
+    tokenizer.enable_padding(pad_id=0, pad_token=_PAD, length=config.max_length)
+    state = io.read_weights(folder, io.TRANSFORMERS_STEM)
+    return ScorerParts(config, from_torch(state, scorer_shapes(config), str(folder)), tokenizer)
+
+
+def scorer_shapes(config: VideoScorerConfig) -> dict[str, Any]:
+    """The tree of `ShapeDtypeStruct` of a scorer's parameters."""
+    video = (1, config.num_frames, config.image_size, config.image_size, 3)
+    return init_shapes(
+        VideoScorer(config),
+        jax.ShapeDtypeStruct(video, jnp.uint8),
+        jax.ShapeDtypeStruct((1, config.max_length), jnp.int32),
+    )
+
+
+def write_scorer(
+    folder: str | Path,
+    parts: ScorerParts,
+    extra: Mapping[str, Mapping[str, Any]] | None = None,
+    dtype: Any = np.float16,
+) -> None:
+    """Writes the scorer beside `folder` and renames it, so that a folder of that name is always whole.
+
+    Args:
+        folder: replaced where it holds a scorer already.
+        extra: JSON files to write into it, by name.
+        dtype: of the weights on disk.
+
+    Raises:
+        UserError: the name is taken by something else, or the disk refuses.
+    """
+    folder = Path(folder).resolve()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
+        raise UserError(f"{folder}: taken by something that is no scorer; choose another folder")
+    partial = folder.parent / f".{folder.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        files = {"config.json": parts.config.to_dict()} | dict(extra or {})
+        for name, value in files.items():
+            (partial / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        parts.tokenizer.save(str(partial / "tokenizer.json"))
+        io.write_weights(partial, io.TRANSFORMERS_STEM, to_torch(cast_floating(jax.device_get(parts.params), dtype)))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be written ({error}); free space or choose another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
