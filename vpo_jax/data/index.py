@@ -31,9 +31,8 @@ class PromptIndex:
         epochs, offsets = np.divmod(places, self.size)
         if not self.shuffle:
             return offsets
-        return np.array(
-            [_permutation(self.seed, int(epoch), self.size)[offset] for epoch, offset in zip(epochs, offsets, strict=True)]
-        )
+        orders = {int(epoch): _permutation(self.seed, int(epoch), self.size) for epoch in np.unique(epochs)}
+        return np.array([orders[epoch][offset] for epoch, offset in zip(epochs.tolist(), offsets, strict=True)])
 
 
 @functools.lru_cache(maxsize=2)

@@ -55,7 +55,7 @@ class Combined(NamedTuple):
 
 
 def dimension_names(rewards: Sequence[Dimensions]) -> tuple[str, ...]:
-    """"scorer/dimension" in the order in which scores are concatenated.
+    """Each dimension as "scorer/dimension", in the order in which scores are concatenated.
 
     Raises UserError when two scorers have one name.
     """
@@ -150,7 +150,7 @@ def update_statistics(statistics: RewardStatistics, scores: jax.Array) -> Reward
 
 
 def normalise_and_combine(
-    statistics: RewardStatistics, scores: jax.Array, weights: jax.Array, ranges: jax.Array
+    statistics: RewardStatistics, scores: jax.Array, weights: jax.typing.ArrayLike, ranges: jax.typing.ArrayLike
 ) -> Combined:
     """z = (s - mean over the prompt's finite candidates) / sigma_d, and r = sum_d w_d z_d.
 

@@ -90,9 +90,8 @@ def choose_pairs(
     winner_reward = jnp.where(enough, winner_reward, 0.0)
     loser_reward = jnp.where(enough, loser_reward, 0.0)
     difference = winner_reward - loser_reward
-    if motion is None:
-        moves = jnp.ones_like(enough)
-    else:
+    moves = jnp.ones_like(enough)
+    if motion is not None:
         moves = _of(motion, winner) >= _of(motion, loser) - motion_tolerance
     fails = {
         "non_finite": ~enough,

@@ -19,14 +19,14 @@ class Curriculum(NamedTuple):
 
     Attributes:
       correct: float32, implicit accuracy summed over pairs and updates.
-      count: float32, how many there were.
+      pairs: float32, how many there were.
       held_out: float32, the held-out judge at the last refresh; -inf before the first.
       refreshed_at: int32, steps completed at the last refresh.
       refreshes: int32.
     """
 
     correct: jax.Array
-    count: jax.Array
+    pairs: jax.Array
     held_out: jax.Array
     refreshed_at: jax.Array
     refreshes: jax.Array
@@ -86,9 +86,9 @@ def make_reference(
 
 
 def _due(curriculum: Curriculum, step: int, every: int, held_out: float) -> bool:
-    if step - int(curriculum.refreshed_at) < every or float(curriculum.count) == 0.0:
+    if step - int(curriculum.refreshed_at) < every or float(curriculum.pairs) == 0.0:
         return False
-    accuracy = float(curriculum.correct) / float(curriculum.count)
+    accuracy = float(curriculum.correct) / float(curriculum.pairs)
     return accuracy >= HIGH_ACCURACY and held_out >= float(curriculum.held_out)
 
 
@@ -102,7 +102,7 @@ def _refreshed(curriculum: Curriculum, step: int, held_out: float | None) -> Cur
 
     return Curriculum(
         correct=like(0.0, curriculum.correct),
-        count=like(0.0, curriculum.count),
+        pairs=like(0.0, curriculum.pairs),
         held_out=curriculum.held_out if held_out is None else like(held_out, curriculum.held_out),
         refreshed_at=like(step, curriculum.refreshed_at),
         refreshes=curriculum.refreshes + 1,

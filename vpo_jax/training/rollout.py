@@ -13,28 +13,11 @@ import numpy as np
 
 from vpo_jax.diffusion.guidance import classifier_free
 from vpo_jax.diffusion.samplers import Sampler, sample
-from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import BATCH, constrain
 from vpo_jax.training.step import Denoise, join_batch, split_batch
 
 Tree = Any
-
-
-def check_rollout(prompts: int, candidates: int, microbatch: int, parts: int) -> None:
-    """Raises UserError where a rollout is not cut evenly, into microbatches or over the mesh's `parts`."""
-    if candidates < 2:
-        raise UserError(f"rollout.candidates: {candidates} leaves nothing to compare; give 2 or more")
-    clips = prompts * candidates
-    if clips % parts:
-        raise UserError(
-            f"train.prompts_per_step: {prompts} prompts x {candidates} candidates are not a multiple of"
-            f" mesh.data x mesh.fsdp = {parts}; give a multiple, or a smaller mesh"
-        )
-    if microbatch < 0 or (microbatch and clips % microbatch):
-        raise UserError(f"rollout.microbatch: {microbatch} does not divide {clips} videos; give a divisor, or 0 for all")
-    if microbatch % parts:
-        raise UserError(f"rollout.microbatch: {microbatch} videos are not a multiple of mesh.data x mesh.fsdp = {parts}")
 
 
 def in_microbatches(stage: Callable[[Tree], Tree], batch: Tree, microbatch: int) -> Tree:
@@ -45,7 +28,7 @@ def in_microbatches(stage: Callable[[Tree], Tree], batch: Tree, microbatch: int)
     return join_batch(jax.lax.map(stage, chunks))
 
 
-def make_candidate_keys(seed: int, prompts: int, candidates: int) -> Callable[[int], jax.Array]:
+def make_candidate_keys(seed: int, prompts: int, candidates: int) -> Callable[[Any], jax.Array]:
     """`keys(step)`: keys [prompts * candidates] of a step's clips, the candidates of a prompt side by side."""
 
     def keys(step: jax.Array) -> jax.Array:
@@ -89,9 +72,7 @@ def make_rollout(
 
         return constrain(sample(sampler, guided, noise, split[:, 1]), BATCH)
 
-    def rollout(
-        frozen: Tree, adapters: Tree, text: jax.Array, negative: jax.Array, keys: jax.Array
-    ) -> jax.Array:
+    def rollout(frozen: Tree, adapters: Tree, text: jax.Array, negative: jax.Array, keys: jax.Array) -> jax.Array:
         return in_microbatches(lambda chunk: of_chunk(frozen, adapters, negative, chunk), (text, keys), microbatch)
 
     return jax.jit(rollout)
@@ -118,9 +99,7 @@ class Scores:
     A scorer that is not jittable gets numpy arrays on the host, and the device waits for it.
     """
 
-    def __init__(
-        self, rewards: Sequence[Any], num_frames: int, frames: Sequence[int], microbatch: int = 0
-    ) -> None:
+    def __init__(self, rewards: Sequence[Any], num_frames: int, frames: Sequence[int], microbatch: int = 0) -> None:
         self.rewards = tuple(rewards)
         places = {frame: place for place, frame in enumerate(frames)}
         self._score = [

@@ -97,10 +97,7 @@ def infer_state_shardings(state: TrainState, mesh: Mesh, rules: Rules = PARAMETE
     """
     whole = jax.tree.map(lambda _: replicated(mesh), state)
     by_rules = {
-        name: infer_shardings(getattr(state, name), mesh, rules)
-        for name in ("policy", "reference", "ema", "optimizer")
+        name: infer_shardings(getattr(state, name), mesh, rules) for name in ("policy", "reference", "ema", "optimizer")
     }
-    pairs = {
-        name: jax.tree.map(lambda _: batch_sharding(mesh), getattr(state, name)) for name in ("buffer", "watched")
-    }
+    pairs = {name: jax.tree.map(lambda _: batch_sharding(mesh), getattr(state, name)) for name in ("buffer", "watched")}
     return whole._replace(**by_rules, **pairs)

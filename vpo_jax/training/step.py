@@ -1,12 +1,12 @@
 """One optimizer update, as four compiled programs whose borders keep the reference out of every gradient.
 
-    draw     noise, timestep and caption dropout, once for a pair
-    errors   e_w, e_l under given adapters: one program, called for theta and for phi, so that u = 0 at theta = phi
-    weigh    u, the loss, and the two constants that a pair's gradient needs
-    descend  gradients with those constants, clipping, AdamW, the average
+draw     noise, timestep and caption dropout, once for a pair
+errors   e_w, e_l under given adapters: one program, called for theta and for phi, so that u = 0 at theta = phi
+weigh    u, the loss, and the two constants that a pair's gradient needs
+descend  gradients with those constants, clipping, AdamW, the average
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import optax
 
 from vpo_jax.diffusion.schedules import Schedule, add_noise, training_target
-from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import BATCH, constrain
 from vpo_jax.runtime.trees import select
@@ -30,6 +29,8 @@ Denoise = Callable[[Tree, Tree, jax.Array, jax.Array, jax.Array], jax.Array]
 # Rounding in u above this is of the size of real preferences.
 NOISE_LIMIT = 0.1
 NOISE_SCALE = 1e-5
+# An update number that no training draw reaches: watched pairs meet noise of their own.
+_WATCH_DRAW = 2**30
 
 
 class Noised(NamedTuple):
@@ -103,21 +104,6 @@ def join_batch(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def check_microbatch(pairs: int, microbatch: int, parts: int) -> None:
-    """Raises UserError where a batch of pairs is not cut evenly, into microbatches or over the mesh's `parts`."""
-    if pairs % parts:
-        raise UserError(
-            f"train.prompts_per_step: {pairs} prompts are not a multiple of mesh.data x mesh.fsdp = {parts};"
-            f" give a multiple, or a smaller mesh"
-        )
-    if microbatch < 0 or (microbatch and pairs % microbatch):
-        raise UserError(f"train.microbatch: {microbatch} does not divide {pairs} pairs; give a divisor, or 0 for all")
-    if microbatch % parts:
-        raise UserError(
-            f"train.microbatch: {microbatch} pairs are not a multiple of mesh.data x mesh.fsdp = {parts}"
-        )
-
-
 def predict_pairs(denoise: Denoise, frozen: Tree, adapters: Tree, noised: Noised) -> tuple[jax.Array, jax.Array]:
     """Predictions for winners and losers, each [P, F, h, w, C], in one forward pass.
 
@@ -125,9 +111,7 @@ def predict_pairs(denoise: Denoise, frozen: Tree, adapters: Tree, noised: Noised
     """
     both = jnp.stack([noised.winner, noised.loser], axis=1)
     latents = constrain(both.reshape(-1, *both.shape[2:]), BATCH)
-    prediction = denoise(
-        frozen, adapters, latents, jnp.repeat(noised.timesteps, 2), jnp.repeat(noised.text, 2, axis=0)
-    )
+    prediction = denoise(frozen, adapters, latents, jnp.repeat(noised.timesteps, 2), jnp.repeat(noised.text, 2, axis=0))
     prediction = prediction.reshape(both.shape)
     return prediction[:, 0], prediction[:, 1]
 
@@ -155,9 +139,7 @@ def make_errors(denoise: Denoise, microbatch: int = 0) -> Callable[[Tree, Tree, 
 def make_weigh(beta: float, label_temperature: float = 0.0, winner_penalty: float = 0.0) -> Callable:
     """`weigh(pairs, policy errors, reference errors) -> (coefficients, loss, metrics)`, jitted."""
 
-    def weigh(
-        pairs: Pairs, policy: PairErrors, reference: PairErrors
-    ) -> tuple[PairCoefficients, jax.Array, Metrics]:
+    def weigh(pairs: Pairs, policy: PairErrors, reference: PairErrors) -> tuple[PairCoefficients, jax.Array, Metrics]:
         mask = pairs.mask
         label = losses.preference_label(pairs.winner_reward, pairs.loser_reward, label_temperature)
         logit = losses.preference_logit(policy, reference, beta)
@@ -210,9 +192,7 @@ def make_gradients(
         metrics = {}
         share: jax.Array | float = 1.0
         if safeguard_mu is not None:
-            share = losses.safeguard_share(
-                winner, noised.winner_target, loser, noised.loser_target, safeguard_mu
-            )
+            share = losses.safeguard_share(winner, noised.winner_target, loser, noised.loser_target, safeguard_mu)
             metrics["loss/loser_share"] = (losses.masked_sum(share, mask), kept)
         loss = losses.weighted_errors(errors, coefficients, share)
         if anchor > 0.0:
@@ -279,9 +259,7 @@ def make_descend(
         applied = trained.finite & finite & some
         policy = optax.apply_updates(trained.policy, change)
         ema = jax.tree.map(lambda a, p: ema_decay * a + (1.0 - ema_decay) * p, trained.ema, policy)
-        policy, ema, moments = select(
-            applied, (policy, ema, moments), (trained.policy, trained.ema, trained.optimizer)
-        )
+        policy, ema, moments = select(applied, (policy, ema, moments), (trained.policy, trained.ema, trained.optimizer))
         one = jnp.ones((), jnp.float32)
         metrics |= {
             "loss/gradient_norm": (norm, one),
@@ -340,7 +318,10 @@ class Update:
             pairs, errors(frozen, state.policy, noised), errors(frozen, state.reference, noised)
         )
         trained, more = self.descend(_trained(state), frozen, start, noised, coefficients, pairs.mask, loss)
-        return state._replace(**trained._asdict()), metrics | more
+        correct, kept = metrics["loss/implicit_accuracy"]
+        curriculum = state.curriculum
+        curriculum = curriculum._replace(correct=curriculum.correct + correct, pairs=curriculum.pairs + kept)
+        return state._replace(**trained._asdict(), curriculum=curriculum), metrics | more
 
     def rounding_noise(self, state: TrainState, frozen: Tree, empty_text: jax.Array) -> float:
         """Mean over pairs of |u - u in float32| for phi = theta + 1e-5 noise: what rounding alone does to u."""
@@ -354,6 +335,21 @@ class Update:
         ]
         difference = jnp.abs(logits[0] - logits[1])
         return float(losses.masked_sum(difference, state.buffer.mask) / losses.denominator(state.buffer.mask))
+
+    def displacement(self, state: TrainState, frozen: Tree, start: Tree, empty_text: jax.Array) -> dict[str, float]:
+        """How far the policy has gone, and P(e_w rises): the share of watched pairs whose e_w is above theta0's.
+
+        Preference training can make winners less likely along with losers; above 0.6 it does.
+        """
+        noised = self.draw(state.watched, empty_text, 0, _WATCH_DRAW)
+        mask = state.watched.mask
+        now, before = (self.errors(frozen, adapters, noised).winner for adapters in (state.policy, start))
+        risen = (now > before).astype(jnp.float32) + 0.5 * (now == before)
+        return {
+            "policy/winner_error_rises": float(losses.masked_sum(risen, mask) / losses.denominator(mask)),
+            "policy/distance_to_start": float(_distance(state.policy, start)),
+            "policy/distance_to_reference": float(_distance(state.policy, state.reference)),
+        }
 
 
 def _trained(state: TrainState) -> Trained:
@@ -369,10 +365,6 @@ def _perturb(tree: Tree, key: jax.Array) -> Tree:
     return jax.tree.unflatten(structure, moved)
 
 
-def add_metrics(total: Mapping[str, tuple], more: Mapping[str, tuple]) -> dict[str, tuple]:
-    """Sums of (sum, count) pairs by name."""
-    names = dict.fromkeys((*total, *more))
-    return {
-        name: tuple(a + b for a, b in zip(total.get(name, (0.0, 0.0)), more.get(name, (0.0, 0.0)), strict=True))
-        for name in names
-    }
+@jax.jit
+def _distance(a: Tree, b: Tree) -> jax.Array:
+    return optax.global_norm(jax.tree.map(jnp.subtract, a, b))

@@ -1,23 +1,19 @@
 """Looks at the policy from outside its loss: fixed prompts, fixed seeds, judges that do not train it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from vpo_jax.rewards.combine import dimension_names
 from vpo_jax.runtime.keys import stream_key
-from vpo_jax.training import losses
+from vpo_jax.runtime.metrics import MetricsWriter
+from vpo_jax.runtime.video import write_webp
 from vpo_jax.training.rollout import Scores
-from vpo_jax.training.state import TrainState
-from vpo_jax.training.step import Update
 
 Tree = Any
-# An update number that no training draw reaches: the stored pairs meet noise of their own.
-_WATCH_DRAW = 2**30
 
 
 class Look(NamedTuple):
@@ -102,26 +98,10 @@ class Watch:
         return float(np.mean(gains))
 
 
-@jax.jit
-def _distance(a: Tree, b: Tree) -> jax.Array:
-    return optax.global_norm(jax.tree.map(jnp.subtract, a, b))
-
-
-def displacement(
-    update: Update, state: TrainState, frozen: Tree, start: Tree, empty_text: jax.Array
-) -> dict[str, float]:
-    """How far the policy has gone, and P(e_w rises): the share of stored pairs whose winner's error is above theta0's.
-
-    Preference training can make winners less likely along with losers; above 0.6 it does.
-    """
-    noised = update.draw(state.watched, empty_text, 0, _WATCH_DRAW)
-    now = update.errors(frozen, state.policy, noised).winner
-    before = update.errors(frozen, start, noised).winner
-    mask = state.watched.mask
-    risen = (now > before).astype(jnp.float32) + 0.5 * (now == before)
-    metrics = {
-        "policy/winner_error_rises": losses.masked_sum(risen, mask) / losses.denominator(mask),
-        "policy/distance_to_start": _distance(state.policy, start),
-        "policy/distance_to_reference": _distance(state.policy, state.reference),
-    }
-    return {name: float(value) for name, value in metrics.items()}
+def save_samples(folder: Path, writer: MetricsWriter, step: int, videos: np.ndarray) -> None:
+    """Writes a look's videos, uint8 [B, F, H, W, 3], as folder/step_NNNNNN/II.webp and to the event files."""
+    target = folder / f"step_{step:06d}"
+    target.mkdir(parents=True, exist_ok=True)
+    for i, video in enumerate(videos):
+        write_webp(target / f"{i:02d}.webp", video)
+        writer.video(step, f"samples/{i:02d}", video)

@@ -1,0 +1,174 @@
+"""The stages of a step, built once: every compiled function with the parameters that it reads and their shardings."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vpo_jax.diffusion.samplers import make_sampler
+from vpo_jax.rewards.combine import dimension_names
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import BATCH, constrain, infer_shardings, replicated
+from vpo_jax.training.check import check_mesh
+from vpo_jax.training.optimizer import make_optimizer
+from vpo_jax.training.pairs import Pairs, make_pairing, push
+from vpo_jax.training.policy import make_policy
+from vpo_jax.training.rollout import (
+    Scores,
+    frames_to_decode,
+    make_candidate_keys,
+    make_decode,
+    make_rollout,
+)
+from vpo_jax.training.state import PARAMETER_RULES, TrainState, infer_state_shardings, init_state
+from vpo_jax.training.step import Metrics, Update
+
+Tree = Any
+
+
+class Stages:
+    """Encode, sample, score, pair and update for one config on one mesh; `jax.set_mesh(mesh)` is the caller's.
+
+    Attributes:
+      policy: see `Policy`.
+      size: prompts a step.
+      clips: prompts x candidates.
+      num_frames: of a video.
+      abstract_state: the state's shapes, dtypes and shardings: what a checkpoint is restored into.
+    """
+
+    def __init__(
+        self, config: Any, pipeline: Any, rewards: Sequence[Any], mesh: Mesh, adapters: Tree | None = None
+    ) -> None:
+        self.size, candidates = config.train.prompts_per_step, config.rollout.candidates
+        self.clips, chunk = self.size * candidates, config.rollout.microbatch
+        check_mesh(config, mesh)
+        for reward in rewards:
+            if not reward.trains:
+                raise UserError(f"reward.scorers: {reward.name!r} may only judge; name it in held_out.scorers")
+        self.num_frames, height, width = pipeline.video_size(
+            config.rollout.num_frames, config.rollout.height, config.rollout.width
+        )
+        latent_shape = pipeline.latent_shape(self.num_frames, height, width)
+
+        # Policy, reference and start share one frozen backbone.
+        self.policy = make_policy(config, pipeline.unet, pipeline.params["unet"], adapters)
+        self.frozen, self.start, self._text_params, self._vae_params = (
+            jax.device_put(tree, infer_shardings(tree, mesh, PARAMETER_RULES))
+            for tree in (
+                self.policy.frozen,
+                self.policy.start,
+                pipeline.params["text_encoder"],
+                pipeline.params["vae"],
+            )
+        )
+
+        self._tokenize = pipeline.tokenize
+        self._encode = jax.jit(lambda params, ids: constrain(pipeline.encode_text(params, ids), BATCH))
+        self._repeat = jax.jit(lambda text: constrain(jnp.repeat(text, candidates, axis=0), BATCH))
+        plain = [config.rollout.negative_prompt, ""]
+        unconditional = jax.device_put(self.encode((plain * self.size)[: max(2, self.size)]), replicated(mesh))
+        self._negative, self.empty_text = unconditional[0], unconditional[1]
+
+        sampler = make_sampler(
+            pipeline.scheduler_config,
+            config.rollout.num_inference_steps,
+            config.rollout.sampler or None,
+            config.rollout.eta,
+        )
+        self._keys = make_candidate_keys(config.seed, self.size, candidates)
+        self._rollout = make_rollout(self.policy.denoise, sampler, latent_shape, config.rollout.guidance_scale, chunk)
+        frames = frames_to_decode(rewards, self.num_frames)
+        every = tuple(range(self.num_frames))
+        self._decode = make_decode(pipeline, frames, chunk)
+        self._decode_all = self._decode if frames == every else make_decode(pipeline, every, chunk)
+        self._score = Scores(rewards, self.num_frames, frames, chunk)
+
+        optimizer = make_optimizer(config.optimizer)
+        pairs = abstract_pairs(self.size, latent_shape, self.empty_text)
+
+        def fresh() -> TrainState:
+            return init_state(
+                self.start,
+                optimizer,
+                pairs,
+                len(dimension_names(rewards)),
+                config.preference.max_pair_age,
+                with_ema=config.ema.decay > 0.0,
+            )
+
+        shapes = jax.eval_shape(fresh)
+        shardings = infer_state_shardings(shapes, mesh)
+        self.abstract_state: TrainState = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        )
+        self._fresh = jax.jit(fresh, out_shardings=shardings)
+        self._pairing = make_pairing(config, rewards, (shardings.statistics, shardings.watched, replicated(mesh)))
+        self._push = jax.jit(push, out_shardings=shardings.buffer)
+        float32 = self.policy.in_float32()
+        self._update = Update(config, self.policy.denoise, float32.denoise, pipeline.schedule, optimizer, shardings)
+
+    def fresh_state(self) -> TrainState:
+        """The state before the first step."""
+        return self._fresh()
+
+    def encode(self, prompts: Sequence[str]) -> jax.Array:
+        """[P, L, D] of P prompts."""
+        return self._encode(self._text_params, self._tokenize(list(prompts)))
+
+    def sample(self, adapters: Tree, text: jax.Array, step: int) -> jax.Array:
+        """Candidates of a step's prompts: clean latents [P * N, F, h, w, C]."""
+        return self._rollout(self.frozen, adapters, self._repeat(text), self._negative, self._keys(np.int32(step)))
+
+    def generate(self, adapters: Tree, prompts: Sequence[str], keys: jax.Array) -> jax.Array:
+        """One video for each of P * N prompts and keys: uint8 [P * N, F, H, W, 3], all frames."""
+        latents = self._rollout(self.frozen, adapters, self.encode(prompts), self._negative, keys)
+        return self._decode_all(self._vae_params, latents)
+
+    def score(self, latents: jax.Array, prompts: Sequence[str]) -> jax.Array:
+        """Scores [P * N, D] of the candidates of P prompts; only the frames that a scorer reads are decoded."""
+        candidates = self.clips // self.size
+        videos = self._decode(self._vae_params, latents)
+        return self._score(videos, [prompt for prompt in prompts for _ in range(candidates)])
+
+    def pair(
+        self, state: TrainState, latents: jax.Array, text: jax.Array, scores: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """The state with this step's pairs in its buffer; the first step's are kept for watching too."""
+        statistics, pairs, metrics = self._pairing(state.statistics, latents, text, scores, state.step)
+        first = {} if int(state.step) else {"watched": pairs}
+        buffer = self._push(state.buffer, pairs, state.step)
+        return state._replace(statistics=statistics, buffer=buffer, **first), metrics
+
+    def update(self, state: TrainState, update: int, precise: bool) -> tuple[TrainState, Metrics]:
+        """The state after one optimizer update."""
+        return self._update(state, self.frozen, self.start, self.empty_text, update, precise)
+
+    def rounding_noise(self, state: TrainState) -> float:
+        """See `Update.rounding_noise`."""
+        return self._update.rounding_noise(state, self.frozen, self.empty_text)
+
+    def displacement(self, state: TrainState) -> dict[str, float]:
+        """See `Update.displacement`."""
+        return self._update.displacement(state, self.frozen, self.start, self.empty_text)
+
+
+def abstract_pairs(size: int, latent_shape: tuple[int, ...], text: jax.Array) -> Pairs:
+    """Shapes and dtypes of a step's pairs; `text` is one prompt's encoding [L, D]."""
+
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((size, *shape), dtype)
+
+    return Pairs(
+        winner=array(jnp.float32, *latent_shape),
+        loser=array(jnp.float32, *latent_shape),
+        text=array(text.dtype, *text.shape),
+        mask=array(jnp.bool_),
+        winner_reward=array(jnp.float32),
+        loser_reward=array(jnp.float32),
+        slot=array(jnp.int32),
+        step=array(jnp.int32),
+    )
