@@ -165,6 +165,21 @@ def test_a_hub_id_without_a_network_says_so(monkeypatch):
     assert "\n" not in str(e.value)
 
 
+def test_a_hub_model_is_downloaded_without_pickles_and_with_fp16_only_where_nothing_else_is(written, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    def snapshot_download(name, allow_patterns, ignore_patterns=()):
+        calls.append(ignore_patterns)
+        assert not any(pattern.endswith((".bin", "*")) for pattern in allow_patterns)
+        return str(written if len(calls) > 1 else written.parent)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert read_pipeline("someone/some-model").defaults["num_frames"] == 3
+    assert [bool(ignored) for ignored in calls] == [True, False]
+
+
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="a file; give the diffusers folder"):
