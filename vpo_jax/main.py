@@ -14,7 +14,7 @@ from vpo_jax.data.prompts import load_prompts
 from vpo_jax.evaluation.compare import Comparison, Sampling, compare, table, write_json
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.report.page import write_report
-from vpo_jax.rewards.loading import load_reward
+from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, unused_accelerator
 from vpo_jax.runtime.mesh import make_mesh
@@ -61,8 +61,8 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     check_mesh(config, mesh)
     prompts = load_prompts(config.data.prompts, "data.prompts")
     held_out_prompts = load_prompts(config.data.held_out, "data.held_out")
-    rewards = [load_reward(name) for name in names(config.reward.scorers)]
-    judges = [load_reward(name) for name in names(config.held_out.scorers)]
+    rewards = load_rewards(config.reward.scorers, training=True)
+    judges = load_rewards(config.held_out.scorers)
     pipeline = load_pipeline(config.model.path)
     with open_workdir(workdir, config.to_dict()) as opened, catch_signals() as stop:
         result = train(
@@ -78,11 +78,6 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
             stop=stop,
         )
         return finish(config, opened, pipeline, result.pipeline, held_out_prompts, rewards, judges, stop, console)
-
-
-def names(scorers: str) -> list[str]:
-    """The names or folders of a comma-separated list."""
-    return [name for name in (part.strip() for part in scorers.split(",")) if name]
 
 
 def tuning_prompts(config: Any, prompts: Sequence[str]) -> Sequence[str]:
