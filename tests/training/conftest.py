@@ -1,0 +1,192 @@
+"""A video model of a few hundred parameters, toy scorers and a small config: the whole loop in seconds."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpo_jax.diffusion.schedules import make_schedule
+from vpo_jax.models.layers import Conv, Dense
+from vpo_jax.runtime.mesh import make_mesh
+from vpo_jax.runtime.signals import Stop
+from vpo_jax.runtime.workdir import open_workdir
+from vpo_jax.training.check import check
+from vpo_jax.training.train import train
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 100,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "timestep_spacing": "leading",
+}
+PROMPTS = [f"clip {i} of a {color} ball" for i, color in enumerate(["red", "blue", "green", "grey", "pink"])]
+
+
+class TinyDenoiser(nn.Module):
+    """The denoiser's interface on 16 channels."""
+
+    dtype: Any = jnp.float32
+    remat: bool = False
+    lora_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, sample: jax.Array, timesteps: jax.Array, text: jax.Array) -> jax.Array:
+        def dense(features: int, name: str) -> Dense:
+            return Dense(features, dtype=self.dtype, lora_scale=self.lora_scale, name=name)
+
+        batch, frames, height, width, channels = sample.shape
+        time = timesteps.astype(jnp.float32)[:, None] * jnp.array([0.01, 0.1, 1.0])
+        at = dense(16, "time")(jnp.concatenate([jnp.sin(time), jnp.cos(time)], -1))
+        at = at + dense(16, "attn.to_v")(text.mean(axis=1))
+        x = sample.reshape(batch * frames, height, width, channels)
+        x = Conv(16, (3, 3), padding=1, dtype=self.dtype, name="conv_in")(x).reshape(batch, frames, height, width, 16)
+        x = nn.silu(x + at[:, None, None, None])
+        x = nn.silu(x + dense(16, "attn.to_q")(jnp.roll(x, 1, axis=1) - x))
+        return dense(channels, "conv_out")(x).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyPipeline:
+    """The pipeline's interface; a latent pixel is a video pixel."""
+
+    unet: Any
+    params: Any
+    scheduler_config: Any
+    defaults: Any
+
+    @property
+    def schedule(self) -> Any:
+        return make_schedule(self.scheduler_config)
+
+    def tokenize(self, prompts: Any) -> np.ndarray:
+        return np.array([[ord(c) % 31 for c in prompt.ljust(6)[:6]] for prompt in prompts], np.int32)
+
+    def encode_text(self, params: Any, ids: Any) -> jax.Array:
+        return params["embedding"][ids]
+
+    def video_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        return num_frames, height, width
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        return num_frames, height, width, 4
+
+    def decode(self, params: Any, latents: jax.Array, frame_indices: Any = None) -> jax.Array:
+        if frame_indices is not None:
+            latents = latents[:, np.array(frame_indices)]
+        return jax.nn.sigmoid(latents @ params["kernel"])
+
+    def to_uint8(self, videos: jax.Array) -> jax.Array:
+        return jnp.round(videos * 255.0).astype(jnp.uint8)
+
+
+def make_pipeline(unet: nn.Module | None = None) -> TinyPipeline:
+    """A pipeline with random weights in every layer."""
+    unet = unet or TinyDenoiser()
+    key = jax.random.key(7)
+    shapes = jax.eval_shape(unet.init, key, jnp.zeros((1, 4, 4, 4, 4)), jnp.zeros(1), jnp.zeros((1, 6, 8)))
+    leaves, structure = jax.tree.flatten(shapes["params"])
+    rng = np.random.default_rng(7)
+    params = [rng.normal(0.0, 0.3, leaf.shape).astype(np.float32) for leaf in leaves]
+    return TinyPipeline(
+        unet,
+        {
+            "unet": jax.tree.unflatten(structure, params),
+            "text_encoder": {"embedding": rng.normal(size=(31, 8)).astype(np.float32)},
+            "vae": {"kernel": rng.normal(size=(4, 3)).astype(np.float32)},
+        },
+        SCHEDULER,
+        {},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyReward:
+    """Likes bright videos; measures motion too, and calls `poison`ed prompts' scores NaN."""
+
+    name: str = "toy"
+    dimensions: tuple[str, ...] = ("visual_quality", "dynamic_degree")
+    ranges: tuple[tuple[float, float], ...] = ((0.0, 1.0), (0.0, 1.0))
+    trains: bool = True
+    jittable: bool = True
+    params: Any = dataclasses.field(default_factory=dict)
+    poison: str = "never"
+
+    def frame_indices(self, num_frames: int) -> tuple[int, ...]:
+        return tuple(range(0, num_frames, 2))
+
+    def prepare(self, prompts: Any) -> Any:
+        return np.array([self.poison in prompt for prompt in prompts])
+
+    def score(self, params: Any, videos: Any, prepared: Any) -> Any:
+        pixels = jnp.asarray(videos, jnp.float32) / 255.0
+        bright = pixels.mean(axis=(1, 2, 3, 4))
+        moves = jnp.abs(jnp.diff(pixels, axis=1)).mean(axis=(1, 2, 3, 4))
+        scores = jnp.stack([bright, moves], axis=-1)[:, : len(self.dimensions)]
+        return jnp.where(jnp.asarray(prepared)[:, None], jnp.nan, scores)
+
+
+def make_config(**overrides: Any) -> Any:
+    """configs/vpo.py at its smallest; an override's name has two underscores for the dot."""
+    spec = importlib.util.spec_from_file_location("vpo_config", ROOT / "configs" / "vpo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("tiny")
+    config.rollout.num_frames, config.rollout.height, config.rollout.width = 4, 4, 4
+    config.rollout.candidates = 4
+    config.train.prompts_per_step, config.train.steps, config.train.updates_per_step = 8, 3, 2
+    config.preference.margin, config.lora.rank = 0.1, 2
+    config.log.samples, config.log.tensorboard, config.eval.prompts = 0, False, 4
+    config.optimizer.learning_rate = 1e-3
+    for name, value in overrides.items():
+        *parents, last = name.split("__")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    check(config)
+    return config
+
+
+def run_training(config: Any, folder: Path, **options: Any) -> Any:
+    """`train` on the tiny pipeline, one device unless a mesh is given."""
+    options = {"mesh": make_mesh(1, devices=jax.devices()[:1]), "prompts": PROMPTS, "stop": Stop()} | options
+    rewards = options.pop("rewards", (ToyReward(),))
+    pipeline = options.pop("pipeline", None) or make_pipeline()
+    with open_workdir(folder, config.to_dict()) as workdir:
+        return train(config, pipeline, rewards, workdir, **options)
+
+
+@pytest.fixture
+def pipeline():
+    return make_pipeline()
+
+
+@pytest.fixture
+def toy_reward():
+    return ToyReward
+
+
+@pytest.fixture
+def configure():
+    return make_config
+
+
+@pytest.fixture
+def run():
+    return run_training
+
+
+@pytest.fixture
+def pipeline_of():
+    return make_pipeline
