@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vpo_jax.evaluation.win_rate import mean_difference, win_rate
+from vpo_jax.rewards.loading import Scorer
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
 
@@ -139,7 +140,7 @@ def evaluate(
     if not prompts:
         raise UserError("prompts: none to evaluate on; give at least one")
     tasks = [(i, s) for i in range(len(prompts)) for s in range(sampling.samples)]
-    judges = [_jitted(reward) for reward in rewards]
+    scorers = [_callable(reward) for reward in rewards]
     parts: list[Scores] = []
     kept: list[np.ndarray] = []
     size = min(sampling.batch, len(tasks))
@@ -149,7 +150,7 @@ def evaluate(
         filled = chunk + chunk[:1] * (size - len(chunk))
         texts = [prompts[i] for i, _ in filled]
         videos = np.asarray(pipeline(texts, latents=_noise(pipeline, filled, sampling), **sampling.arguments()))
-        scores = _score(judges, videos, texts)
+        scores = _score(scorers, videos, texts)
         parts.append({name: values[: len(chunk)] for name, values in scores.items()})
         kept += [video for video, (i, s) in zip(videos, chunk, strict=False) if i < keep and s == 0]
         if progress is not None:
@@ -161,7 +162,7 @@ def evaluate(
 
 def score_videos(rewards: Sequence[Any], videos: np.ndarray, prompts: Sequence[str]) -> Scores:
     """{"scorer/dimension": float32 [B]} of whole videos uint8 [B, F, H, W, 3] and their prompts, and frames/change."""
-    return _score([_jitted(reward) for reward in rewards], videos, prompts)
+    return _score([_callable(reward) for reward in rewards], videos, prompts)
 
 
 def compare_scores(base: Scores, tuned: Scores, roles: Mapping[str, str] | None = None) -> tuple[Row, ...]:
@@ -275,17 +276,15 @@ def _noise(pipeline: Any, tasks: Sequence[tuple[int, int]], sampling: Sampling) 
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
-def _jitted(reward: Any) -> tuple[Any, Callable[..., Any]]:
-    return reward, jax.jit(reward.score) if reward.jittable else reward.score
+def _callable(reward: Any) -> Scorer:
+    return Scorer(reward, jax.jit(reward.score) if reward.jittable else reward.score)
 
 
-def _score(judges: Sequence[tuple[Any, Callable[..., Any]]], videos: np.ndarray, prompts: Sequence[str]) -> Scores:
-    steps = np.abs(np.diff(videos.astype(np.float32), axis=1))
+def _score(scorers: Sequence[Scorer], videos: np.ndarray, prompts: Sequence[str]) -> Scores:
     scores: Scores = {}
-    for reward, score in judges:
-        frames = np.asarray(reward.frame_indices(videos.shape[1]))
-        values = np.asarray(score(reward.params, videos[:, frames], reward.prepare(prompts)), np.float32)
-        scores |= {f"{reward.name}/{dimension}": values[:, d] for d, dimension in enumerate(reward.dimensions)}
+    for scorer in scorers:
+        scores |= {f"{scorer.reward.name}/{name}": values for name, values in scorer(videos, prompts).items()}
+    steps = np.abs(np.diff(videos.astype(np.float32), axis=1))
     # In shades of 0 to 255; a single frame has no change.
     scores[FRAME_CHANGE] = steps.mean(axis=(1, 2, 3, 4)) if videos.shape[1] > 1 else np.zeros(len(videos), np.float32)
     return scores

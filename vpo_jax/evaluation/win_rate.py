@@ -1,11 +1,13 @@
 """How often the tuned model's video scores higher than the base model's for the same prompt and seed."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 RESAMPLES = 2000
+Each = Callable[[np.ndarray], np.ndarray]
 
 
 class WinRate(NamedTuple):
@@ -42,7 +44,7 @@ def _differences(base: npt.ArrayLike, tuned: npt.ArrayLike) -> np.ndarray:
     return np.where(finite, difference, np.nan).reshape(len(base), -1)
 
 
-def _summarise(differences, of_each, seed, scale) -> WinRate:  # type: ignore[no-untyped-def]
+def _summarise(differences: np.ndarray, of_each: Each, seed: int, scale: Each) -> WinRate:
     usable = np.isfinite(differences)
     kept = usable.any(axis=1)
     if not kept.any():

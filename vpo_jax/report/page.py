@@ -28,17 +28,19 @@ _ROLE_HELP = {
 }
 # Charts of a run, where metrics.jsonl has the metrics: title, and names or their beginnings.
 _CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Reward of the rollouts", ("reward/",)),
+    ("Combined reward of the rollouts", ("reward/total",)),
+    ("Scores of the rollouts", ("reward/",)),
     ("Held-out judges", ("held_out/",)),
     ("Fixed prompts, trained scorers", ("eval/",)),
-    ("Implicit accuracy and pairs kept", ("loss/accuracy", "loss/implicit_accuracy", "pair/kept", "pair/share")),
-    ("Loss", ("loss/total", "loss/loss", "loss/dpo")),
-    ("Errors of winner and loser against the reference", ("loss/winner_delta", "loss/loser_delta", "loss/delta")),
-    ("Dropped pairs", ("pair/dropped",)),
+    ("Pairs kept, and pairs that the policy ranks rightly", ("pair/kept", "loss/implicit_accuracy")),
+    ("Pairs dropped, by reason", ("pair/dropped",)),
+    ("Winner's reward over the loser's", ("pair/margin",)),
+    ("Preference loss", ("loss/preference",)),
+    ("Change of the errors against the reference", ("loss/winner_error_change", "loss/loser_error_change")),
     ("Winners that became less likely", ("policy/winner_error_rises",)),
-    ("Distance from the start and the reference", ("policy/distance",)),
-    ("Gradient norm", ("loss/gradient_norm", "optimizer/gradient_norm")),
-    ("Seconds of a step", ("time/",)),
+    ("Distance in weights", ("policy/distance",)),
+    ("Gradient norm", ("loss/gradient_norm",)),
+    ("Seconds", ("time/",)),
 )
 
 
@@ -199,10 +201,12 @@ def _chart_section(metrics: Sequence[Mapping[str, Any]]) -> str:
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float):
                 series.setdefault(name, []).append((float(line.get("step", 0)), float(value)))
-    charts = []
+    charts: list[str] = []
+    drawn = {"reward/non_finite", "reward/all_non_finite", "time/videos_per_second"}
     for title, beginnings in _CHARTS:
         # A chart of one scale each: win rates are shares, and do not stand beside scores.
-        chosen = [name for name in series if name.startswith(beginnings)]
+        chosen = [name for name in series if name.startswith(beginnings) and name not in drawn]
+        drawn.update(chosen)
         shares = [name for name in chosen if "win_rate" in name]
         rest = [name for name in chosen if "win_rate" not in name]
         for part, heading in ((rest, title), (shares, f"{title}: win rate over base")):

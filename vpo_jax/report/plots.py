@@ -8,6 +8,7 @@ Points = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 340, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 26
+_SMALLEST, _LARGEST = 1e-30, 1e30  # beyond these a plot of floats says nothing
 
 
 def line_chart(series: Mapping[str, Points], marks: Sequence[float] = ()) -> str:
@@ -80,7 +81,7 @@ def interval_bar(rate: float, low: float, high: float) -> str:
 
 def ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
     """About `count` round numbers that span [low, high]; only inside it, and whole, where `whole`."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high), _SMALLEST):
         spread = abs(low) * 0.1 or 1.0
         low, high = (low, low) if whole else (low - spread, high + spread)
         if whole:
@@ -93,7 +94,7 @@ def ticks(low: float, high: float, count: int, whole: bool = False) -> list[floa
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     else:
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def short(value: float) -> str:
@@ -106,7 +107,7 @@ def short(value: float) -> str:
 
 
 def _finite(points: Points) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if y is not None and math.isfinite(x) and math.isfinite(y)]
+    return [(x, y) for x, y in points if y is not None and abs(x) < _LARGEST and abs(y) < _LARGEST]
 
 
 def _svg(width: int, height: int, parts: Sequence[str], label: str) -> str:

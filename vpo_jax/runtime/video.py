@@ -1,6 +1,9 @@
 """Video files: mp4, animated WebP and GIF out; mp4, GIF, WebP and npy in."""
 
+import contextlib
 import io
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -30,7 +33,8 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: int = 8) -> None:
     even = np.pad(video, [(0, 0), *odd, (0, 0)], mode="edge")
     path = _folder_made(path)
     try:
-        iio.imwrite(path, even, fps=fps, codec="libx264", quality=8, macro_block_size=2, plugin="FFMPEG")
+        with _ffmpeg():
+            iio.imwrite(path, even, fps=fps, codec="libx264", quality=8, macro_block_size=2, plugin="FFMPEG")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
@@ -66,9 +70,18 @@ def read_video(path: str | Path) -> np.ndarray:
         if path.suffix.lower() in (".gif", ".webp"):
             with Image.open(path) as image:
                 return np.stack([_frame(image, i) for i in range(getattr(image, "n_frames", 1))])
-        return np.asarray(iio.imread(path, plugin="FFMPEG"))[..., :3]
+        with _ffmpeg():
+            return np.asarray(iio.imread(path, plugin="FFMPEG"))[..., :3]
     except (OSError, ValueError, EOFError, RuntimeError, IndexError) as error:
         raise UserError(f"{path}: cannot be read as a video ({str(error).splitlines()[0]})") from error
+
+
+@contextlib.contextmanager
+def _ffmpeg() -> Iterator[None]:
+    """Silences JAX's warning about a fork: imageio starts ffmpeg as a program, and the child runs nothing else."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
+        yield
 
 
 def _frame(image: Image.Image, index: int) -> np.ndarray:

@@ -1,0 +1,129 @@
+"""Base against tuned: same prompts, same seeds, every judge; a table, a report and the clips.
+
+python -m vpo_jax.evaluate --base=DIR --tuned=DIR [--prompts=FILE] [--scorers=a,b] --output=DIR
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vpo_jax.data.prompts import load_prompts
+from vpo_jax.evaluation.clips import write_clips
+from vpo_jax.evaluation.compare import Sampling, compare, table, write_json
+from vpo_jax.pipeline import load_pipeline
+from vpo_jax.report.page import write_report
+from vpo_jax.rewards.loading import load_rewards
+from vpo_jax.runtime import cli
+from vpo_jax.runtime.backend import keep_compiled_programs
+from vpo_jax.runtime.errors import UserError
+
+PROMPTS = "shapes:held_out"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Compares what the flags name."""
+    flags = parse(argv)
+    check(flags)
+    console = Console()
+    prompts = load_prompts(flags.prompts, "--prompts")
+    # The judge reads captions of the embedded world only.
+    scorers = flags.scorers or ("shapes,judge" if flags.prompts.startswith("shapes:") else "shapes")
+    rewards = load_rewards(scorers)
+    if not rewards:
+        raise UserError("--scorers: is empty; name at least one scorer, as shapes")
+    base, tuned = load_pipeline(flags.base), load_pipeline(flags.tuned)
+    keep_compiled_programs()
+    output = folder_for(flags.output)
+    names = ("seed", "samples", "num_frames", "height", "width", "num_inference_steps", "guidance_scale")
+    sampling = Sampling(
+        **{name: getattr(flags, name) for name in (*names, "negative_prompt", "sampler")},
+        batch=flags.batch,
+    )
+    with console.status("generating") as status:
+        comparison = compare(
+            base,
+            tuned,
+            prompts[: flags.limit],
+            rewards,
+            sampling,
+            roles_of(flags.tuned, rewards),
+            keep=flags.keep,
+            progress=lambda what, done, total: status.update(f"{what}: {done} of {total} clips"),
+        )
+    write_json(output / "evaluation.json", comparison)
+    write_clips(output / "videos", comparison)
+    write_report(output / "report.html", comparison, title=f"{Path(flags.tuned).name} against {Path(flags.base).name}")
+    console.print(table(comparison))
+    console.print(f"look at  {output / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags."""
+    parser = cli.Parser("vpo_jax.evaluate", (__doc__ or "").partition("\n")[0])
+    parser.add_argument("--base", required=True, help="diffusers folder that training started from")
+    parser.add_argument("--tuned", required=True, help="diffusers folder to compare with it")
+    parser.add_argument("--prompts", default=PROMPTS, help="text file, .jsonl or shapes:SPLIT (default: %(default)s)")
+    parser.add_argument("--scorers", default="", help="comma-separated names or folders (default: shapes, judge)")
+    parser.add_argument("--output", required=True, help="folder for evaluation.json, report.html and videos/")
+    parser.add_argument("--limit", type=int, default=None, help="first so many prompts (default: all)")
+    parser.add_argument("--samples", type=int, default=1, help="clips a prompt (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default: %(default)s)")
+    parser.add_argument("--keep", type=int, default=8, help="clips to keep and show (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="clips at a time (default: %(default)s)")
+    for name in ("num_frames", "height", "width", "num_inference_steps"):
+        parser.add_argument(f"--{name}", type=int, default=None, help="default: what the base model was made for")
+    parser.add_argument("--guidance_scale", type=float, default=None, help="default: what the base was made for")
+    parser.add_argument("--negative_prompt", default=None)
+    parser.add_argument("--sampler", default=None, help="default: the one in scheduler_config.json")
+    return parser.parse(argv)
+
+
+def check(flags: argparse.Namespace) -> None:
+    """Raises UserError for a number that makes no sense."""
+    for name in ("limit", "samples", "batch", "num_frames", "height", "width", "num_inference_steps"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: {value} must be 1 or more")
+    if flags.keep < 0:
+        raise UserError(f"--keep: {flags.keep} must be 0 or more")
+    if not 0 <= flags.seed < 2**63:
+        raise UserError(f"--seed: {flags.seed} must be 0 or more and fit in 63 bits")
+
+
+def folder_for(path: str) -> Path:
+    """The output folder, made; raises UserError before any work where nothing can be written into it."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be made a folder: {error.strerror}; choose another") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output: no permission to write into {path}; choose another folder")
+    return folder
+
+
+def roles_of(tuned: str, rewards: Sequence[Any]) -> dict[str, str]:
+    """What each scorer had to do with the tuned model, where it is the export of a run with its config beside it."""
+    roles = {reward.name: "held out" for reward in rewards if not reward.trains}
+    try:
+        config = json.loads((Path(tuned).resolve().parent / "config.json").read_text(encoding="utf-8"))
+        trained, judged = config["reward"]["scorers"], config["held_out"]["scorers"]
+        steering = config["eval"]["every"] > 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return roles
+    of_run = dict.fromkeys(_names(judged), "steered" if steering else "held out")
+    of_run |= dict.fromkeys(_names(trained), "trained")
+    return {reward.name: of_run.get(reward.name, "held out") for reward in rewards} | roles
+
+
+def _names(scorers: str) -> list[str]:
+    return [Path(name.strip()).name for name in scorers.split(",") if name.strip()]
+
+
+if __name__ == "__main__":
+    cli.run(main)
