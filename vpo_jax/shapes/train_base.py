@@ -95,7 +95,7 @@ DEFAULTS = {
 }
 
 _CLIPS_A_VAE_STEP, _FRAMES_A_CLIP = 16, 4
-_KL_WEIGHT = 1e-4
+_KL_WEIGHT = 5e-4
 _EDGE_WEIGHT = 1.0
 _CAPTION_DROPOUT = 0.1
 _POOL = 12288  # clips encoded at a time
@@ -298,9 +298,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints of the two stages")
     parser.add_argument("--output", type=Path, required=True, help="the diffusers folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae_steps", type=int, default=2000)
-    parser.add_argument("--vae_learning_rate", type=float, default=3e-3)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--vae_steps", type=int, default=1500)
+    parser.add_argument("--vae_learning_rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seconds", type=float, default=None, help="stop each stage after this long, saved")
