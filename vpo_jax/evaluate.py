@@ -23,6 +23,7 @@ from vpo_jax.runtime.backend import keep_compiled_programs
 from vpo_jax.runtime.errors import UserError
 
 PROMPTS = "shapes:held_out"
+FROM_BASE = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,10 +40,13 @@ def main(argv: Sequence[str]) -> None:
     base, tuned = load_pipeline(flags.base), load_pipeline(flags.tuned)
     keep_compiled_programs()
     output = folder_for(flags.output)
-    names = ("seed", "samples", "num_frames", "height", "width", "num_inference_steps", "guidance_scale")
     sampling = Sampling(
-        **{name: getattr(flags, name) for name in (*names, "negative_prompt", "sampler")},
+        seed=flags.seed,
+        samples=flags.samples,
+        negative_prompt=flags.negative_prompt,
+        sampler=flags.sampler,
         batch=flags.batch,
+        **{name: chosen(flags, base, name) for name in FROM_BASE},
     )
     with console.status("generating") as status:
         comparison = compare(
@@ -75,9 +79,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default: %(default)s)")
     parser.add_argument("--keep", type=int, default=8, help="clips to keep and show (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="clips at a time (default: %(default)s)")
-    for name in ("num_frames", "height", "width", "num_inference_steps"):
-        parser.add_argument(f"--{name}", type=int, default=None, help="default: what the base model was made for")
-    parser.add_argument("--guidance_scale", type=float, default=None, help="default: what the base was made for")
+    for name in FROM_BASE:
+        kind = float if name == "guidance_scale" else int
+        parser.add_argument(f"--{name}", type=kind, default=None, help="default: what the base model was made for")
     parser.add_argument("--negative_prompt", default=None)
     parser.add_argument("--sampler", default=None, help="default: the one in scheduler_config.json")
     return parser.parse(argv)
@@ -93,6 +97,12 @@ def check(flags: argparse.Namespace) -> None:
         raise UserError(f"--keep: {flags.keep} must be 0 or more")
     if not 0 <= flags.seed < 2**63:
         raise UserError(f"--seed: {flags.seed} must be 0 or more and fit in 63 bits")
+
+
+def chosen(flags: argparse.Namespace, base: Any, name: str) -> Any:
+    """A flag, or else what the base model was made for: never the tuned one's, so that both are sampled alike."""
+    given = getattr(flags, name)
+    return base.defaults.get(name) if given is None else given
 
 
 def folder_for(path: str) -> Path:

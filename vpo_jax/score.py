@@ -22,6 +22,7 @@ from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.video import read_video
 
 FORMATS = (".json", ".jsonl", ".csv")
+BATCH = 32  # videos in memory at a time
 
 
 def main(argv: Sequence[str]) -> None:
@@ -63,19 +64,26 @@ def find_videos(pattern: str) -> list[str]:
 def score_files(
     scorer: Scorer, paths: Sequence[str], prompts: Sequence[str], every_pixel: int = 1
 ) -> list[dict[str, Any]]:
-    """{"video", "prompt", dimension: score or None} of each file, in order; videos of one size go together."""
-    batches: list[list[tuple[int, np.ndarray]]] = []
-    for i, path in enumerate(paths):
-        video = read_video(path)[:, ::every_pixel, ::every_pixel]
-        if batches and len(batches[-1]) < 32 and batches[-1][0][1].shape == video.shape:
-            batches[-1].append((i, video))
-        else:
-            batches.append([(i, video)])
+    """{"video", "prompt", dimension: score or None} of each file, in order; neighbours of one size go together."""
     rows: list[dict[str, Any]] = [{"video": path, "prompt": text} for path, text in zip(paths, prompts, strict=True)]
-    for batch in batches:
-        scores = scorer(np.stack([video for _, video in batch]), [prompts[i] for i, _ in batch])
-        for place, (i, _) in enumerate(batch):
-            rows[i] |= {name: _finite(values[place]) for name, values in scores.items()}
+    waiting: list[np.ndarray] = []
+    first = 0
+
+    def score_waiting() -> None:
+        nonlocal first
+        last = first + len(waiting)
+        for name, values in scorer(np.stack(waiting), prompts[first:last]).items():
+            for row, value in zip(rows[first:last], values, strict=True):
+                row[name] = float(value) if np.isfinite(value) else None
+        waiting.clear()
+        first = last
+
+    for path in paths:
+        video = read_video(path)[:, ::every_pixel, ::every_pixel]
+        if waiting and (len(waiting) == BATCH or waiting[0].shape != video.shape):
+            score_waiting()
+        waiting.append(video)
+    score_waiting()
     return rows
 
 
@@ -106,10 +114,6 @@ def _checked_output(name: str) -> Path:
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--output: {name} cannot be written; give a file in a folder that you may write into")
     return path
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 if __name__ == "__main__":

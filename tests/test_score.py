@@ -1,0 +1,88 @@
+"""The command `python -m vpo_jax.score`, with the analytic judge as the scorer."""
+
+import csv
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from vpo_jax import score
+from vpo_jax.rewards.loading import load_scorer
+from vpo_jax.runtime import cli
+from vpo_jax.runtime.video import write_webp
+from vpo_jax.shapes import world
+
+
+@pytest.fixture(scope="module")
+def clips():
+    indices = world.caption_indices("held_out")[:3]
+    frames = world.render_clips(jax.random.key(0), indices, 0.0).frames
+    captions = [world.make_caption(world.ALL_ATTRIBUTES[index]) for index in indices]
+    return np.asarray(world.to_uint8(frames)), captions
+
+
+@pytest.fixture
+def folder(clips, tmp_path):
+    videos, captions = clips
+    for i, video in enumerate(videos):
+        np.save(tmp_path / f"{i}.npy", video)
+    (tmp_path / "prompts.txt").write_text("\n".join(captions), encoding="utf-8")
+    return tmp_path
+
+
+def run(*argv: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(score.main, argv)
+    return int(caught.value.code)
+
+
+def test_scores_of_files_are_those_of_the_arrays(clips, folder):
+    arguments = ("--scorer=judge", f"--videos={folder}/*.npy", f"--prompts={folder}/prompts.txt")
+    assert run(*arguments, f"--output={folder}/scores.json") == 0
+    rows = json.loads((folder / "scores.json").read_text())
+    expected = load_scorer("judge")(*clips)
+    assert [row["video"] for row in rows] == [f"{folder}/{i}.npy" for i in range(3)]
+    for name, values in expected.items():
+        np.testing.assert_allclose([row[name] for row in rows], values, rtol=1e-6)
+
+
+def test_enlarged_clips_score_as_they_were_with_every_pixel(clips, folder):
+    write_webp(folder / "large" / "0.webp", clips[0][0])
+    (folder / "one.txt").write_text(clips[1][0])
+    arguments = ("--scorer=judge", f"--videos={folder}/large/*", f"--prompts={folder}/one.txt")
+    assert run(*arguments, f"--output={folder}/scores.csv", "--every_pixel=4") == 0
+    (row,) = csv.DictReader((folder / "scores.csv").open())
+    assert float(row["overall"]) == pytest.approx(load_scorer("judge")(clips[0][:1], clips[1][:1])["overall"][0])
+
+
+def test_jsonl_has_a_line_a_video(folder):
+    arguments = ("--scorer=judge", f"--videos={folder}/*.npy", f"--prompts={folder}/prompts.txt")
+    assert run(*arguments, f"--output={folder}/scores.jsonl") == 0
+    assert len([json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--scorer=judge", "--videos=DIR/*.mp4", "--output=DIR/s.json"], "--videos: no file"),
+        (["--scorer=judge", "--videos=DIR/*", "--output=DIR/s.json"], "give one to each|not a video|no caption"),
+        (["--scorer=judge", "--videos=DIR/prompts.txt", "--output=DIR/s.json"], "not a video file"),
+        (["--scorer=judge", "--videos=DIR/0.npy", "--output=DIR/s.json"], "no caption|none"),
+        (
+            ["--scorer=judge", "--videos=DIR/0.npy", "--prompts=DIR/prompts.txt", "--output=DIR/s.json"],
+            "3 prompts for 1",
+        ),
+        (["--scorer=nobody", "--videos=DIR/0.npy", "--output=DIR/s.json"], "nobody"),
+        (["--scorer=judge", "--videos=DIR/0.npy", "--output=DIR/s.txt"], "--output: .*must end in"),
+        (["--scorer=judge", "--videos=DIR/0.npy", "--output=DIR/none/s.json"], "--output: .*cannot be written"),
+    ],
+)
+def test_wrong_input_is_one_line_exit_code_2_and_nothing_written(folder, capsys, argv, message):
+    before = sorted(path.name for path in folder.iterdir())
+    assert run(*(word.replace("DIR", str(folder)) for word in argv)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+    assert sorted(path.name for path in folder.iterdir()) == before
