@@ -99,7 +99,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.checkpoint.keep = 2
 
     config.eval = ConfigDict()
-    config.eval.every = 0  # steps; 0 = only at the end
+    config.eval.every = 4  # steps; looks at tuning prompts, 0 = none
     config.eval.prompts = 96
     config.eval.seed = 1_000_000
 
@@ -120,6 +120,7 @@ def get_config(preset: str = "") -> ConfigDict:
         config.train.steps = 2
         config.train.prompts_per_step = 2
         config.train.updates_per_step = 1
+        config.eval.every = 1
         config.eval.prompts = 4
         config.log.samples = 2
     return config

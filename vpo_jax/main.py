@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from vpo_jax.data.prompts import load_prompts
+from vpo_jax.evaluation.clips import write_clips
 from vpo_jax.evaluation.compare import Comparison, Sampling, compare, table, write_json
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.report.page import write_report
@@ -105,14 +106,18 @@ def finish(
     `judges` may repeat `rewards`. Interrupted, it starts over at the next call.
     """
     tuned.save_pretrained(workdir.export)
-    sizes = {key: config.rollout[key] or None for key in ("num_frames", "height", "width", "sampler")}
+    rollout = config.rollout
+    num_frames, height, width = tuned.video_size(rollout.num_frames, rollout.height, rollout.width)
     sampling = Sampling(
         seed=config.eval.seed,
         samples=max(1, config.eval.prompts // len(prompts)),
-        num_inference_steps=config.rollout.num_inference_steps,
-        guidance_scale=config.rollout.guidance_scale,
-        negative_prompt=config.rollout.negative_prompt,
-        **sizes,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        num_inference_steps=rollout.num_inference_steps,
+        guidance_scale=rollout.guidance_scale,
+        negative_prompt=rollout.negative_prompt,
+        sampler=rollout.sampler or None,
     )
     roles = {reward.name: "trained" for reward in rewards}
     for judge in judges:
@@ -135,6 +140,7 @@ def finish(
             progress=show,
         )
     write_json(workdir.path / "evaluation.json", comparison)
+    write_clips(workdir.samples / "final", comparison)
     write_report(workdir.report, comparison, read_metrics(workdir.path), workdir.config)
     console.print(table(comparison))
     console.print(f"look at  {workdir.report}", soft_wrap=True, highlight=False)
@@ -149,7 +155,7 @@ def loading_lines(export: Path, comparison: Comparison) -> list[str]:
     """Three lines of Python that load the export in diffusers and make a video."""
     settings = comparison.settings
     keys = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")
-    chosen = "".join(f", {key}={settings[key]}" for key in keys if settings.get(key) is not None)
+    chosen = "".join(f", {key}={settings[key]}" for key in keys)
     return [
         "from diffusers import TextToVideoSDPipeline",
         f"pipe = TextToVideoSDPipeline.from_pretrained({str(export.resolve())!r})",

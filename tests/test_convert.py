@@ -1,0 +1,72 @@
+import json
+
+import pytest
+
+from vpo_jax import convert
+from vpo_jax.runtime import cli
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(capsys, *argv):
+    with pytest.raises(SystemExit) as done:
+        cli.run(convert.main, argv)
+    said = capsys.readouterr().err
+    assert done.value.code == 2 and said.count("\n") == 1 and said.startswith("error: ")
+    return said
+
+
+def test_the_newest_checkpoint_is_the_export(finished, tmp_path, capsys):
+    workdir = finished[0]
+    convert.main([f"--workdir={workdir}", f"--output={tmp_path}/model"])
+    assert files_of(tmp_path / "model") == files_of(workdir / "export")
+    assert "the policy weights of step 2" in capsys.readouterr().out
+
+
+def test_an_older_step_is_another_model(finished, tmp_path):
+    workdir = finished[0]
+    convert.main([f"--workdir={workdir}", "--step=1", f"--output={tmp_path}/model"])
+    ours, theirs = files_of(tmp_path / "model"), files_of(workdir / "export")
+    assert {path for path in ours if ours[path] != theirs[path]} == {
+        path for path in ours if path.parts[0] == "unet" and path.suffix == ".safetensors"
+    }
+
+
+def test_lora_only_is_an_adapter_folder(finished, tmp_path, capsys):
+    convert.main([f"--workdir={finished[0]}", f"--output={tmp_path}/adapter", "--lora_only"])
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 2 and config["target_modules"]
+    assert "PeftModel.from_pretrained(pipe.unet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--step=9"], "no checkpoint of step 9; there are 1, 2"),
+        (["--weights=ema"], "this run kept no average"),
+        (["--weights=best"], "invalid choice: 'best'"),
+        (["--step=two"], "invalid int value: 'two'"),
+        (["--stap=2"], "--stap: unknown flag; did you mean --step?"),
+    ],
+)
+def test_a_flag_that_does_not_fit_is_named(finished, tmp_path, capsys, flags, message):
+    assert message in refusal(capsys, f"--workdir={finished[0]}", f"--output={tmp_path}/model", *flags)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_directory_that_is_no_run_is_named(tmp_path, capsys):
+    assert "there is no" in refusal(capsys, f"--workdir={tmp_path}", f"--output={tmp_path}/model")
+    assert "required: --output" in refusal(capsys, f"--workdir={tmp_path}")
+
+
+def test_an_output_that_is_something_else_is_left_alone(finished, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years")
+    refusal(capsys, f"--workdir={finished[0]}", f"--output={tmp_path}")
+    refusal(capsys, f"--workdir={finished[0]}", f"--output={tmp_path}", "--lora_only")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -1,0 +1,197 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vpo_jax import main
+from vpo_jax.runtime import backend, cli
+
+ROOT = Path(__file__).resolve().parents[1]
+DIMENSIONS = (
+    "visual_quality",
+    "temporal_consistency",
+    "dynamic_degree",
+    "text_to_video_alignment",
+    "factual_consistency",
+)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(workdir):
+    return (workdir / "export" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_what_people_look_at(finished):
+    workdir, shown = finished
+    names = {path.name for path in workdir.iterdir()}
+    wanted = {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "samples", "report.html", "export"}
+    assert wanted <= names
+    assert list((workdir / "samples").rglob("*.webp")) and list(workdir.glob("events.out.tfevents.*"))
+    assert [line["step"] for line in lines(workdir)] == [1, 2]
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["lora"]["rank"] == 2 and config["optimizer"]["learning_rate"] == 1e-4
+    assert all(dimension in shown for dimension in DIMENSIONS) and "win rate" in shown
+
+
+def test_prompts_are_escaped_in_the_report(finished):
+    page = (finished[0] / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    assert "\U0001f534" in page
+
+
+def test_the_printed_lines_load_the_export_in_diffusers(finished):
+    pytest.importorskip("torch", reason="diffusers needs it, on Python 3.11 here")
+    shown = finished[1]
+    code = [line.strip() for line in shown.splitlines() if line.startswith("    ")][-3:]
+    assert code[0] == "from diffusers import TextToVideoSDPipeline"
+    scope: dict = {}
+    exec("\n".join(code), scope)
+    assert np.asarray(scope["video"]).shape[-4:] == (4, 8, 8, 3)
+
+
+def test_the_export_is_the_tuned_model(finished, model_folder):
+    import vpo_jax
+
+    base, tuned = vpo_jax.load_pipeline(model_folder), vpo_jax.load_pipeline(finished[0] / "export")
+    same = [np.array_equal(a, b) for a, b in zip(*(leaves(pipe) for pipe in (base, tuned)), strict=True)]
+    assert not all(same) and any(same), "the adapters' layers changed and the others did not"
+
+
+def leaves(pipeline):
+    import jax
+
+    return jax.tree.leaves(pipeline.params)
+
+
+def test_a_second_run_says_that_it_is_complete_and_changes_nothing(finished, job, capsys):
+    workdir = finished[0]
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    main.main([*job, f"--workdir={workdir}"])
+    assert "complete: 2 steps are done" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()} == before
+
+
+def start(job, workdir, *more):
+    command = [sys.executable, "-m", "vpo_jax.main", *job, f"--workdir={workdir}", *more]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, workdir, step):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if (workdir / "checkpoints" / str(step)).is_dir():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}: {process.communicate()}")
+
+
+def test_killed_interrupted_and_continued_the_run_ends_as_if_nothing_had_been(finished, job, tmp_path):
+    steps = "--config.train.steps=60"
+    workdir = tmp_path / "run"
+    for step, signum, code in ((1, signal.SIGKILL, -9), (3, signal.SIGTERM, 143), (5, signal.SIGINT, 130)):
+        process = start(job, workdir, steps)
+        wait_for_step(process, workdir, step)
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == code, errors
+        assert signum == signal.SIGKILL or "the same command continues" in errors
+    reached = lines(workdir)[-1]["step"]
+    assert 5 <= reached < 60
+    # It may be continued for longer, and is cut short here: the rest is what the two runs have in common.
+    uninterrupted = tmp_path / "other"
+    last = reached + 1
+    for directory in (workdir, uninterrupted):
+        rewrite_steps(directory, last)
+        assert start(job, directory, f"--config.train.steps={last}").wait(timeout=300) == 0
+    assert weights(workdir) == weights(uninterrupted)
+    assert [without_time(line) for line in lines(workdir)] == [without_time(line) for line in lines(uninterrupted)]
+
+
+def rewrite_steps(workdir, steps):
+    """Makes a run that was asked for more steps one of `steps`, which a resume would refuse."""
+    path = workdir / "config.json"
+    if path.exists():
+        config = json.loads(path.read_text())
+        config["train"]["steps"] = steps
+        path.write_text(json.dumps(config))
+
+
+def without_time(line):
+    return {name: value for name, value in line.items() if not name.startswith("time/")}
+
+
+def test_more_steps_go_on_where_the_run_ended(finished, job, tmp_path):
+    import shutil
+
+    workdir = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    main.main([*job, f"--workdir={workdir}", "--config.train.steps=3"])
+    assert [line["step"] for line in lines(workdir)] == [1, 2, 3]
+    assert weights(workdir) != weights(finished[0])
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as done:
+        main.main(["--help"])
+    shown = capsys.readouterr().out
+    assert done.value.code == 0
+    for key, _ in cli.flatten_config(cli.load_config("configs/vpo.py")):
+        assert f"--config.{key} " in shown
+    assert "--workdir" in shown
+
+
+def test_the_default_workdir_is_named_by_config_and_preset(monkeypatch):
+    asked = []
+    monkeypatch.setattr(main, "run", lambda config, workdir: asked.append(str(workdir)))
+    main.main([])
+    main.main(["--config=configs/vpo.py:tiny"])
+    main.main(["--workdir=here"])
+    assert asked == ["runs/vpo", "runs/vpo-tiny", "here"]
+
+
+@pytest.mark.parametrize(
+    ("nvidia", "tpu", "platforms", "said"),
+    [
+        (True, False, "", "an NVIDIA GPU and JAX uses the CPU; pip install -r requirements-cuda12.txt"),
+        (False, True, "", "a TPU and JAX uses the CPU; pip install -r requirements-tpu.txt"),
+        (True, False, "cpu", "JAX_PLATFORMS=cpu; unset it to use an NVIDIA GPU"),
+        (False, False, "", None),
+    ],
+)
+def test_an_idle_accelerator_is_told(monkeypatch, nvidia, tpu, platforms, said):
+    monkeypatch.setattr(backend, "_has_nvidia", lambda: nvidia)
+    monkeypatch.setattr(backend, "_has_tpu", lambda: tpu)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert said in backend.unused_accelerator() if said else backend.unused_accelerator() == ""
+
+
+def test_a_non_finite_step_ends_with_exit_code_1(monkeypatch):
+    from vpo_jax.training.train import NonFinite
+
+    def stop(config, workdir):
+        raise NonFinite("step 3: the loss was not finite")
+
+    monkeypatch.setattr(main, "run", stop)
+    with pytest.raises(SystemExit) as done:
+        cli.run(main.command, [])
+    assert done.value.code == "stopped: step 3: the loss was not finite", "a text exits with 1"
+
+
+def test_the_compilation_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+    import jax
+
+    before = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    assert backend.keep_compiled_programs() == tmp_path
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert backend.keep_compiled_programs() == tmp_path / "home" / "vpo_jax" / "jax"
+    jax.config.update("jax_compilation_cache_dir", before)
