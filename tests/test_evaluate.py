@@ -11,6 +11,8 @@ from vpo_jax import evaluate
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
 
+SAMPLER = "DPMSolverMultistepScheduler"
+
 
 class StandInPipeline:
     defaults = {"num_frames": 4, "guidance_scale": 2.0, "num_inference_steps": 3}  # noqa: RUF012
@@ -124,3 +126,14 @@ def test_wrong_input_is_one_line_exit_code_2_and_nothing_written(loaded, tmp_pat
     assert message in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_real_model_against_itself_is_level_in_every_dimension(
+    model_folder, scorer_folder, strange_prompts, tmp_path
+):
+    argv = [f"--base={model_folder}", f"--tuned={model_folder}", f"--scorers={scorer_folder}", "--batch=4"]
+    argv += [f"--prompts={strange_prompts}", f"--output={tmp_path}", "--num_inference_steps=2", "--sampler=" + SAMPLER]
+    assert run(*argv) == 0
+    document = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    assert len(document["rows"]) == 6 and all(row["win_rate"] == 0.5 for row in document["rows"])
+    assert "<script>" not in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Sampling:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     sampler: str | None = None
-    batch: int = field(default=16, metadata={"changes": "nothing but memory and time"})
+    batch: int = 16  # changes nothing but memory and time
 
     def arguments(self) -> dict[str, Any]:
         """Those that are chosen, as keyword arguments of a pipeline."""
