@@ -53,7 +53,7 @@ def test_a_missing_file_a_folder_and_an_unknown_split_are_named(tmp_path):
     for source, says in ((str(tmp_path / "no.txt"), "no file"), (str(tmp_path), "cannot be read")):
         with pytest.raises(UserError, match=says):
             load_prompts(source)
-    with pytest.raises(UserError, match="data.held_out: the shapes world has no split 'test'; choose one of train"):
+    with pytest.raises(UserError, match=r"data\.held_out: the shapes world has no split 'test'; choose one of train"):
         load_prompts("shapes:test", "data.held_out")
 
 

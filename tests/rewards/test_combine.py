@@ -50,7 +50,7 @@ def test_absent_weights_are_1_and_all_are_scaled_to_an_absolute_sum_of_1():
     ],
 )
 def test_a_wrong_weight_is_an_error_that_says_what_to_write(text, says):
-    with pytest.raises(UserError, match="reward.weights") as error:
+    with pytest.raises(UserError, match=r"reward\.weights") as error:
         parse_weights(text, [A, B])
     assert says in str(error.value)
 

@@ -184,6 +184,7 @@ def configure():
 
 @pytest.fixture
 def run():
+    run_training.pipeline = make_pipeline
     return run_training
 
 

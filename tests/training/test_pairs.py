@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vpo_jax.rewards.combine import init_statistics
 from vpo_jax.training.pairs import (
     DROP_REASONS,
     Pairs,
@@ -14,7 +15,6 @@ from vpo_jax.training.pairs import (
     make_pairing,
     push,
 )
-from vpo_jax.rewards.combine import init_statistics
 
 ALL = jnp.ones((1, 4), bool)
 

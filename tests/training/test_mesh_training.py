@@ -1,0 +1,87 @@
+"""One device and eight give the same videos, scores, pairs and gradients."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import importlib.util, json, sys
+import jax, jax.numpy as jnp, numpy as np
+spec = importlib.util.spec_from_file_location("tiny", sys.argv[1])
+tiny = importlib.util.module_from_spec(spec); spec.loader.exec_module(tiny)
+from vpo_jax.runtime.mesh import make_mesh
+from vpo_jax.training.stages import Stages
+from vpo_jax.training.step import make_gradients
+
+def step(mesh, rank, chunk):
+    config = tiny.make_config(lora__rank=rank, rollout__microbatch=4 * chunk, train__microbatch=chunk)
+    with jax.set_mesh(mesh):
+        stages = Stages(config, tiny.make_pipeline(), [tiny.ToyReward()], mesh)
+        state = stages.fresh_state()
+        prompts = [tiny.PROMPTS[i % 5] for i in range(8)]
+        text = stages.encode(prompts)
+        latents = stages.sample(state.policy, text, 0)
+        videos = stages._decode_all(stages._vae_params, latents)
+        scores = stages.score(latents, prompts)
+        state, metrics = stages.pair(state, latents, text, scores)
+        pairs, update = state.buffer, stages._update
+        noised = update.draw(pairs, stages.empty_text, 0, 0)
+        theta = update.errors(stages.frozen, state.policy, noised)
+        coefficients, loss, _ = update.weigh(pairs, theta, update.errors(stages.frozen, state.reference, noised))
+        gradients = jax.jit(make_gradients(stages.policy.denoise, config.train.microbatch))
+        gradient, _ = gradients(stages.frozen, state.policy, stages.start, noised, coefficients, pairs.mask)
+        state, _ = stages.update(state, 0, False)
+        sharded = sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves((state.policy, state.optimizer)))
+        latents_spread = len(latents.sharding.device_set)
+        caches = (update.errors._cache_size(), update.descend._cache_size())
+        second, _ = stages.update(state, 1, False)
+        assert caches == (update.errors._cache_size(), update.descend._cache_size()) == (1, 1), caches
+        out = dict(latents=latents, videos=videos, scores=scores, mask=pairs.mask, winner=pairs.winner, loss=loss,
+                   gradient=jax.flatten_util.ravel_pytree(jax.device_get(gradient))[0],
+                   policy=jax.flatten_util.ravel_pytree(jax.device_get(second.policy))[0])
+        return jax.device_get(out), sharded, latents_spread
+
+one, _, _ = step(make_mesh(1, devices=jax.devices()[:1]), int(sys.argv[2]), 0)
+found = {}
+four = make_mesh(2, 2, devices=jax.devices()[:4])
+for name, mesh, chunk in (("data", make_mesh(8), 0), ("fsdp", make_mesh(4, 2), 0), ("chunks", four, 4)):
+    many, sharded, spread = step(mesh, int(sys.argv[2]), chunk)
+    found[name] = dict(
+        sharded=sharded, spread=spread,
+        latents=float(np.abs(one["latents"] - many["latents"]).max()),
+        levels=int(np.abs(one["videos"].astype(int) - many["videos"]).max()),
+        changed=float((one["videos"] != many["videos"]).mean()),
+        scores=float(np.abs(one["scores"] - many["scores"]).max()),
+        pairs=bool((one["mask"] == many["mask"]).all()),
+        winner=float(np.abs(one["winner"] - many["winner"]).max()),
+        gradient=float(np.linalg.norm(one["gradient"] - many["gradient"]) / np.linalg.norm(one["gradient"])),
+        policy=float(np.abs(one["policy"] - many["policy"]).max()),
+        loss=float(many["loss"]),
+    )
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("rank", [2, 0], ids=["lora", "full"])
+def test_one_device_and_eight_give_the_same_videos_scores_pairs_and_gradients(rank):
+    root = Path(__file__).resolve().parents[2]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).with_name("conftest.py")), str(rank)]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["data"]["spread"] == 8 and found["chunks"]["spread"] == 4
+    assert found["fsdp"]["sharded"] > 0 if rank == 0 else found["fsdp"]["sharded"] == 0
+    for name, difference in found.items():
+        # float32 rounding through three sampler steps: sums are split differently between devices.
+        assert difference["latents"] < 2e-5, (name, difference)
+        assert difference["levels"] <= 1 and difference["changed"] < 0.005, (name, difference)
+        assert difference["scores"] < 1e-4, (name, difference)
+        assert difference["pairs"] and difference["winner"] < 2e-5, (name, difference)
+        # Relative to the gradient's norm, before clipping and Adam.
+        assert difference["gradient"] < 1e-4, (name, difference)
+        assert difference["loss"] == pytest.approx(0.6931471805599453, abs=1e-7), (name, difference)

@@ -1,0 +1,69 @@
+"""When the reference moves, and where to."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.training.reference import init_curriculum, make_reference
+
+POLICY, REFERENCE = {"a": jnp.full(3, 2.0)}, {"a": jnp.zeros(3)}
+
+
+def follow(schedule, step, held_out=None, every=4, decay=0.9, curriculum=None):
+    reference, curriculum = make_reference(schedule, every, decay)(
+        POLICY, REFERENCE, curriculum or init_curriculum(), step, held_out
+    )
+    return float(reference["a"][0]), curriculum
+
+
+def seen(correct, pairs=10.0, held_out=-np.inf, refreshed_at=0):
+    return init_curriculum()._replace(
+        correct=jnp.float32(correct),
+        pairs=jnp.float32(pairs),
+        held_out=jnp.float32(held_out),
+        refreshed_at=jnp.int32(refreshed_at),
+    )
+
+
+def test_a_frozen_reference_never_moves():
+    assert all(follow("frozen", step, held_out=1.0)[0] == 0.0 for step in range(9))
+
+
+def test_the_curriculum_copies_the_policy_every_k_steps():
+    moved = [step for step in range(1, 13) if follow("refresh", step)[0] == 2.0]
+    assert moved == [4, 8, 12]
+    assert int(follow("refresh", 8)[1].refreshed_at) == 8
+
+
+def test_a_refreshed_reference_lies_in_buffers_of_its_own():
+    reference, _ = make_reference("refresh", 1, 0.0)(POLICY, REFERENCE, init_curriculum(), 1, None)
+    assert reference["a"].unsafe_buffer_pointer() != POLICY["a"].unsafe_buffer_pointer()
+
+
+def test_an_averaged_reference_follows_the_policy():
+    assert follow("ema", 1)[0] == pytest.approx(0.2)
+
+
+def test_an_adaptive_reference_moves_when_accuracy_is_high_and_the_held_out_judge_has_not_fallen():
+    assert follow("adaptive", 8, 0.5, curriculum=seen(9.0))[0] == 2.0
+    assert follow("adaptive", 8, None, curriculum=seen(9.0))[0] == 0.0  # no look, no decision
+    assert follow("adaptive", 8, 0.5, curriculum=seen(6.0))[0] == 0.0
+    assert follow("adaptive", 8, 0.5, curriculum=seen(9.0, held_out=0.6))[0] == 0.0
+    assert follow("adaptive", 8, 0.5, curriculum=seen(9.0, refreshed_at=5))[0] == 0.0
+    assert follow("adaptive", 8, 0.5, curriculum=seen(0.0, pairs=0.0))[0] == 0.0
+    _, after = follow("adaptive", 8, 0.5, curriculum=seen(9.0))
+    assert (float(after.held_out), int(after.refreshes), float(after.pairs)) == (0.5, 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "every", "decay", "says"),
+    [
+        ("sometimes", 1, 0.9, "choose one of frozen, refresh, ema, adaptive"),
+        ("refresh", 0, 0.9, "reference.every"),
+        ("ema", 1, 1.5, "reference.decay"),
+    ],
+)
+def test_a_wrong_schedule_is_named_with_the_fix(schedule, every, decay, says):
+    with pytest.raises(UserError, match=says):
+        make_reference(schedule, every, decay)

@@ -1,0 +1,187 @@
+"""The loop: what it writes, how it goes on after a stop, and what stops it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.metrics import read_metrics
+from vpo_jax.runtime.signals import Interrupted, Stop
+from vpo_jax.runtime.trees import flatten
+from vpo_jax.training.train import NonFinite, due, fetch
+
+
+def stopping_reward(toy_reward, stop, at_call):
+    """A toy scorer on the host that raises the stop flag at its n-th call, in the middle of a step."""
+    calls = []
+
+    class Stopping(toy_reward):
+        def score(self, params, videos, prepared):
+            calls.append(1)
+            if len(calls) == at_call:
+                stop.signum = 15
+            return np.asarray(super().score(params, videos, prepared))
+
+    return Stopping(jittable=False)
+
+
+def assert_same_state(a, b):
+    first, second = flatten(a), flatten(b)
+    assert first.keys() == second.keys()
+    for path, leaf in first.items():
+        np.testing.assert_array_equal(leaf, second[path], err_msg=path)
+
+
+def lines(folder):
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_metrics(folder)]
+
+
+EVERYTHING = {
+    "train__steps": 4,
+    "ema__decay": 0.9,
+    "preference__max_pair_age": 1,
+    "preference__caption_dropout": 0.2,
+    "reference__every": 3,
+    "checkpoint__every": 2,
+    "rollout__eta": 0.5,
+}
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(configure, run, toy_reward, tmp_path):
+    config = configure(**EVERYTHING)
+    whole = run(config, tmp_path / "whole")
+    for name, at_call in (("early", 1), ("late", 4)):
+        stop = Stop()
+        with pytest.raises(Interrupted) as stopped:
+            run(config, tmp_path / name, stop=stop, rewards=(stopping_reward(toy_reward, stop, at_call),))
+        assert stopped.value.exit_code == 143
+        resumed = run(config, tmp_path / name)
+        assert_same_state(resumed.state, whole.state)
+        assert lines(tmp_path / name) == lines(tmp_path / "whole")
+    # The reference was refreshed at step 3 only, so it is neither the policy nor the start.
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(whole.state.reference), jax.tree.leaves(whole.state.policy), strict=True)
+    )
+    assert int(whole.state.curriculum.refreshed_at) == 3
+    assert int(whole.state.optimizer[-1][0].count) == 8
+    assert set(np.asarray(whole.state.buffer.step).tolist()) == {2, 3}
+
+
+def test_raising_the_number_of_steps_continues_the_same_run(configure, run, tmp_path):
+    whole = run(configure(train__steps=3), tmp_path / "whole")
+    run(configure(train__steps=2), tmp_path / "raised")
+    raised = run(configure(train__steps=3), tmp_path / "raised")
+    assert_same_state(raised.state, whole.state)
+    assert [line["step"] for line in lines(tmp_path / "raised")] == [1, 2, 3]
+    assert run(configure(train__steps=3), tmp_path / "raised").state.step == 3
+
+
+def test_a_run_writes_what_there_is_to_watch(configure, run, toy_reward, tmp_path):
+    config = configure(eval__every=2, eval__prompts=5, log__samples=2, reference__schedule="adaptive")
+    judge = toy_reward(name="judge")
+    result = run(config, tmp_path, tuning_prompts=["t1", "t2", "t3", "t4", "t5"], held_out=[judge])
+    written = lines(tmp_path)
+    assert [line["step"] for line in written] == [1, 2, 3]
+    for line in written:
+        assert line["pair/kept"] + sum(v for k, v in line.items() if k.startswith("pair/dropped_")) == 8
+        assert line["loss/applied"] == 1.0 and line["reward/non_finite"] == 0.0
+        assert {"reward/toy/visual_quality", "pair/margin", "pair/motion", "loss/gradient_norm"} <= line.keys()
+    assert written[0]["loss/u_noise"] == 0.0
+    assert "held_out/judge/visual_quality" in written[1] and "held_out/judge/visual_quality" in written[2]
+    assert 0.0 <= written[1]["held_out/win_rate/judge/visual_quality"] <= 1.0
+    assert {"eval/toy/dynamic_degree", "policy/winner_error_rises", "policy/distance_to_start"} <= written[1].keys()
+    samples = sorted(path.parent.name for path in (tmp_path / "samples").rglob("*.webp"))
+    assert samples == ["step_000000"] * 2 + ["step_000002"] * 2 + ["step_000003"] * 2
+    assert result.pipeline.params["vae"] is not None
+    base, tuned = flatten(run.pipeline().params["unet"]), flatten(result.pipeline.params["unet"])
+    assert [k for k in base if not np.array_equal(base[k], tuned[k])] == ["attn.to_q/kernel", "attn.to_v/kernel"]
+
+
+def test_the_first_update_of_a_run_starts_at_ln_2(configure, run, tmp_path):
+    run(configure(train__steps=1, train__updates_per_step=1), tmp_path)
+    (line,) = lines(tmp_path)
+    assert line["loss/preference"] == pytest.approx(np.log(2.0), rel=1e-7)
+    assert line["loss/implicit_accuracy"] == 0.5
+
+
+def test_full_fine_tuning_trains_every_layer(configure, run, tmp_path):
+    result = run(configure(lora__rank=0, train__steps=1), tmp_path)
+    base, tuned = flatten(run.pipeline().params["unet"]), flatten(result.pipeline.params["unet"])
+    assert all(not np.array_equal(base[k], tuned[k]) for k in base)
+
+
+def test_one_prompt_with_scores_that_are_not_finite_is_dropped_and_counted(configure, run, toy_reward, tmp_path):
+    run(configure(train__steps=1), tmp_path, rewards=(toy_reward(poison="red"),))
+    (line,) = lines(tmp_path)
+    assert line["reward/non_finite"] > 0 and line["pair/dropped_non_finite"] == line["reward/non_finite"] / 4
+    assert line["loss/applied"] == 1.0
+
+
+def test_a_step_whose_scores_are_all_not_finite_stops_the_run_with_what_made_it(configure, run, toy_reward, tmp_path):
+    with pytest.raises(NonFinite, match="step 1: every score"):
+        run(configure(), tmp_path, rewards=(toy_reward(poison="clip"),))
+    left = json.loads((tmp_path / "failure" / "step_1" / "step.json").read_text())
+    assert len(left["prompts"]) == 8 and left["scores"][0] == ["nan", "nan"]
+    assert (tmp_path / "failure" / "step_1" / "checkpoints").is_dir()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_finite_state(configure, run, tmp_path):
+    from vpo_jax.checkpoints.orbax_store import CheckpointStore
+
+    with pytest.raises(NonFinite, match="loss or its gradient"):
+        run(configure(preference__beta=1e38, checkpoint__every=0), tmp_path)
+    store = CheckpointStore(tmp_path / "failure" / "step_1" / "checkpoints", read_only=True)
+    _, state, _ = store.read(parts=("policy", "finite"))
+    assert not bool(state["finite"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["policy"]))
+    assert not (tmp_path / "checkpoints" / "1").exists()
+
+
+def test_metrics_are_written_one_step_late_but_never_after_their_checkpoint(configure, run, tmp_path, monkeypatch):
+    from vpo_jax.checkpoints import orbax_store
+    from vpo_jax.runtime import metrics
+
+    events = []
+    write, save = metrics.MetricsWriter.write, orbax_store.CheckpointStore.save
+    monkeypatch.setattr(
+        metrics.MetricsWriter, "write", lambda self, step, m: (events.append(("line", step)), write(self, step, m))
+    )
+    monkeypatch.setattr(
+        orbax_store.CheckpointStore,
+        "save",
+        lambda self, step, *rest: (events.append(("save", step)), save(self, step, *rest)),
+    )
+    run(configure(train__steps=4, checkpoint__every=3), tmp_path)
+    assert events == [("line", 1), ("line", 2), ("line", 3), ("save", 3), ("line", 4), ("save", 4)]
+
+
+def test_a_judge_is_refused_as_a_training_scorer(configure, run, toy_reward, tmp_path):
+    with pytest.raises(UserError, match=r"reward.scorers: 'judge' may only judge"):
+        run(configure(), tmp_path, rewards=(toy_reward(name="judge", trains=False),))
+
+
+def test_other_prompts_on_resume_are_refused(configure, run, tmp_path):
+    run(configure(train__steps=1), tmp_path)
+    with pytest.raises(UserError, match="not the prompts that this run began with"):
+        run(configure(train__steps=2), tmp_path, prompts=["something else"])
+
+
+def test_without_dynamic_degree_the_log_says_that_the_motion_gate_is_off(configure, run, toy_reward, tmp_path, capsys):
+    still = toy_reward(dimensions=("visual_quality",), ranges=((0.0, 1.0),))
+    run(configure(train__steps=1), tmp_path, rewards=(still,))
+    said = capsys.readouterr().err
+    assert "the motion gate is off" in said
+    assert "step 1/1  reward 0." in said and "win accuracy" in said and "videos/s" in said and "left" in said
+
+
+def test_what_is_due_every_so_many_steps_is_also_due_at_the_end():
+    assert [step for step in range(1, 8) if due(step, 3, 7)] == [3, 6, 7]
+    assert [step for step in range(1, 8) if due(step, 0, 7)] == [7]
+
+
+def test_metrics_are_means_over_updates_weighted_by_their_counts():
+    found = fetch([{"a": (np.float32(3), np.float32(1)), "b": (0.0, 0.0)}, {"a": (np.float32(1), np.float32(3))}])
+    assert found["a"] == 1.0 and np.isnan(found["b"])
