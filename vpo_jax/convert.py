@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
 from vpo_jax.checkpoints.orbax_store import CheckpointStore
@@ -54,14 +53,14 @@ def convert(
     weights = weights or ("ema" if averaged else "policy")
     store = CheckpointStore(Path(workdir, "checkpoints"), read_only=True)
     step, state, _ = store.read(step, parts=[weights])
-    adapters = jax.device_get(state[weights])
+    adapters = state[weights]
     pipeline = load_pipeline(config.model.path)
     policy = make_policy(config, pipeline.unet, pipeline.params["unet"], adapters)
     if lora_only:
         assert policy.lora is not None
         write_adapter(output, adapters, policy.lora, config.model.path)
     else:
-        unet = jax.device_get(policy.merged(pipeline.params["unet"], adapters))
+        unet = policy.merged(pipeline.params["unet"], adapters)
         dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet}).save_pretrained(output)
     return step, weights
 

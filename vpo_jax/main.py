@@ -22,7 +22,7 @@ from vpo_jax.runtime.mesh import make_mesh
 from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.signals import Stop, catch_signals
 from vpo_jax.runtime.workdir import Workdir, completed_steps, open_workdir
-from vpo_jax.training.check import check, check_mesh
+from vpo_jax.training.check import check, check_inputs, check_mesh
 from vpo_jax.training.train import NonFinite, train
 
 CONFIG = "configs/vpo.py"
@@ -65,6 +65,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     rewards = load_rewards(config.reward.scorers, training=True)
     judges = load_rewards(config.held_out.scorers)
     pipeline = load_pipeline(config.model.path)
+    check_inputs(config, pipeline, rewards)
     with open_workdir(workdir, config.to_dict()) as opened, catch_signals() as stop:
         result = train(
             config,

@@ -169,7 +169,7 @@ def write_pipeline(
             wanted = (dtypes or {}).get(name, "float32")
             _write_component(partial / name, name, parts, wanted, max_shard_bytes)
         _write_json(partial / "scheduler" / "scheduler_config.json", parts.configs["scheduler"])
-        parts.tokenizer.save_pretrained(str(partial / "tokenizer"))
+        _write_tokenizer(partial / "tokenizer", parts.tokenizer)
         if parts.defaults:
             _write_json(partial / DEFAULTS_FILE, parts.defaults)
         _write_json(partial / "model_index.json", _index(parts))
@@ -290,6 +290,14 @@ def _write_component(folder: Path, name: str, parts: PipelineParts, dtype: str, 
         config["dtype"] = dtype
     _write_json(folder / "config.json", config)
     io.write_weights(folder, part.stem, _cast(to_torch(parts.params[name]), dtype, name), max_shard_bytes)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    # A tokenizer that was called remembers how it padded and cut, and would write that into the folder.
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.save_pretrained(str(folder))
 
 
 def _cast(state: dict[str, np.ndarray], dtype: str, where: str) -> dict[str, np.ndarray]:

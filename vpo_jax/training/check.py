@@ -1,14 +1,18 @@
 """What a config may hold: looked at before anything is loaded, compiled or written."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
+from vpo_jax.diffusion.samplers import make_sampler
+from vpo_jax.rewards.combine import parse_weights
 from vpo_jax.runtime.cli import flatten_config, nearest
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import batch_size
+from vpo_jax.training.policy import make_policy
 
 
 class Field(NamedTuple):
@@ -149,3 +153,12 @@ def check_mesh(config: Any, mesh: Mesh) -> None:
                 f"{key}: {size} is not a multiple of {parts}, into which mesh.data={mesh.shape['data']} and"
                 f" mesh.fsdp={mesh.shape['fsdp']} cut it; choose {-(-size // parts) * parts}, or another mesh"
             )
+
+
+def check_inputs(config: Any, pipeline: Any, rewards: Sequence[Any]) -> None:
+    """Raises UserError where the config does not fit the model or the scorers; computes nothing."""
+    rollout = config.rollout
+    pipeline.video_size(rollout.num_frames, rollout.height, rollout.width)
+    make_sampler(pipeline.scheduler_config, rollout.num_inference_steps, rollout.sampler or None, rollout.eta)
+    parse_weights(config.reward.weights, rewards)
+    jax.eval_shape(lambda: make_policy(config, pipeline.unet, pipeline.params["unet"]).start)
