@@ -137,7 +137,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 25,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] = "",
         sampler: str | None = None,
         seed: int = 0,
@@ -153,7 +153,7 @@ class Pipeline:
           height: pixels; left out: vpo_jax.json's, else sample_size times the autoencoder's factor.
           width: as height.
           num_inference_steps: denoising steps.
-          guidance_scale: classifier-free guidance; 1 or less switches it off.
+          guidance_scale: classifier-free guidance; 1 or less switches it off. Left out: vpo_jax.json's, else 7.5.
           negative_prompt: what guidance leads away from: one, or one a prompt.
           sampler: a diffusers scheduler's name; None takes the checkpoint's own.
           seed: the initial latents of prompt i are normal(fold_in(key(seed), i)).
@@ -167,6 +167,8 @@ class Pipeline:
         Raises:
           UserError: a size, a sampler or a number of prompts that does not fit.
         """
+        if guidance_scale is None:
+            guidance_scale = self.defaults.get("guidance_scale", 7.5)
         frames = self._generate(
             prompts, num_frames, height, width, num_inference_steps, guidance_scale, negative_prompt,
             sampler, seed, latents, eta, batch_size,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from vpo_jax.runtime.errors import UserError
 
 # PyTorch's default for Linear and Conv: uniform within 1 / sqrt(fan_in).
-kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+default_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -53,11 +53,11 @@ class Dense(nn.Module):
     use_bias: bool = True
     dtype: Any = jnp.float32
     lora_scale: float = 1.0
-    init: Callable[..., jax.Array] = kernel_init
+    kernel_init: Callable[..., jax.Array] = default_kernel_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", self.init, (x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable("lora", "lora_A"):
@@ -87,11 +87,11 @@ class Conv(nn.Module):
     use_bias: bool = True
     dtype: Any = jnp.float32
     lora_scale: float = 1.0
-    init: Callable[..., jax.Array] = kernel_init
+    kernel_init: Callable[..., jax.Array] = default_kernel_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", self.init, (*self.kernel_size, x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features))
         x = x.astype(self.dtype)
         y = self._convolve(x, kernel)
         if self.has_variable("lora", "lora_A"):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.models.attention import BACKENDS, attention
-from vpo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, activation, kernel_init
+from vpo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, activation, default_kernel_init
 from vpo_jax.runtime.errors import UserError
 
 _TRANSFORMER_NORM_EPS = 1e-6  # Transformer2DModel and TransformerTemporalModel
@@ -181,7 +181,7 @@ class TemporalConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels, dtype = x.shape[-1], self.compute.dtype
-        init = nn.initializers.zeros if self.zero else kernel_init
+        init = nn.initializers.zeros if self.zero else default_kernel_init
         kernel = self.param("kernel", init, (3, 1, 1, channels, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         padded = jnp.pad(x.astype(dtype), ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
