@@ -77,11 +77,10 @@ class Pipeline:
         side = self.unet.config.sample_size
         sides = (side, side) if side is None or isinstance(side, int) else side
         size = {"num_frames": num_frames, "height": height, "width": width}
-        trained = {"num_frames": _NUM_FRAMES, "height": sides[0], "width": sides[1]}
+        trained = {"num_frames": _NUM_FRAMES, "height": (sides[0] or 0) * factor, "width": (sides[1] or 0) * factor}
         for name, value in size.items():
             unit = 1 if name == "num_frames" else factor
-            if not value:
-                value = self.defaults.get(name) or (trained[name] and trained[name] * unit)
+            value = value or self.defaults.get(name) or trained[name]
             if not value:
                 raise UserError(f"{name}: the checkpoint names no size; give one (rollout.{name})")
             if value < 1 or value % unit:
@@ -107,11 +106,13 @@ class Pipeline:
 
     def encode_text(self, params: Tree, ids: jax.Array) -> jax.Array:
         """Last hidden states [B, L, D] of token ids [B, L]."""
-        return self.text_encoder.apply({"params": params}, ids)
+        text: Any = self.text_encoder.apply({"params": params}, ids)
+        return text
 
     def denoise(self, variables: Tree, latents: jax.Array, timesteps: jax.Array, text: jax.Array) -> jax.Array:
         """Prediction float32 [B, F, h, w, C]; variables = {"params": ..., "lora": ... or absent}."""
-        return self.unet.apply(variables, latents, timesteps, text)
+        prediction: Any = self.unet.apply(variables, latents, timesteps, text)
+        return prediction
 
     def decode(self, params: Tree, latents: jax.Array, frame_indices: Sequence[int] | None = None) -> jax.Array:
         """Frames float32 [B, f, H, W, 3] in [0, 1] of latents [B, F, h, w, C]; only those of `frame_indices`."""
@@ -119,7 +120,7 @@ class Pipeline:
             latents = latents[:, np.asarray(frame_indices)]
         batch, frames = latents.shape[:2]
         flat = latents.reshape(batch * frames, *latents.shape[2:]) / self.vae.config.scaling_factor
-        images = self.vae.apply({"params": params}, flat, method=AutoencoderKL.decode)
+        images: Any = self.vae.apply({"params": params}, flat, method=AutoencoderKL.decode)
         images = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
         return images.reshape(batch, frames, *images.shape[1:])
 

@@ -39,6 +39,13 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return _ACTIVATIONS[name]
 
 
+def adapter(module: nn.Module, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The module's low-rank pair (A, B) in the computation's dtype."""
+    down: jax.Array = module.get_variable("lora", "lora_A")
+    up: jax.Array = module.get_variable("lora", "lora_B")
+    return down.astype(dtype), up.astype(dtype)
+
+
 class Dense(nn.Module):
     """y = x W + b, and + scale * (x A) B where an adapter is given.
 
@@ -61,8 +68,7 @@ class Dense(nn.Module):
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable("lora", "lora_A"):
-            down = self.get_variable("lora", "lora_A").astype(self.dtype)  # [in, r]
-            up = self.get_variable("lora", "lora_B").astype(self.dtype)  # [r, out]
+            down, up = adapter(self, self.dtype)  # [in, r], [r, out]
             y = y + self.lora_scale * ((x @ down) @ up)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
@@ -95,9 +101,8 @@ class Conv(nn.Module):
         x = x.astype(self.dtype)
         y = self._convolve(x, kernel)
         if self.has_variable("lora", "lora_A"):
-            low = self._convolve(x, self.get_variable("lora", "lora_A"))  # kernel [*kernel_size, in, r]
-            up = self.get_variable("lora", "lora_B").astype(self.dtype)  # [r, out]
-            y = y + self.lora_scale * (low @ up)
+            down, up = adapter(self, self.dtype)  # [*kernel_size, in, r], [r, out]
+            y = y + self.lora_scale * (self._convolve(x, down) @ up)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.models.attention import BACKENDS, attention
-from vpo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, activation, default_kernel_init
+from vpo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, activation, adapter, default_kernel_init
 from vpo_jax.runtime.errors import UserError
 
 _TRANSFORMER_NORM_EPS = 1e-6  # Transformer2DModel and TransformerTemporalModel
@@ -189,8 +189,8 @@ class TemporalConv(nn.Module):
         window = jnp.concatenate([padded[:, i : i + frames] for i in range(3)], -1)  # [B, F, H, W, 3C]
         y = window @ kernel.astype(dtype).reshape(3 * channels, self.features)
         if self.has_variable("lora", "lora_A"):
-            down = self.get_variable("lora", "lora_A").astype(dtype).reshape(3 * channels, -1)
-            y = y + self.compute.lora_scale * ((window @ down) @ self.get_variable("lora", "lora_B").astype(dtype))
+            down, up = adapter(self, dtype)  # [3, 1, 1, C, r], [r, C']
+            y = y + self.compute.lora_scale * ((window @ down.reshape(3 * channels, -1)) @ up)
         return y + bias.astype(dtype)
 
 
@@ -453,10 +453,10 @@ class UNet3DConditionModel(nn.Module):
         skips = [x]
         last = len(cfg.block_out_channels) - 1
         for i, (kind, features) in enumerate(zip(cfg.down_block_types, cfg.block_out_channels, strict=True)):
-            block = DownBlock3D(
+            down_block = DownBlock3D(
                 features, cfg, compute, kind == "CrossAttnDownBlock3D", downsample=i < last, name=f"down_blocks.{i}"
             )
-            x, new = block(x, embedding, text)
+            x, new = down_block(x, embedding, text)
             skips += new
 
         x = MidBlock3D(cfg.block_out_channels[-1], cfg, compute, name="mid_block")(x, embedding, text)
@@ -464,9 +464,9 @@ class UNet3DConditionModel(nn.Module):
         layers = cfg.layers_per_block + 1
         for i, (kind, features) in enumerate(zip(cfg.up_block_types, reversed(cfg.block_out_channels), strict=True)):
             skips, mine = skips[:-layers], skips[-layers:]
-            size = skips[-1].shape[2:4] if i < last else None
-            block = UpBlock3D(features, cfg, compute, kind == "CrossAttnUpBlock3D", name=f"up_blocks.{i}")
-            x = block(x, mine, embedding, text, size)
+            size = (skips[-1].shape[2], skips[-1].shape[3]) if i < last else None
+            up_block = UpBlock3D(features, cfg, compute, kind == "CrossAttnUpBlock3D", name=f"up_blocks.{i}")
+            x = up_block(x, mine, embedding, text, size)
 
         x = nn.silu(_per_frame(GroupNorm(cfg.norm_num_groups, cfg.norm_eps, self.dtype, name="conv_norm_out"), x))
         return _per_frame(compute.conv(cfg.out_channels, "conv_out"), x).astype(jnp.float32)

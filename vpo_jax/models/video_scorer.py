@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from vpo_jax.models.config_fields import read_fields, require
 from vpo_jax.models.layers import Conv, Dense, LayerNorm
 
+ALIGNMENT = "text_to_video_alignment"
+
 
 @dataclasses.dataclass(frozen=True)
 class VideoScorerConfig:
@@ -38,7 +40,7 @@ class VideoScorerConfig:
     image_size: int
     vocab_size: int
     max_length: int = 24
-    channels: tuple[int, int] = (40, 64)
+    channels: tuple[int, int] = (32, 48)
     maps: int = 12
     text_width: int = 64
     hidden: int = 128
@@ -73,7 +75,7 @@ class _Residual(nn.Module):
 
 
 class FrameEncoder(nn.Module):
-    """What each frame holds: [N, H, W, 9] (a frame and its differences to both neighbours) -> [N, features]."""
+    """What each frame holds: [N, H, W, 6] (a frame and its difference to the one before) -> [N, features]."""
 
     config: VideoScorerConfig
 
@@ -121,10 +123,10 @@ def _heatmaps(logits: jax.Array) -> jax.Array:
 
 
 def _moments(x: jax.Array) -> jax.Array:
-    """How features change over a clip: [B, F, C] -> [B, 4 C].
+    """How features change over a clip: [B, F, C] -> [B, 4, C].
 
     Mean, slope, and on a log scale (so that a little unsteadiness is told from none) the deviation from the
-    straight line and the mean step between frames.
+    straight line and the step between frames.
     """
     frames = x.shape[1]
     time = jnp.linspace(-1.0, 1.0, frames)
@@ -133,58 +135,70 @@ def _moments(x: jax.Array) -> jax.Array:
     rest = x - mean[:, None] - time[:, None] * slope[:, None]
     rest = jnp.log(0.01 + jnp.sqrt(jnp.square(rest).mean(1) + 1e-6))
     step = jnp.log(0.01 + jnp.sqrt(jnp.square(jnp.diff(x, axis=1)).mean(1) + 1e-6))
-    return jnp.concatenate([mean, slope, rest, step], -1)
-
-
-class TextTower(nn.Module):
-    """A caption as one vector: int32 [B, L], 0 = padding -> [B, text_width]."""
-
-    config: VideoScorerConfig
-
-    @nn.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        width = self.config.text_width
-        init = nn.initializers.normal(0.5)
-        tokens = self.param("token", init, (self.config.vocab_size, width))[ids]
-        mask = (ids != 0)[..., None].astype(jnp.float32)
-        x = tokens * mask
-        x = x + Conv(width, (3,), padding=1, name="conv")(x) * mask  # what a word means beside its neighbours
-        x = (nn.silu(Dense(width, name="word")(x)) * mask).sum(1) / jnp.sqrt(1.0 + mask.sum(1))
-        return x
+    return jnp.stack([mean, slope, rest, step], 1)
 
 
 class VideoScorer(nn.Module):
     """Scores of clips against captions.
 
-    videos uint8 [B, num_frames, image_size, image_size, 3], ids int32 [B, max_length] -> float32 [B, D], each
-    within its declared range. The dimension `text_to_video_alignment` alone sees the caption.
+    videos uint8 [B, num_frames, image_size, image_size, 3], ids int32 [B, max_length] (0 = padding) -> float32
+    [B, D], each within its declared range. The dimension `text_to_video_alignment` alone sees the caption.
     """
 
     config: VideoScorerConfig
 
-    @nn.compact
-    def __call__(self, videos: jax.Array, ids: jax.Array) -> jax.Array:
+    def setup(self) -> None:
+        """Submodules, named as in the checkpoint."""
         config = self.config
+        self.frames = FrameEncoder(config)
+        self.norms = [LayerNorm() for _ in range(4)]
+        self.quality = [Dense(config.hidden), Dense(config.hidden), Dense(len(config.dimensions))]
+        self.shown = [Dense(config.hidden), Dense(config.text_width)]
+        self.tokens = self.param("tokens", nn.initializers.normal(0.3), (config.vocab_size, config.text_width))
+        self.context = Conv(config.text_width, (3,), padding=1)
+        self.importance = Dense(1)
+        self.verdict = self.param("verdict", nn.initializers.constant(2.0), (1,))
+
+    def see(self, videos: jax.Array) -> jax.Array:
+        """What a clip shows, whatever was asked for: uint8 [B, F, H, W, 3] -> [B, features]."""
         batch, frames = videos.shape[:2]
         x = videos.astype(jnp.float32) / 127.5 - 1.0
-        before = x - jnp.concatenate([x[:, :1], x[:, :-1]], 1)
-        after = jnp.concatenate([x[:, 1:], x[:, -1:]], 1) - x
-        seen = jnp.concatenate([x, before, after], -1)  # [B, F, H, W, 9]
-        seen = seen.reshape(batch * frames, *seen.shape[2:])
-        features = FrameEncoder(config, name="frames")(seen).reshape(batch, frames, -1)
-        moments = LayerNorm(name="norm")(_moments(features))
+        before = jnp.concatenate([x[:, :1], x[:, :-1]], 1)
+        seen = jnp.concatenate([x, x - before], -1)  # [B, F, H, W, 6]
+        features = self.frames(seen.reshape(batch * frames, *seen.shape[2:])).reshape(batch, frames, -1)
+        moments = _moments(features)
+        return jnp.concatenate([norm(moments[:, i]) for i, norm in enumerate(self.norms)], -1)
 
-        quality = nn.silu(Dense(config.hidden, name="quality.0")(moments))
-        quality = nn.silu(Dense(config.hidden, name="quality.1")(quality))
-        quality = Dense(len(config.dimensions), name="quality.2")(quality)
+    def judge_quality(self, seen: jax.Array) -> jax.Array:
+        """Logits of all dimensions from the clip alone: [B, features] -> [B, D]."""
+        first, second, last = self.quality
+        return last(nn.silu(second(nn.silu(first(seen)))))
 
-        text = TextTower(config, name="text")(ids)
-        asked = Dense(config.hidden, name="asked")(text)
-        shown = Dense(config.hidden, name="shown.1")(nn.silu(Dense(config.hidden, name="shown.0")(moments)))
-        match = nn.silu(Dense(config.hidden, name="match.0")(jnp.concatenate([asked * shown, asked, shown], -1)))
-        match = Dense(1, name="match.1")(match)
+    def judge_match(self, seen: jax.Array, ids: jax.Array) -> jax.Array:
+        """Logits of the alignment: [B, features], int32 [B, N, L] (N captions a clip) -> [B, N].
 
-        reads_text = jnp.array([name == "text_to_video_alignment" for name in config.dimensions])
-        logits = jnp.where(reads_text, match, quality)
-        low, high = jnp.array(config.ranges).T
+        Every word, beside its neighbours, is looked for in the clip; each that is not found takes from the score.
+        """
+        first, second = self.shown
+        shown = second(nn.silu(first(seen)))  # [B, W]
+        mask = (ids != 0).astype(jnp.float32)
+        words = self.tokens[ids] * mask[..., None]
+        flat = words.reshape(-1, *words.shape[2:])
+        words = words + self.context(flat).reshape(words.shape)
+        found = jnp.einsum("bnlw,bw->bnl", words, shown)
+        weight = nn.softplus(self.importance(words)[..., 0]) * mask
+        return self.verdict + (weight * nn.log_sigmoid(found)).sum(-1)
+
+    def to_range(self, logits: jax.Array, dimension: int | None = None) -> jax.Array:
+        """Logits [..., D], or of one dimension, within the declared range."""
+        low, high = jnp.array(self.config.ranges).T
+        if dimension is not None:
+            low, high = low[dimension], high[dimension]
         return low + (high - low) * nn.sigmoid(logits)
+
+    def __call__(self, videos: jax.Array, ids: jax.Array) -> jax.Array:
+        seen = self.see(videos)
+        quality = self.judge_quality(seen)
+        match = self.judge_match(seen, ids[:, None])  # [B, 1]
+        reads_text = jnp.array([name == ALIGNMENT for name in self.config.dimensions])
+        return self.to_range(jnp.where(reads_text, match, quality))

@@ -40,9 +40,10 @@ def make_tokenizer() -> Any:
     from transformers import CLIPTokenizer
 
     vocab, merges = vocabulary()
+    pairs: Any = merges  # its annotation lags behind what it takes
     return CLIPTokenizer(
         vocab=vocab,
-        merges=merges,
+        merges=pairs,
         bos_token=_START,
         eos_token=_END,
         unk_token=_END,

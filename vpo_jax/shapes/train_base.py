@@ -152,9 +152,10 @@ def train_vae(seed: int, steps: int, rate: float, workdir: Path, seconds: float 
         take = jax.random.randint(frame_key, (_CLIPS_A_VAE_STEP, _FRAMES_A_CLIP), 0, world.NUM_FRAMES)
         images = jnp.take_along_axis(frames, take[:, :, None, None, None], axis=1)
         images = 2 * images.reshape(-1, *images.shape[2:]) - 1  # [N, H, W, 3]
-        mean, logvar = vae.apply({"params": params}, images, method=vae.encode)
+        mean, logvar = _moments(vae, params, images)
         latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(noise_key, mean.shape)
-        error = vae.apply({"params": params}, latents, method=vae.decode) - images
+        decoded: Any = vae.apply({"params": params}, latents, method=vae.decode)
+        error = decoded - images
         kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar).mean()
         # Errors of finite differences: what keeps edges sharp where a plain L1 would blur them.
         edges = jnp.abs(jnp.diff(error, axis=1)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
@@ -194,12 +195,17 @@ def standardise_latents(params: Tree, mean: jax.Array, std: jax.Array) -> Tree:
     }
 
 
+def _moments(vae: AutoencoderKL, params: Tree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    moments: Any = vae.apply({"params": params}, images, method=vae.encode)
+    return moments
+
+
 @partial(jax.jit, static_argnums=0)
 def _encode(vae: AutoencoderKL, params: Tree, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation of the latents of clips [B, F, H, W, 3] in [0, 1], each [B, F, h, w, Cz]."""
 
     def one(clip: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, logvar = vae.apply({"params": params}, 2 * clip - 1, method=vae.encode)
+        mean, logvar = _moments(vae, params, 2 * clip - 1)
         return mean, jnp.exp(0.5 * logvar)
 
     return jax.lax.map(one, frames, batch_size=8)
@@ -246,7 +252,7 @@ def train_denoiser(
         timesteps = (offsets * schedule.num_train_timesteps).astype(jnp.int32)
         noise = jax.random.normal(keys[4], clean.shape)
         noisy = add_noise(schedule, clean, noise, timesteps)
-        prediction = unet.apply({"params": params["unet"]}, noisy, timesteps, text)
+        prediction: Any = unet.apply({"params": params["unet"]}, noisy, timesteps, text)
         value = jnp.square(prediction - training_target(schedule, clean, noise, timesteps)).mean()
         return value, {"loss": value}
 
