@@ -1,330 +1,28 @@
-"""UNet3DConditionModel of diffusers in Flax: the denoiser of ModelScope, ZeroScope and VideoCrafter2.
+"""UNet3DConditionModel of diffusers in Flax: the denoiser of ModelScope, ZeroScope and VideoCrafter2."""
 
-Videos stay [B, F, H, W, C] throughout. "Per frame" means that a layer sees [B*F, H, W, C]; temporal layers see
-all frames of a video. Text keys and values are computed once a video, not once a frame.
-"""
-
-import dataclasses
-from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from vpo_jax.models.attention import BACKENDS, attention
-from vpo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, activation, adapter, default_kernel_init
+from vpo_jax.models.attention import BACKENDS
+from vpo_jax.models.layers import GroupNorm
+from vpo_jax.models.unet3d_config import UNet3DConfig
+from vpo_jax.models.unet3d_layers import (
+    Compute,
+    ResnetBlock2D,
+    TemporalConvLayer,
+    TimestepEmbedding,
+    Transformer2DModel,
+    TransformerTemporalModel,
+    per_frame,
+    resize_nearest,
+    timestep_embedding,
+)
 from vpo_jax.runtime.errors import UserError
 
-_TRANSFORMER_NORM_EPS = 1e-6  # Transformer2DModel and TransformerTemporalModel
-_TEMPORAL_CONV_EPS = 1e-5  # TemporalConvLayer, whatever norm_eps says
-_DOWN_BLOCKS = ("CrossAttnDownBlock3D", "DownBlock3D")
-_UP_BLOCKS = ("CrossAttnUpBlock3D", "UpBlock3D")
-
-
-@dataclasses.dataclass(frozen=True)
-class UNet3DConfig:
-    """The fields of diffusers' UNet3DConditionModel, with its defaults.
-
-    `attention_head_dim` is the true size of a head (its name in diffusers' blocks is misleading: models.md).
-    """
-
-    sample_size: int | tuple[int, int] | None = None
-    in_channels: int = 4
-    out_channels: int = 4
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",)
-    up_block_types: tuple[str, ...] = ("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    downsample_padding: int = 1
-    mid_block_scale_factor: float = 1.0
-    act_fn: str = "silu"
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: int = 1024
-    attention_head_dim: int = 64
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "UNet3DConfig":
-        """The config of a diffusers `unet/config.json`.
-
-        Raises:
-          UserError: a field, or a value of one, that the model does not honour.
-        """
-        fields = {f.name for f in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for name, value in config.items():
-            if name.startswith("_"):
-                continue
-            if name in ("num_attention_heads", "time_cond_proj_dim"):
-                if value is not None:
-                    raise UserError(f"unet/config.json: {name}={value!r} is not supported; only null is")
-            elif name not in fields:
-                raise UserError(f"unet/config.json: unknown field {name!r}; is this a UNet3DConditionModel?")
-            else:
-                values[name] = tuple(value) if isinstance(value, list) else value
-        self = cls(**values)
-        self._check()
-        return self
-
-    def _check(self) -> None:
-        stages = len(self.block_out_channels)
-        if not len(self.down_block_types) == len(self.up_block_types) == stages:
-            raise UserError("unet/config.json: block_out_channels, down_block_types, up_block_types differ in length")
-        for name, known in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
-            for block in getattr(self, name):
-                if block not in known:
-                    raise UserError(f"unet/config.json: {name} holds {block!r}; known: {', '.join(known)}")
-        for name in ("attention_head_dim", "norm_num_groups", "layers_per_block", "cross_attention_dim"):
-            if not isinstance(getattr(self, name), int):
-                raise UserError(f"unet/config.json: {name}={getattr(self, name)!r}; one whole number is supported")
-        for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
-                raise UserError(f"unet/config.json: norm_num_groups does not divide block_out_channels {channels}")
-        activation(self.act_fn)
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """How to compute, as opposed to what: nothing here changes a parameter."""
-
-    dtype: Any = jnp.float32
-    attention_backend: str = "xla"
-    remat: bool = False
-    lora_scale: float = 1.0
-
-    def dense(self, features: int, name: str, use_bias: bool = True) -> Dense:
-        return Dense(features, use_bias, dtype=self.dtype, lora_scale=self.lora_scale, name=name)
-
-    def conv(self, features: int, name: str, kernel: int = 3, stride: int = 1, padding: Any = 1) -> Conv:
-        return Conv(
-            features, (kernel,) * 2, (stride,) * 2, padding, dtype=self.dtype, lora_scale=self.lora_scale, name=name
-        )
-
-    def layer_norm(self, name: str) -> LayerNorm:
-        return LayerNorm(dtype=self.dtype, name=name)
-
-
-def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
-    """Sinusoids [cos, sin] of the timestep at frequencies 10000^(-i / (dim / 2)), float32 [B, dim]."""
-    half = dim // 2
-    frequencies = np.exp(-np.log(10000.0) * np.arange(half, dtype=np.float32) / half).astype(np.float32)
-    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
-    return jnp.pad(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1), ((0, 0), (0, dim % 2)))
-
-
-def _per_frame(layer: Any, x: jax.Array) -> jax.Array:
-    """`layer` on [B*F, H, W, C], back to [B, F, H', W', C']."""
-    batch, frames = x.shape[:2]
-    y = layer(x.reshape(batch * frames, *x.shape[2:]))
-    return y.reshape(batch, frames, *y.shape[1:])
-
-
-def _resize_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
-    """Nearest neighbour on [B, F, H, W, C]; a plain repeat where the size doubles."""
-    rows = np.arange(height) * x.shape[2] // height
-    columns = np.arange(width) * x.shape[3] // width
-    if (height, width) == (2 * x.shape[2], 2 * x.shape[3]):
-        return x.repeat(2, 2).repeat(2, 3)
-    return x[:, :, rows][:, :, :, columns]
-
-
-class TimestepEmbedding(nn.Module):
-    """Two dense layers from sinusoids to the embedding that every residual block reads."""
-
-    features: int
-    act_fn: str
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = activation(self.act_fn)(self.compute.dense(self.features, "linear_1")(x))
-        return self.compute.dense(self.features, "linear_2")(x)
-
-
-class ResnetBlock2D(nn.Module):
-    """Two per-frame convolutions with the time embedding between them; output (shortcut + residual) / scale."""
-
-    features: int
-    config: UNet3DConfig
-    compute: Compute
-    output_scale: float = 1.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
-        cfg, compute = self.config, self.compute
-        act = activation(cfg.act_fn)
-        norm = partial(GroupNorm, cfg.norm_num_groups, cfg.norm_eps, compute.dtype)
-        y = _per_frame(norm(name="norm1"), x)
-        y = _per_frame(compute.conv(self.features, "conv1"), act(y))
-        y = y + compute.dense(self.features, "time_emb_proj")(act(embedding))[:, None, None, None]
-        y = _per_frame(norm(name="norm2"), y)
-        y = _per_frame(compute.conv(self.features, "conv2"), act(y))
-        if x.shape[-1] != self.features:
-            x = _per_frame(compute.conv(self.features, "conv_shortcut", kernel=1, padding=0), x)
-        return (x + y) / self.output_scale
-
-
-class TemporalConv(nn.Module):
-    """Convolution over three neighbouring frames at each position, zero padded; kernel [3, 1, 1, C, C'].
-
-    Written as one matrix product over the three frames side by side: XLA runs that three times faster on a CPU
-    than the same convolution, and on a GPU or TPU it is the shape that the matrix units want.
-    """
-
-    features: int
-    compute: Compute
-    zero: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        channels, dtype = x.shape[-1], self.compute.dtype
-        init = nn.initializers.zeros if self.zero else default_kernel_init
-        kernel = self.param("kernel", init, (3, 1, 1, channels, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        padded = jnp.pad(x.astype(dtype), ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
-        frames = x.shape[1]
-        window = jnp.concatenate([padded[:, i : i + frames] for i in range(3)], -1)  # [B, F, H, W, 3C]
-        y = window @ kernel.astype(dtype).reshape(3 * channels, self.features)
-        if self.has_variable("lora", "lora_A"):
-            down, up = adapter(self, dtype)  # [3, 1, 1, C, r], [r, C']
-            y = y + self.compute.lora_scale * ((window @ down.reshape(3 * channels, -1)) @ up)
-        return y + bias.astype(dtype)
-
-
-class NormActConv(nn.Module):
-    """GroupNorm over all frames, SiLU, a temporal convolution: torch's Sequential, whose dropout moves the index."""
-
-    num_groups: int
-    conv_name: str
-    compute: Compute
-    zero: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.silu(GroupNorm(self.num_groups, _TEMPORAL_CONV_EPS, self.compute.dtype, name="0")(x))
-        return TemporalConv(x.shape[-1], self.compute, self.zero, name=self.conv_name)(y)
-
-
-class TemporalConvLayer(nn.Module):
-    """Four temporal convolutions and a residual; the last starts at zero. Dropout is left out: DPO runs without."""
-
-    config: UNet3DConfig
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x
-        for i in (1, 2, 3, 4):
-            conv_name = "2" if i == 1 else "3"
-            y = NormActConv(self.config.norm_num_groups, conv_name, self.compute, zero=i == 4, name=f"conv{i}")(y)
-        return x + y
-
-
-class Attention(nn.Module):
-    """Multi-head attention of [N, Q, C] over itself or over a context [N, K, D]."""
-
-    heads: int
-    head_dim: int
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        context = x if context is None else context
-        inner = self.heads * self.head_dim
-        split = lambda y: y.reshape(*y.shape[:-1], self.heads, self.head_dim)  # noqa: E731
-        query = split(self.compute.dense(inner, "to_q", use_bias=False)(x))
-        key = split(self.compute.dense(inner, "to_k", use_bias=False)(context))
-        value = split(self.compute.dense(inner, "to_v", use_bias=False)(context))
-        y = attention(query, key, value, backend=self.compute.attention_backend)
-        return self.compute.dense(x.shape[-1], "to_out.0")(y.reshape(*x.shape[:-1], inner))
-
-
-class FeedForward(nn.Module):
-    """GEGLU of inner size 4C, then a projection back."""
-
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        channels = x.shape[-1]
-        hidden, gate = jnp.split(self.compute.dense(8 * channels, "net.0.proj")(x), 2, axis=-1)
-        return self.compute.dense(channels, "net.2")(hidden * nn.gelu(gate, approximate=False))
-
-
-class Transformer2DModel(nn.Module):
-    """Spatial transformer: self-attention within a frame, cross-attention to the text, feed-forward."""
-
-    heads: int
-    config: UNet3DConfig
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
-        cfg, compute = self.config, self.compute
-        batch, frames, height, width, channels = x.shape
-        inner = self.heads * cfg.attention_head_dim
-        y = _per_frame(GroupNorm(cfg.norm_num_groups, _TRANSFORMER_NORM_EPS, compute.dtype, name="norm"), x)
-        y = compute.dense(inner, "proj_in")(y).reshape(batch * frames, height * width, inner)
-        y = SpatialBlock(self.heads, cfg.attention_head_dim, frames, compute, name="transformer_blocks.0")(y, text)
-        y = compute.dense(channels, "proj_out")(y.reshape(batch, frames, height, width, inner))
-        return x + y
-
-
-class SpatialBlock(nn.Module):
-    """BasicTransformerBlock on [B*F, H*W, C] with text [B, L, D]."""
-
-    heads: int
-    head_dim: int
-    frames: int
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
-        compute = self.compute
-        x = x + Attention(self.heads, self.head_dim, compute, name="attn1")(compute.layer_norm("norm1")(x))
-        y = compute.layer_norm("norm2")(x)
-        y = y.reshape(text.shape[0], -1, x.shape[-1])  # all positions of a video ask the same text
-        y = Attention(self.heads, self.head_dim, compute, name="attn2")(y, text)
-        x = x + y.reshape(x.shape)
-        return x + FeedForward(compute, name="ff")(compute.layer_norm("norm3")(x))
-
-
-class TransformerTemporalModel(nn.Module):
-    """Temporal transformer: each position attends over the frames, twice; no positions, no text."""
-
-    heads: int
-    config: UNet3DConfig
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        cfg, compute = self.config, self.compute
-        batch, frames, height, width, channels = x.shape
-        inner = self.heads * cfg.attention_head_dim
-        y = GroupNorm(cfg.norm_num_groups, _TRANSFORMER_NORM_EPS, compute.dtype, name="norm")(x)
-        y = y.reshape(batch, frames, height * width, channels).swapaxes(1, 2)
-        y = compute.dense(inner, "proj_in")(y).reshape(batch * height * width, frames, inner)
-        y = TemporalBlock(self.heads, cfg.attention_head_dim, compute, name="transformer_blocks.0")(y)
-        y = compute.dense(channels, "proj_out")(y).reshape(batch, height * width, frames, channels)
-        return x + y.swapaxes(1, 2).reshape(x.shape)
-
-
-class TemporalBlock(nn.Module):
-    """BasicTransformerBlock with two self-attentions, on [B*H*W, F, C]."""
-
-    heads: int
-    head_dim: int
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        compute = self.compute
-        x = x + Attention(self.heads, self.head_dim, compute, name="attn1")(compute.layer_norm("norm1")(x))
-        x = x + Attention(self.heads, self.head_dim, compute, name="attn2")(compute.layer_norm("norm2")(x))
-        return x + FeedForward(compute, name="ff")(compute.layer_norm("norm3")(x))
+__all__ = ["UNet3DConditionModel", "UNet3DConfig"]
 
 
 class _Layers(nn.Module):
@@ -365,7 +63,7 @@ class DownBlock3D(_Layers):
         if self.downsample:
             pad = self.config.downsample_padding
             padding = ((0, 1), (0, 1)) if pad == 0 else pad  # diffusers pads low by hand where the padding is 0
-            x = _per_frame(self.compute.conv(self.features, "downsamplers.0.conv", stride=2, padding=padding), x)
+            x = per_frame(self.compute.conv(self.features, "downsamplers.0.conv", stride=2, padding=padding), x)
             skips.append(x)
         return x, skips
 
@@ -400,8 +98,8 @@ class UpBlock3D(_Layers):
             if self.attend_text:
                 x = self.attend(i, x, text)
         if size is not None:
-            x = _resize_nearest(x, *size)
-            x = _per_frame(self.compute.conv(self.features, "upsamplers.0.conv"), x)
+            x = resize_nearest(x, *size)
+            x = per_frame(self.compute.conv(self.features, "upsamplers.0.conv"), x)
         return x
 
 
@@ -447,7 +145,7 @@ class UNet3DConditionModel(nn.Module):
         embedding = timestep_embedding(timesteps, first)
         embedding = TimestepEmbedding(4 * first, cfg.act_fn, compute, name="time_embedding")(embedding)
 
-        x = _per_frame(compute.conv(first, "conv_in"), sample.astype(self.dtype))
+        x = per_frame(compute.conv(first, "conv_in"), sample.astype(self.dtype))
         x = TransformerTemporalModel(8, cfg, compute, name="transformer_in")(x)
 
         skips = [x]
@@ -468,5 +166,5 @@ class UNet3DConditionModel(nn.Module):
             up_block = UpBlock3D(features, cfg, compute, kind == "CrossAttnUpBlock3D", name=f"up_blocks.{i}")
             x = up_block(x, mine, embedding, text, size)
 
-        x = nn.silu(_per_frame(GroupNorm(cfg.norm_num_groups, cfg.norm_eps, self.dtype, name="conv_norm_out"), x))
-        return _per_frame(compute.conv(cfg.out_channels, "conv_out"), x).astype(jnp.float32)
+        x = nn.silu(per_frame(GroupNorm(cfg.norm_num_groups, cfg.norm_eps, self.dtype, name="conv_norm_out"), x))
+        return per_frame(compute.conv(cfg.out_channels, "conv_out"), x).astype(jnp.float32)
