@@ -53,7 +53,7 @@ def test_wrong_captions_are_found_out():
         wrong = []
         for caption in captions:
             attributes = list(world.parse_caption(caption))
-            attributes[position] = (attributes[position] + 1) % len(world._VALUES[position])
+            attributes[position] = (attributes[position] + 1) % len(world.VALUES[position])
             wrong.append(world.make_caption(attributes))
         found = judge.matches(videos, wrong)
         assert found[name].mean() <= 0.01

@@ -88,17 +88,17 @@ class Scene(NamedTuple):
     shake: jax.Array  # natural unsteadiness of the object, standard deviation in pixels
 
 
-_VALUES = (SIZES, COLORS, SHAPES, MOTIONS, BACKGROUNDS)
+VALUES = (SIZES, COLORS, SHAPES, MOTIONS, BACKGROUNDS)
 _CAPTION = re.compile(
-    r"an? ({}) ({}) ({}) moving ({}) on an? ({}) background".format(*("|".join(values) for values in _VALUES))
+    r"an? ({}) ({}) ({}) moving ({}) on an? ({}) background".format(*("|".join(values) for values in VALUES))
 )
-ALL_ATTRIBUTES = np.array(list(itertools.product(*(range(len(values)) for values in _VALUES))), np.int32)  # [480, 5]
+ALL_ATTRIBUTES = np.array(list(itertools.product(*(range(len(values)) for values in VALUES))), np.int32)  # [480, 5]
 SPLITS = {"held_out": 96, "tune": 48, "train": 336}
 
 
 def make_caption(attributes: Sequence[int] | np.ndarray) -> str:
     """Caption of (size, color, shape, motion, background) indices."""
-    size, color, shape, motion, background = (v[int(i)] for v, i in zip(_VALUES, attributes, strict=True))
+    size, color, shape, motion, background = (v[int(i)] for v, i in zip(VALUES, attributes, strict=True))
     return f"a {size} {color} {shape} moving {motion} on a {background} background"
 
 
@@ -107,12 +107,12 @@ def parse_caption(caption: str) -> Attributes | None:
     match = _CAPTION.fullmatch(caption.strip().lower().rstrip("."))
     if match is None:
         return None
-    return Attributes(*(values.index(word) for values, word in zip(_VALUES, match.groups(), strict=True)))
+    return Attributes(*(values.index(word) for values, word in zip(VALUES, match.groups(), strict=True)))
 
 
 def _fill_balanced(order: np.ndarray, count: int) -> list[int] | None:
     """The first `count` captions of `order` in which an attribute's values come equally often, or one off."""
-    room = [count // len(values) + (np.arange(len(values)) < count % len(values)) for values in _VALUES]
+    room = [count // len(values) + (np.arange(len(values)) < count % len(values)) for values in VALUES]
     chosen: list[int] = []
     for index in order:
         if len(chosen) < count and all(r[v] for r, v in zip(room, ALL_ATTRIBUTES[index], strict=True)):
@@ -213,14 +213,14 @@ def _coverage(shape: Number, offset: jax.Array, radius: jax.Array) -> jax.Array:
     return jnp.clip(0.5 - distance, 0.0, 1.0)
 
 
-def _blur_matrix(sigma: Number) -> jax.Array:
+def blur_matrix(sigma: Number) -> jax.Array:
     """Gaussian blur along one axis as a [SIZE, SIZE] matrix whose rows sum to one."""
     place = jnp.arange(SIZE, dtype=jnp.float32)
     weights = jnp.exp(-0.5 * ((place[:, None] - place[None, :]) / jnp.maximum(sigma, 1e-2)) ** 2)
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def _expose(frames: jax.Array, change: jax.Array) -> jax.Array:
+def expose(frames: jax.Array, change: jax.Array) -> jax.Array:
     """Frames moved by `change` of the way to white (positive) or to black (negative)."""
     change = change.reshape(-1, 1, 1, 1)
     return jnp.where(change > 0, frames + change * (1.0 - frames), frames * (1.0 + change))
@@ -251,11 +251,11 @@ def render(scene: Scene, degradation: Degradation, key: jax.Array) -> jax.Array:
     )[..., None]  # [F, H, W, 1]
     frames = coverage * colors[:, None, None, :] + (1.0 - coverage) * scene.background
 
-    kernel = _blur_matrix(BLUR_SIGMA * degradation.blur)
+    kernel = blur_matrix(BLUR_SIGMA * degradation.blur)
     frames = jnp.einsum("ij,fjkc,lk->filc", kernel, frames, kernel)
     flicker = jax.random.uniform(flicker_key, (NUM_FRAMES,), minval=-1.0)
     exposure = scene.exposure * jax.random.normal(exposure_key, (NUM_FRAMES,))
-    frames = _expose(frames, jnp.clip(exposure + FLICKER_AMPLITUDE * degradation.flicker * flicker, -0.9, 0.9))
+    frames = expose(frames, jnp.clip(exposure + FLICKER_AMPLITUDE * degradation.flicker * flicker, -0.9, 0.9))
     frames += NOISE_STD * degradation.noise * jax.random.normal(noise_key, frames.shape)
     return jnp.clip(frames, 0.0, 1.0)
 

@@ -1,0 +1,115 @@
+"""The scorer's training data: labels that follow from how a clip was made."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpo_jax.shapes import judge, world
+from vpo_jax.shapes import scorer_data as data
+
+
+def _goodness(**strengths):
+    scene = world.render_clips(jax.random.key(0), np.arange(1), 0.0).scenes
+    scene = jax.tree.map(lambda x: x[0], scene)
+    strengths = {name: jnp.float32(strengths.get(name, 0.0)) for name in world.Degradation._fields}
+    return np.asarray(data.goodness_of(scene, world.Degradation(**strengths)))
+
+
+@pytest.mark.parametrize(
+    ("degradation", "dimension"),
+    [
+        ("blur", data.QUALITY),
+        ("noise", data.QUALITY),
+        ("flicker", data.CONSISTENCY),
+        ("jitter", data.CONSISTENCY),
+        ("freeze", data.MOTION),
+        ("morph", data.FACTS),
+    ],
+)
+def test_each_degradation_lowers_its_own_label_alone(degradation, dimension):
+    levels = [_goodness(**{degradation: strength}) for strength in (0.0, 0.3, 0.6, 1.0)]
+    others = [i for i in range(5) if i != dimension]
+    assert (np.diff([level[dimension] for level in levels]) < 0).all()
+    for level in levels:
+        np.testing.assert_array_equal(level[others], levels[0][others])
+        assert (level >= 0).all() and (level <= 1).all()
+
+
+def test_asked_captions_are_as_wrong_as_their_label_says():
+    rows = jnp.asarray(np.resize(world.caption_indices("train"), 2000))
+    asked, goodness = jax.vmap(data.ask, (0, 0, None))(jax.random.split(jax.random.key(1), 2000), rows, 0.0)
+    wrong = (world.ALL_ATTRIBUTES[np.asarray(asked)] != world.ALL_ATTRIBUTES[np.asarray(rows)]).sum(1)
+    np.testing.assert_allclose(np.asarray(goodness), (1 - wrong / 4) ** 1.4, atol=1e-6)
+    assert 0.35 < (wrong == 0).mean() < 0.45
+    assert wrong.max() == 4
+
+
+def test_a_wrong_caption_of_a_pair_has_two_attributes_exchanged_at_least():
+    rows = jnp.asarray(world.caption_indices("train"))
+    asked, _ = jax.vmap(lambda key, row: data.ask(key, row, 0.0, fewest=2))(
+        jax.random.split(jax.random.key(1), len(rows)), rows
+    )
+    wrong = (world.ALL_ATTRIBUTES[np.asarray(asked)] != world.ALL_ATTRIBUTES[np.asarray(rows)]).sum(1)
+    assert wrong.min() == 2
+
+
+def test_a_frozen_clip_contradicts_any_direction():
+    right = [float(data.ask(jax.random.key(k), 7, 1.0)[1]) for k in range(12)]
+    moving = [float(data.ask(jax.random.key(k), 7, 0.0)[1]) for k in range(12)]
+    assert all(a <= b for a, b in zip(right, moving, strict=True))
+    assert max(right) < 1.0 and max(moving) == 1.0
+
+
+def test_only_training_captions_are_rendered():
+    rows = world.caption_indices("train")
+    clips = jax.jit(lambda key: data.make_clips(key, 64, jnp.asarray(rows)))(jax.random.key(0))
+    assert np.isin(np.asarray(clips.rows), rows).all()
+    assert clips.videos.dtype == np.uint8
+
+
+def test_a_spoiled_sample_is_worse_in_its_dimension_by_the_judge():
+    rows = world.caption_indices("train")[:42]
+    clean = world.render_clips(jax.random.key(2), rows, 0.0)
+    videos = world.to_uint8(clean.frames)
+    pairs = jax.jit(lambda key: data.make_pairs(key, 70, videos, jnp.asarray(rows)))(jax.random.key(3))
+    captions = [[world.make_caption(world.ALL_ATTRIBUTES[r]) for r in np.asarray(part)] for part in pairs[2:4]]
+    better = judge.measure(np.asarray(pairs.better), captions[0])
+    worse = judge.measure(np.asarray(pairs.worse), captions[0])
+    kind = np.arange(70) % 7
+    for number, (name, sign) in enumerate([("flicker", 1), ("jitter", 1), ("sharpness", -1), (None, 0), ("speed", -1)]):
+        if name:
+            # A weak blur leaves a sharp edge as it is, and a slow-down of 20 % rounds to whole frames.
+            change = sign * (worse[name] - better[name])[kind == number]
+            assert (change > -0.02).all() and change.mean() > 0.02, name
+    noise = judge.noise_level(np.asarray(pairs.worse))[kind == 3]
+    assert (noise > 0.01).all()
+    same = np.asarray(pairs.better == pairs.worse).reshape(70, -1).all(1)
+    assert same[kind == 6].all() and not same[kind < 4].any()
+    matches = judge.matches(np.asarray(pairs.worse), captions[1])
+    right = np.sum(list(matches.values()), axis=0)
+    assert (right[kind == 6] <= 3).all()
+
+
+def test_disturbances_keep_the_clip_recognisable():
+    rows = np.resize(world.caption_indices("train"), 64)
+    clips = world.render_clips(jax.random.key(4), rows, 0.0)
+    changed = jax.jit(jax.vmap(data.disturb))(jax.random.split(jax.random.key(5), 64), clips.frames)
+    captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in rows]
+    for name, found in judge.matches(np.asarray(world.to_uint8(changed)), captions).items():
+        assert found.mean() > 0.9, name
+
+
+def test_chunks_on_disk_are_not_made_again(tmp_path):
+    made = []
+
+    def make(number):
+        made.append(number)
+        return {"x": np.full(2, number)}
+
+    first = data._kept(make, 3, tmp_path, "a")
+    (tmp_path / "a_0001.npz").unlink()
+    second = data._kept(make, 3, tmp_path, "a")
+    np.testing.assert_array_equal(first["x"], [0, 0, 1, 1, 2, 2])
+    np.testing.assert_array_equal(second["x"], first["x"])
+    assert made == [0, 1, 2, 1]

@@ -1,0 +1,141 @@
+"""Measures the shipped base model and scorer on held-out captions.
+
+    python -m vpo_jax.shapes.measure --base=DIR --scorer=DIR --workdir=DIR --output=quality.json
+
+The base model's samples are measured by the analytic judge, beside clean clips and the mixture that it was trained
+on. The scorer is compared with the truth twice: on rendered clips, where the truth is how they were made, and on the
+base model's samples, where it is what the judge measures. Rank correlations are Spearman's. Nothing here trains.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpo_jax.pipeline import load_pipeline
+from vpo_jax.rewards.loading import Scorer, load_scorer
+from vpo_jax.rewards.protocol import DIMENSIONS
+from vpo_jax.runtime.cli import Parser, run
+from vpo_jax.shapes import judge, scorer_data, world
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation, ties at their mean rank; 0 where one of the two is constant."""
+    ranks = [_ranks(np.asarray(x, np.float64)) for x in (a, b)]
+    if any(rank.std() == 0 for rank in ranks):
+        return 0.0
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2.0)[inverse]
+
+
+def summarise(videos: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
+    """Mean of every measure, of the noise, of the overall score, and the share of each attribute that is right."""
+    measures = judge.measure(videos, captions)
+    result = {name: float(values.mean()) for name, values in measures.items()}
+    result["noise"] = float(judge.noise_level(videos).mean())
+    result["overall"] = float(judge.overall(measures).mean())
+    return result | {f"right_{name}": float(x.mean()) for name, x in judge.matches(videos, captions).items()}
+
+
+def reference_clips(count: int, probability: float, seed: int = 1) -> tuple[np.ndarray, list[str]]:
+    """Rendered clips of training captions, degraded with `probability`, as the base model was trained on."""
+    rows = np.resize(world.caption_indices("train"), count)
+    clips = world.render_clips(jax.random.key(seed), rows, probability)
+    return np.asarray(world.to_uint8(clips.frames)), _captions(rows)
+
+
+def synthetic_correlations(scorer: Scorer, count: int = 768, seed: int = 2) -> dict[str, float]:
+    """Spearman of each dimension with the labels of rendered held-out clips that no training has seen."""
+    rows = jnp.asarray(world.caption_indices("held_out"))
+    clip_key, ask_key = jax.random.split(jax.random.key(seed))
+    clips = jax.jit(lambda key: scorer_data.make_clips(key, count, rows, disturbed=False))(clip_key)
+    asked, match = jax.vmap(scorer_data.ask)(jax.random.split(ask_key, count), clips.rows, clips.freeze)
+    truth = np.array(clips.goodness)
+    truth[:, scorer_data.ALIGNMENT] = np.asarray(match)
+    scores = scorer(np.asarray(clips.videos), _captions(np.asarray(asked)))
+    return {name: spearman(scores[name], truth[:, i]) for i, name in enumerate(DIMENSIONS)}
+
+
+def real_truths(videos: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
+    """What four dimensions should agree with on a model's samples, higher better: {dimension: [B]}.
+
+    Factual consistency has no counterpart among the judge's measures. Flicker and jitter are added in units of
+    their clean means; sharpness and noise in units of the clean mean and of full-strength noise.
+    """
+    measures = judge.measure(videos, captions)
+    unsteady = sum(measures[name] / judge.CLEAN_MEAN[name] for name in ("flicker", "jitter"))
+    sharpness = measures["sharpness"] / judge.CLEAN_MEAN["sharpness"]
+    return {
+        "visual_quality": sharpness - judge.noise_level(videos) / world.NOISE_STD,
+        "temporal_consistency": -np.asarray(unsteady),
+        "dynamic_degree": measures["speed"],
+        "text_to_video_alignment": np.sum(list(judge.matches(videos, captions).values()), axis=0),
+    }
+
+
+def real_correlations(scorer: Scorer, videos: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
+    """Spearman of each dimension with the judge's measures on a model's samples."""
+    scores = scorer(videos, captions)
+    return {name: spearman(scores[name], truth) for name, truth in real_truths(videos, captions).items()}
+
+
+def measure_all(base: str | Path, scorer: str | Path, count: int, seed: int, workdir: Path) -> dict[str, Any]:
+    """Everything that quality.json holds; samples are kept in `workdir` and made once."""
+    pipeline = load_pipeline(base)
+    videos, rows = scorer_data.base_samples(pipeline, "held_out", seed, count, workdir)
+    captions = _captions(rows)
+    loaded = load_scorer(str(scorer))
+    return {
+        "samples": count,
+        "seed": seed,
+        "base": summarise(videos, captions),
+        "clean": summarise(*reference_clips(960, 0.0)),
+        "mixture": summarise(*reference_clips(960, 0.5)),
+        "scorer": {
+            "spearman_synthetic": synthetic_correlations(loaded),
+            "spearman_real": real_correlations(loaded, videos, captions),
+        },
+    }
+
+
+def _captions(rows: np.ndarray) -> list[str]:
+    return [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in rows]
+
+
+def _show(quality: Mapping[str, Any]) -> None:
+    for name in quality["base"]:
+        values = "  ".join(f"{part} {quality[part][name]:8.4f}" for part in ("base", "clean", "mixture"))
+        print(f"{name:18s} {values}")
+    for part, values in quality["scorer"].items():
+        print(part, "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures and writes the file."""
+    parser = Parser("vpo_jax.shapes.measure", __doc__ or "")
+    parser.add_argument("--base", type=Path, required=True, help="diffusers folder of the base model")
+    parser.add_argument("--scorer", required=True, help="folder of the scorer, or its name")
+    parser.add_argument("--workdir", type=Path, required=True, help="keeps the samples")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--count", type=int, default=384, help="samples of the base model")
+    parser.add_argument("--seed", type=int, default=1000)
+    flags = parser.parse(argv)
+    quality = measure_all(flags.base, flags.scorer, flags.count, flags.seed, flags.workdir)
+    _show(quality)
+    flags.output.parent.mkdir(parents=True, exist_ok=True)
+    flags.output.write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {flags.output}")
+
+
+if __name__ == "__main__":
+    run(main, sys.argv[1:])

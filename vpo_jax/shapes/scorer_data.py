@@ -1,0 +1,302 @@
+"""What the embedded world's scorer learns from: clips whose flaws are known because they were put there.
+
+No measurement labels anything here. Three sources: clips rendered with degradations of known strength; such clips
+carried through the base model, which keep their labels and get its artefacts; and the base model's own samples with
+one known degradation added, of which only the order is known.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpo_jax.diffusion.schedules import add_noise, make_schedule, to_clean_and_noise
+from vpo_jax.rewards.protocol import DIMENSIONS
+from vpo_jax.shapes import world
+
+# Labels leave room to both ends of the declared range, so that the sigmoid of the output is never flat there.
+RANGE = (1.0, 4.0)
+_LOWEST_LABEL, _HIGHEST_LABEL = 1.2, 3.8
+_FASTEST = 2.2  # pixels a frame: full dynamic degree
+_SHARP_EDGE = 0.35  # standard deviation of a clean edge's own width, pixels
+_CHUNK = 64  # clips carried through the base model at a time
+
+QUALITY, CONSISTENCY, MOTION, ALIGNMENT, FACTS = range(len(DIMENSIONS))
+
+
+class Labelled(NamedTuple):
+    """Clips with what is known of them."""
+
+    videos: jax.Array  # uint8 [B, F, H, W, 3]
+    goodness: jax.Array  # float32 [B, 5] in [0, 1]; the column of the alignment is still to be asked for
+    rows: jax.Array  # int32 [B], row of world.ALL_ATTRIBUTES
+    freeze: jax.Array  # float32 [B]
+
+
+def labels(goodness: jax.Array) -> jax.Array:
+    """Goodness in [0, 1] on the scorer's scale."""
+    return _LOWEST_LABEL + (_HIGHEST_LABEL - _LOWEST_LABEL) * goodness
+
+
+def sample_strengths(key: jax.Array) -> world.Degradation:
+    """Degradations to learn from: each often absent, with many weak ones, since fine differences matter most."""
+    kinds, levels, clean = jax.random.split(key, 3)
+    present = jax.random.uniform(kinds, (6,)) < jnp.array([0.45, 0.45, 0.4, 0.3, 0.4, 0.4])
+    level = jnp.where(present & (jax.random.uniform(clean) > 0.15), jax.random.uniform(levels, (6,)), 0.0)
+    flicker, jitter, blur, noise, freeze, morph = level
+    return world.Degradation(flicker**2, jitter**2, blur, noise**2, freeze, morph**1.5)
+
+
+def goodness_of(scene: world.Scene, strengths: world.Degradation) -> jax.Array:
+    """[5] in [0, 1] from the strengths that a clip was made with, its natural unsteadiness included."""
+    sigma = world.BLUR_SIGMA * strengths.blur
+    sharpest, bluntest = _SHARP_EDGE, np.hypot(_SHARP_EDGE, world.BLUR_SIGMA)
+    blur = (jnp.sqrt(sharpest**2 + sigma**2) - sharpest) / (bluntest - sharpest)
+    quality = (1.0 - blur) * (1.0 - jnp.sqrt(strengths.noise))
+
+    # Uniform on [-1, 1] has a standard deviation of 1 / sqrt(3).
+    exposure = jnp.hypot(strengths.flicker, scene.exposure * np.sqrt(3.0) / world.FLICKER_AMPLITUDE)
+    shake = jnp.hypot(strengths.jitter, scene.shake / world.JITTER_STD)
+    consistency = 1.0 - jnp.minimum(jnp.sqrt(exposure + 0.7 * shake), 1.0)
+
+    motion = jnp.minimum(world.true_speed(scene, strengths) / _FASTEST, 1.0)
+    facts = 1.0 - strengths.morph ** (2 / 3)
+    return jnp.stack([quality, consistency, motion, jnp.ones_like(quality), facts])
+
+
+def ask(key: jax.Array, row: jax.Array, freeze: jax.Array | float, fewest: int = 0) -> tuple[jax.Array, jax.Array]:
+    """A caption for a clip, right or with some attributes exchanged: (row of ALL_ATTRIBUTES, goodness in [0, 1]).
+
+    `fewest` is the smallest number of exchanged attributes; the largest is four. A clip that hardly moves
+    contradicts any direction.
+    """
+    count_key, order_key, value_key = jax.random.split(key, 3)
+    odds = jnp.where(jnp.arange(5) >= fewest, jnp.array([0.4, 0.27, 0.15, 0.1, 0.08]), 0.0)
+    wrong = jax.random.categorical(count_key, jnp.log(odds))
+    exchanged = jnp.argsort(jax.random.uniform(order_key, (5,))) < wrong
+    sizes = jnp.array([len(values) for values in world.VALUES])
+    step = 1 + jax.random.randint(value_key, (5,), 0, 1_000_000) % (sizes - 1)
+    attributes = jnp.asarray(world.ALL_ATTRIBUTES)[row]
+    asked = jnp.where(exchanged, (attributes + step) % sizes, attributes)
+    places = jnp.array([int(np.prod(sizes_after)) for sizes_after in _TAILS])
+    still = jnp.where(exchanged[3], 0.0, jnp.clip((freeze - 0.7) / 0.3, 0.0, 1.0))
+    return (asked * places).sum(), (1.0 - jnp.minimum(wrong + still, 4.0) / 4.0) ** 1.4
+
+
+_TAILS = [[len(values) for values in world.VALUES[i + 1 :]] for i in range(len(world.VALUES))]
+
+
+def disturb(key: jax.Array, clip: jax.Array) -> jax.Array:
+    """What a generator does to a clip and a label should not depend on: [F, H, W, 3] in [0, 1] -> the same.
+
+    Tints, a coarser grid, and smooth stains, most of which stand still.
+    """
+    keys = jax.random.split(key, 8)
+    gain = 1.0 + 0.08 * jax.random.uniform(keys[0], (3,), minval=-1.0)
+    offset = 0.04 * jax.random.uniform(keys[1], (3,), minval=-1.0)
+    clip = clip * gain + offset
+
+    shape = clip.shape
+    coarse = clip.reshape(shape[0], shape[1] // 2, 2, shape[2] // 2, 2, 3).mean((2, 4))
+    coarse = jax.image.resize(coarse, shape, "linear")
+    share = jnp.where(jax.random.uniform(keys[2]) < 0.4, 0.6 * jax.random.uniform(keys[3]), 0.0)
+    clip += share * (coarse - clip)
+
+    still = jax.image.resize(jax.random.normal(keys[4], (1, 8, 8, 3)), (1, *shape[1:]), "cubic")
+    moving = jax.image.resize(jax.random.normal(keys[5], (shape[0], 8, 8, 3)), shape, "cubic")
+    size = jax.random.uniform(keys[6], (2,)) ** 2 * (jax.random.uniform(keys[7], (2,)) < 0.5)
+    return jnp.clip(clip + 0.04 * size[0] * still + 0.015 * size[1] * moving, 0.0, 1.0)
+
+
+def make_clips(key: jax.Array, count: int, rows: jax.Array, disturbed: bool = True) -> Labelled:
+    """Freshly rendered clips of captions drawn from `rows`, with their labels; jittable."""
+
+    def one(key: jax.Array) -> Labelled:
+        pick, scene_key, strength_key, render_key, disturb_key = jax.random.split(key, 5)
+        row = rows[jax.random.randint(pick, (), 0, len(rows))]
+        scene = world.sample_scene(scene_key, world.Attributes(*jnp.asarray(world.ALL_ATTRIBUTES)[row]))
+        strengths = sample_strengths(strength_key)
+        clip = world.render(scene, strengths, render_key)
+        if disturbed:
+            clip = disturb(disturb_key, clip)
+        return Labelled(world.to_uint8(clip), goodness_of(scene, strengths), row, jnp.asarray(strengths.freeze))
+
+    return jax.vmap(one)(jax.random.split(key, count))
+
+
+# The base model's samples, made worse in one known way.
+
+_SPOILS = 7
+_SPOILED = jnp.array([CONSISTENCY, CONSISTENCY, QUALITY, QUALITY, MOTION, FACTS, ALIGNMENT])
+
+
+def spoil(key: jax.Array, clip: jax.Array, kind: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A clip [F, H, W, 3] in [0, 1] with degradation `kind` of a strength in [0.2, 1] added, and that strength.
+
+    In order: flicker, jitter, blur, noise, slower motion, drifting colours; the last (6) leaves the clip alone and
+    means a wrong caption. `_SPOILED[kind]` is the dimension that must fall.
+    """
+    strength_key, key = jax.random.split(key)
+    strength = jax.random.uniform(strength_key, minval=0.2)
+    frames, size = clip.shape[0], world.SIZE
+
+    def flicker(clip: jax.Array) -> jax.Array:
+        change = jax.random.uniform(key, (frames,), minval=-1.0)
+        return world.expose(clip, world.FLICKER_AMPLITUDE * strength * change)
+
+    def jitter(clip: jax.Array) -> jax.Array:
+        offsets = world.JITTER_STD * strength * jax.random.normal(key, (2, frames, 1, 1))
+        place = jnp.arange(size, dtype=jnp.float32)
+        source = jnp.clip(place[:, None] + offsets, 0.0, size - 1.0)  # [2, F, size, 1]
+        rows, columns = jax.nn.relu(1.0 - jnp.abs(source - place))  # [F, size, size]
+        return jnp.einsum("fij,fjkc,flk->filc", rows, clip, columns)
+
+    def blur(clip: jax.Array) -> jax.Array:
+        kernel = world.blur_matrix(world.BLUR_SIGMA * strength)
+        return jnp.einsum("ij,fjkc,lk->filc", kernel, clip, kernel)
+
+    def noise(clip: jax.Array) -> jax.Array:
+        return clip + world.NOISE_STD * strength * jax.random.normal(key, clip.shape)
+
+    def slower(clip: jax.Array) -> jax.Array:
+        middle = (frames - 1) / 2
+        source = middle + (jnp.arange(frames) - middle) * (1.0 - strength)
+        return clip[jnp.round(source).astype(jnp.int32)]
+
+    def drift(clip: jax.Array) -> jax.Array:
+        wave = 0.5 + 0.5 * jnp.sin(2 * jnp.pi * (jnp.arange(frames) / frames + jax.random.uniform(key)))
+        share = (world.MORPH_COLOR * strength * wave).reshape(-1, 1, 1, 1)
+        return clip + share * (jnp.roll(clip, 1, axis=-1) - clip)
+
+    changed = jax.lax.switch(kind, [flicker, jitter, blur, noise, slower, drift, lambda clip: clip], clip)
+    return jnp.clip(changed, 0.0, 1.0), strength
+
+
+class Pairs(NamedTuple):
+    """Samples of the base model, and the same made worse in one dimension."""
+
+    better: jax.Array  # uint8 [B, F, H, W, 3]
+    worse: jax.Array
+    better_rows: jax.Array  # int32 [B], captions
+    worse_rows: jax.Array
+    dimension: jax.Array  # int32 [B]
+    strength: jax.Array  # float32 [B] in [0.2, 1]
+
+
+def make_pairs(key: jax.Array, count: int, videos: jax.Array, rows: jax.Array) -> Pairs:
+    """Pairs from samples uint8 [N, F, H, W, 3] of the captions `rows`; every kind comes equally often; jittable."""
+
+    def one(number: jax.Array) -> Pairs:
+        pick, spoil_key, ask_key = jax.random.split(jax.random.fold_in(key, number), 3)
+        chosen = jax.random.randint(pick, (), 0, len(videos))
+        kind = number % _SPOILS
+        clip, strength = spoil(spoil_key, videos[chosen].astype(jnp.float32) / 255.0, kind)
+        # A sample may miss its caption in one attribute; with two or more exchanged it is still the better match.
+        wrong, _ = ask(ask_key, rows[chosen], 0.0, fewest=2)
+        row = jnp.where(kind == _SPOILS - 1, wrong, rows[chosen])
+        return Pairs(videos[chosen], world.to_uint8(clip), rows[chosen], row, _SPOILED[kind], strength)
+
+    return jax.vmap(one)(jnp.arange(count))
+
+
+# Clips carried through the base model.
+
+
+def _round_trip(pipeline: Any) -> Callable[..., jax.Array]:
+    """(params, key, videos uint8, text) -> what the autoencoder makes of the videos, uint8."""
+
+    def run(params: Any, key: jax.Array, videos: jax.Array, text: jax.Array) -> jax.Array:
+        latents = encode_videos(pipeline, params["vae"], videos)
+        return world.to_uint8(pipeline.decode(params["vae"], latents))
+
+    return run
+
+
+def _denoised(pipeline: Any, largest: float = 0.4, steps: int = 3) -> Callable[..., jax.Array]:
+    """(params, key, videos uint8, text) -> the videos noised to a small time and denoised in a few steps, uint8."""
+    schedule = make_schedule(pipeline.scheduler_config)
+
+    def run(params: Any, key: jax.Array, videos: jax.Array, text: jax.Array) -> jax.Array:
+        time_key, noise_key = jax.random.split(key)
+        latents = encode_videos(pipeline, params["vae"], videos)
+        start = jax.random.uniform(time_key, (len(videos),), minval=0.05, maxval=largest)
+        noise = jax.random.normal(noise_key, latents.shape)
+
+        def times(step: int) -> jax.Array:
+            return (start * (1.0 - step / steps) * schedule.num_train_timesteps).astype(jnp.int32)
+
+        clean = latents
+        for step in range(steps):
+            now = times(step)
+            latents = add_noise(schedule, clean, noise, now)
+            prediction = pipeline.denoise({"params": params["unet"]}, latents, now, text)
+            clean, noise = to_clean_and_noise(schedule, prediction, latents, now)
+        return world.to_uint8(pipeline.decode(params["vae"], clean))
+
+    return run
+
+
+def encode_videos(pipeline: Any, params: Any, videos: jax.Array) -> jax.Array:
+    """Scaled latents of uint8 videos [B, F, H, W, 3], the posterior's mean: float32 [B, F, h, w, C]."""
+    frames = videos.reshape(-1, *videos.shape[2:]).astype(jnp.float32) / 127.5 - 1.0
+    mean, _ = pipeline.vae.apply({"params": params}, frames, method="encode")
+    return (mean * pipeline.vae.config.scaling_factor).reshape(*videos.shape[:2], *mean.shape[1:])
+
+
+def carried_clips(pipeline: Any, way: str, seed: int, count: int, folder: Path) -> Labelled:
+    """`count` labelled clips that went through the base model; chunks are kept in `folder` and made only once.
+
+    way: "round_trip" (the autoencoder alone) or "denoised". The labels are those of what went in.
+    """
+    carry = jax.jit({"round_trip": _round_trip, "denoised": _denoised}[way](pipeline))
+    rows = jnp.asarray(world.caption_indices("train"))
+    make = jax.jit(lambda key: make_clips(key, _CHUNK, rows, disturbed=False))
+    encode_text = jax.jit(pipeline.encode_text)
+
+    def chunk(number: int) -> dict[str, np.ndarray]:
+        clip_key, carry_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+        clips = make(clip_key)
+        captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in np.asarray(clips.rows)]
+        text = encode_text(pipeline.params["text_encoder"], pipeline.tokenize(captions))
+        return clips._replace(videos=carry(pipeline.params, carry_key, clips.videos, text))._asdict()
+
+    return Labelled(**_kept(chunk, -(-count // _CHUNK), folder, way))
+
+
+def base_samples(pipeline: Any, split: str, seed: int, count: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """`count` samples of the base model with its own defaults: videos uint8 [count, ...], rows of the captions."""
+    rows = np.resize(world.caption_indices(split), -(-count // _CHUNK) * _CHUNK)
+    how = {name: pipeline.defaults[name] for name in ("guidance_scale", "num_inference_steps")}
+
+    def chunk(number: int) -> dict[str, np.ndarray]:
+        chosen = rows[number * _CHUNK : (number + 1) * _CHUNK]
+        captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in chosen]
+        videos = pipeline(captions, seed=seed + number, batch_size=_CHUNK, **how)
+        return {"videos": videos, "rows": chosen}
+
+    parts = _kept(chunk, len(rows) // _CHUNK, folder, f"samples_{split}")
+    return parts["videos"][:count], parts["rows"][:count]
+
+
+def _kept(make: Callable[[int], dict[str, Any]], chunks: int, folder: Path, name: str) -> dict[str, np.ndarray]:
+    """The chunks' arrays one after the other; each chunk is written once and read ever after."""
+
+    def parts() -> Iterator[dict[str, np.ndarray]]:
+        for number in range(chunks):
+            file = folder / f"{name}_{number:04d}.npz"
+            if not file.is_file():
+                made = {key: np.asarray(value) for key, value in make(number).items()}
+                partial = file.with_suffix(".partial.npz")
+                np.savez_compressed(partial, **made)
+                partial.rename(file)
+                if number % 8 == 0:
+                    print(f"{name}: chunk {number + 1} of {chunks}", flush=True)
+            with np.load(file) as saved:
+                yield dict(saved)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    found = list(parts())
+    return {key: np.concatenate([part[key] for part in found]) for key in found[0]}

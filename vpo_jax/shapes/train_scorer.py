@@ -1,0 +1,228 @@
+"""Trains the embedded world's video quality scorer.
+
+    python -m vpo_jax.shapes.train_scorer --base=DIR --workdir=DIR --output=DIR
+
+It learns from clips whose flaws are known by construction (see `scorer_data`): fresh ones, ones carried through
+the base model, and the base model's samples against the same samples made worse. Held-out and tuning captions are
+never seen. The workdir keeps the carried clips and the checkpoints; interrupted, the same command goes on.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vpo_jax.checkpoints.scorers import ScorerParts, encode_captions, make_word_tokenizer, write_scorer
+from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
+from vpo_jax.pipeline import load_pipeline
+from vpo_jax.rewards.protocol import DIMENSIONS
+from vpo_jax.runtime.cli import Parser, run
+from vpo_jax.runtime.keys import stream_key
+from vpo_jax.runtime.trees import count
+from vpo_jax.shapes import scorer_data as data
+from vpo_jax.shapes import world
+from vpo_jax.shapes.fit import fit
+
+Tree = Any
+
+_MAX_LENGTH = 16
+_MARGIN = 0.4  # by which a sample must beat itself made worse at full strength, on the scale of the scores
+_SOFTNESS = 0.15  # of the ranking loss, on the same scale
+_DIMENSION_WEIGHTS = (1.0, 1.0, 1.0, 2.0, 1.0)  # the alignment is the hardest to learn
+_EMA = 0.995
+_CAPTIONS = 12  # captions asked of each clip a step
+
+
+class Pools(NamedTuple):
+    """Clips made once before the training; None without a base model."""
+
+    round_trip: data.Labelled
+    denoised: data.Labelled
+    samples: jax.Array  # uint8 [N, F, H, W, 3]
+    sample_rows: jax.Array
+
+
+class Batch(NamedTuple):
+    """Clips a step from each source."""
+
+    fresh: int = 64
+    round_trip: int = 0
+    denoised: int = 0
+    pairs: int = 0
+
+
+WITH_BASE = Batch(fresh=24, round_trip=16, denoised=16, pairs=14)
+
+
+class Fitted(NamedTuple):
+    """State of the training."""
+
+    params: Tree
+    ema: Tree
+    optimizer: Tree
+
+
+def make_tokenizer() -> Any:
+    """One token for each word of the world's captions."""
+    words = {word for row in world.ALL_ATTRIBUTES for word in world.make_caption(row).split()}
+    return make_word_tokenizer(sorted(words), _MAX_LENGTH)
+
+
+def make_config(tokenizer: Any) -> VideoScorerConfig:
+    """The shipped scorer's sizes."""
+    return VideoScorerConfig(
+        dimensions=DIMENSIONS,
+        ranges=(data.RANGE,) * len(DIMENSIONS),
+        num_frames=world.NUM_FRAMES,
+        image_size=world.SIZE,
+        vocab_size=tokenizer.get_vocab_size(),
+        max_length=_MAX_LENGTH,
+    )
+
+
+def make_pools(base: str | Path, seed: int, carried: int, samples: int, folder: Path) -> Pools:
+    """Clips carried through the base model in `base`, and its samples of training captions."""
+    pipeline = load_pipeline(base)
+    videos, rows = data.base_samples(pipeline, "train", seed, samples, folder)
+    return Pools(
+        jax.tree.map(jnp.asarray, data.carried_clips(pipeline, "round_trip", seed + 1, carried, folder)),
+        jax.tree.map(jnp.asarray, data.carried_clips(pipeline, "denoised", seed + 2, carried, folder)),
+        jnp.asarray(videos),
+        jnp.asarray(rows),
+    )
+
+
+def make_loss(
+    config: VideoScorerConfig, token_ids: np.ndarray, sizes: Batch
+) -> Callable[[Tree, jax.Array, Pools | None], tuple[jax.Array, dict[str, jax.Array]]]:
+    """(params, key, pools) -> (loss, metrics); the key draws the whole batch.
+
+    token_ids int32 [480, L] are the captions of world.ALL_ATTRIBUTES.
+    """
+    scorer = VideoScorer(config)
+    train_rows = jnp.asarray(world.caption_indices("train"))
+    ids = jnp.asarray(token_ids)
+
+    def draw(key: jax.Array, pool: data.Labelled, number: int) -> data.Labelled:
+        pick_key, disturb_key = jax.random.split(key)
+        pick = jax.random.randint(pick_key, (number,), 0, len(pool.rows))
+        chosen = jax.tree.map(lambda x: x[pick], pool)
+        frames = chosen.videos.astype(jnp.float32) / 255.0
+        videos = jax.vmap(data.disturb)(jax.random.split(disturb_key, number), frames)
+        return chosen._replace(videos=world.to_uint8(videos))
+
+    def labelled(key: jax.Array, pools: Pools | None) -> data.Labelled:
+        keys = jax.random.split(key, 3)
+        parts = [data.make_clips(keys[0], sizes.fresh, train_rows)]
+        if pools is not None:
+            parts.append(draw(keys[1], pools.round_trip, sizes.round_trip))
+            parts.append(draw(keys[2], pools.denoised, sizes.denoised))
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+    def loss(params: Tree, key: jax.Array, pools: Pools | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        clip_key, ask_key, pair_key = jax.random.split(key, 3)
+        clips = labelled(clip_key, pools)
+        number = len(clips.rows)
+        pairs = None if pools is None else data.make_pairs(pair_key, sizes.pairs, pools.samples, pools.sample_rows)
+        videos = [clips.videos] if pairs is None else [clips.videos, pairs.better, pairs.worse]
+        variables = {"params": params}
+        seen = scorer.apply(variables, jnp.concatenate(videos), method="see")
+        quality = scorer.apply(variables, seen, method="judge_quality")
+        scores = scorer.apply(variables, quality, method="to_range")
+        error = jnp.square(scores[:number] - data.labels(clips.goodness))
+
+        # Many captions for each clip cost next to nothing.
+        ask_keys = jax.random.split(ask_key, (number, _CAPTIONS))
+        ask = jax.vmap(jax.vmap(data.ask, (0, None, None)))
+        asked, match = ask(ask_keys, clips.rows, clips.freeze)  # [B, captions]
+        logits = scorer.apply(variables, seen[:number], ids[asked], method="judge_match")
+        matched = scorer.apply(variables, logits, data.ALIGNMENT, method="to_range")
+        alignment_error = jnp.square(matched - data.labels(match)).mean(1)
+
+        error = error.at[:, data.ALIGNMENT].set(alignment_error)
+        value = (error * jnp.array(_DIMENSION_WEIGHTS)).mean()
+        metrics = {name: error[:, i].mean() for i, name in enumerate(DIMENSIONS)}
+        if pairs is not None:
+            rows = jnp.concatenate([pairs.better_rows, pairs.worse_rows])
+            match = scorer.apply(variables, seen[number:], ids[rows][:, None], method="judge_match")[:, 0]
+            matched = scorer.apply(variables, match, data.ALIGNMENT, method="to_range")
+            better, worse = jnp.split(scores[number:].at[:, data.ALIGNMENT].set(matched), 2)
+            lead = jnp.take_along_axis(better - worse, pairs.dimension[:, None], axis=1)[:, 0]
+            short = (_MARGIN * pairs.strength - lead) / _SOFTNESS
+            ranking = _SOFTNESS * jax.nn.softplus(short).mean()
+            value += ranking
+            metrics |= {"ranking": ranking, "ranked_right": (lead > 0).mean()}
+        return value, {"loss": value, **metrics}
+
+    return loss
+
+
+def train(
+    seed: int, steps: int, rate: float, pools: Pools | None, workdir: Path, seconds: float | None = None
+) -> ScorerParts:
+    """The scorer after `steps` updates; the moving average of its weights.
+
+    Raises:
+      TimeoutError: `seconds` ran out; the same call goes on.
+    """
+    tokenizer = make_tokenizer()
+    config = make_config(tokenizer)
+    ids = encode_captions(tokenizer, [world.make_caption(row) for row in world.ALL_ATTRIBUTES])
+    loss = make_loss(config, ids, Batch() if pools is None else WITH_BASE)
+
+    warm = max(1, min(100, steps // 20))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm, steps, 0.01 * rate)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-3))
+
+    @jax.jit
+    def update(state: Fitted, step: jax.Array, pools: Pools | None) -> tuple[Fitted, dict[str, jax.Array]]:
+        gradient = jax.grad(loss, has_aux=True)
+        grads, metrics = gradient(state.params, stream_key(seed, "data", step), pools)
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(_EMA, (1.0 + step) / (10.0 + step))
+        ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
+        return Fitted(params, ema, moments), metrics
+
+    @jax.jit
+    def init() -> Fitted:
+        videos = jnp.zeros((1, world.NUM_FRAMES, world.SIZE, world.SIZE, 3), jnp.uint8)
+        params = VideoScorer(config).init(stream_key(seed, "init"), videos, jnp.asarray(ids[:1]))["params"]
+        return Fitted(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+    state = init()
+    print(f"scorer: {count(state.params):,} parameters", flush=True)
+    state = fit(state, lambda s, step: update(s, step, pools), steps, workdir / "scorer", seconds=seconds)
+    return ScorerParts(config, state.ema, tokenizer)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Makes the pools, trains, writes the folder."""
+    parser = Parser("vpo_jax.shapes.train_scorer", __doc__ or "")
+    parser.add_argument("--base", type=Path, default=None, help="diffusers folder of the base model; none: fresh clips")
+    parser.add_argument("--workdir", type=Path, required=True, help="carried clips and checkpoints")
+    parser.add_argument("--output", type=Path, required=True, help="the scorer's folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--carried", type=int, default=4096, help="clips carried through the base model, each way")
+    parser.add_argument("--samples", type=int, default=1024, help="samples of the base model")
+    parser.add_argument("--seconds", type=float, default=None, help="stop the training after this long, saved")
+    flags = parser.parse(argv)
+    pools = None
+    if flags.base is not None:
+        pools = make_pools(flags.base, flags.seed, flags.carried, flags.samples, flags.workdir / "pools")
+    parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, flags.seconds)
+    names = ("seed", "steps", "learning_rate", "carried", "samples")
+    recipe = {"command": "python -m vpo_jax.shapes.train_scorer", **{name: getattr(flags, name) for name in names}}
+    write_scorer(flags.output, parts, {"recipe.json": recipe})
+    print(f"wrote {flags.output}")
+
+
+if __name__ == "__main__":
+    run(main, sys.argv[1:])
