@@ -51,13 +51,15 @@ EVERYTHING = {
 
 def test_a_stopped_run_goes_on_to_the_same_bits(configure, run, toy_reward, tmp_path):
     config = configure(**EVERYTHING)
-    whole = run(config, tmp_path / "whole")
+    # On the host in every run: a scorer compiled otherwise rounds otherwise.
+    never = stopping_reward(toy_reward, Stop(), 0)
+    whole = run(config, tmp_path / "whole", rewards=(never,))
     for name, at_call in (("early", 1), ("late", 4)):
         stop = Stop()
         with pytest.raises(Interrupted) as stopped:
             run(config, tmp_path / name, stop=stop, rewards=(stopping_reward(toy_reward, stop, at_call),))
         assert stopped.value.exit_code == 143
-        resumed = run(config, tmp_path / name)
+        resumed = run(config, tmp_path / name, rewards=(never,))
         assert_same_state(resumed.state, whole.state)
         assert lines(tmp_path / name) == lines(tmp_path / "whole")
     # The reference was refreshed at step 3 only, so it is neither the policy nor the start.

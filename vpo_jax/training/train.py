@@ -227,7 +227,7 @@ def fetch(metrics: Sequence[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:
 
 def tuned(pipeline: Any, policy: Policy, state: TrainState) -> Any:
     """The pipeline with the trained weights in it."""
-    unet = policy.merged(pipeline.params["unet"], state.weights())
+    unet = policy.merged(pipeline.params["unet"], jax.device_get(state.weights()))
     return dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
 
 
