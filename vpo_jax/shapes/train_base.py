@@ -31,7 +31,7 @@ from vpo_jax.shapes.tokenizer import MAX_LENGTH, make_tokenizer, vocabulary
 
 Tree = Any
 
-_LATENT_CHANNELS = 4
+_LATENT_CHANNELS = 6
 VAE = {
     "_class_name": "AutoencoderKL",
     "in_channels": 3,
@@ -94,8 +94,10 @@ DEFAULTS = {
     "num_inference_steps": 16,
 }
 
-_CLIPS_A_VAE_STEP, _FRAMES_A_CLIP = 16, 4
-_KL_WEIGHT = 5e-4
+_CLIPS_A_VAE_STEP, _FRAMES_A_CLIP = 16, 2
+# Light: at 5e-4 two of four latent channels collapse, and colours with them.
+_KL_WEIGHT = 1e-6
+_LOG_VARIANCE_AT_START = -6.0  # else the first thousand steps are spent on learning to drown out the noise
 _EDGE_WEIGHT = 1.0
 _CAPTION_DROPOUT = 0.1
 _POOL = 12288  # clips encoded at a time
@@ -168,6 +170,8 @@ def train_vae(seed: int, steps: int, rate: float, workdir: Path, seconds: float 
     )
     images = jax.ShapeDtypeStruct((1, world.SIZE, world.SIZE, 3), jnp.float32)
     params = jax.jit(lambda: vae.init(jax.random.fold_in(seed_key, 0), jnp.zeros(images.shape))["params"])()
+    bias = params["quant_conv"]["bias"].at[_LATENT_CHANNELS:].set(_LOG_VARIANCE_AT_START)
+    params = params | {"quant_conv": params["quant_conv"] | {"bias": bias}}
     print(f"vae: {count(params):,} parameters", flush=True)
     update = _make_update(loss, optimizer, 0.998)
     state = fit(
@@ -304,7 +308,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints of the two stages")
     parser.add_argument("--output", type=Path, required=True, help="the diffusers folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae_steps", type=int, default=1500)
+    parser.add_argument("--vae_steps", type=int, default=2200)
     parser.add_argument("--vae_learning_rate", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--batch", type=int, default=24)
