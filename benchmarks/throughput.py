@@ -1,0 +1,90 @@
+"""Seconds of a rollout, of its scores and of an update, and videos a second, of any config on this machine.
+
+    python benchmarks/throughput.py --config=configs/vpo.py [--config.a.b=c] [--repeats=5] [--output=FILE.json]
+
+Prints the medians and the seconds of the first call, which compiles (or reads the compilation cache).
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+
+from vpo_jax.data.prompts import load_prompts
+from vpo_jax.pipeline import load_pipeline
+from vpo_jax.rewards.loading import load_rewards
+from vpo_jax.runtime import cli
+from vpo_jax.runtime.backend import keep_compiled_programs
+from vpo_jax.runtime.mesh import make_mesh
+from vpo_jax.training.check import check, check_inputs
+from vpo_jax.training.stages import Stages
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures what the flags name."""
+    words, overrides = cli.split_overrides(argv)
+    parser = cli.Parser("benchmarks.throughput", (__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", default="configs/vpo.py")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", default="", help="JSON file to write beside what is printed")
+    flags = parser.parse(words)
+    config = cli.load_config(flags.config)
+    cli.override(config, overrides)
+    check(config)
+    keep_compiled_programs()
+    result = measure(config, flags.repeats)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if flags.output:
+        Path(flags.output).write_text(text + "\n", encoding="utf-8")
+
+
+def measure(config: Any, repeats: int) -> dict[str, Any]:
+    """Seconds of each stage: {"first": {...}, "median": {...}, "videos_per_second": ..., ...}."""
+    mesh = make_mesh(**config.mesh)
+    pipeline = load_pipeline(config.model.path)
+    rewards = load_rewards(config.reward.scorers, training=True)
+    check_inputs(config, pipeline, rewards)
+    every = load_prompts(config.data.prompts)
+    prompts = [every[i % len(every)] for i in range(config.train.prompts_per_step)]
+    seconds: dict[str, list[float]] = {"rollout": [], "score": [], "pair": [], "update": []}
+
+    def timed(stage: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        began = time.perf_counter()
+        value = jax.block_until_ready(call(*arguments))
+        seconds[stage].append(time.perf_counter() - began)
+        return value
+
+    with jax.set_mesh(mesh):
+        stages = Stages(config, pipeline, rewards, mesh)
+        state = stages.fresh_state()
+        for step in range(repeats + 1):
+            text = stages.encode(prompts)
+            latents = timed("rollout", stages.sample, state.policy, text, step)
+            scores = timed("score", stages.score, latents, prompts)
+            state, _ = timed("pair", stages.pair, state, latents, text, scores)
+            state, _ = timed("update", stages.update, state, step, False)
+            state = state._replace(step=state.step + 1)
+    median = {stage: statistics.median(values[1:]) for stage, values in seconds.items()}
+    device = jax.devices()[0]
+    return {
+        "device": f"{len(jax.devices())} x {device.device_kind}",
+        "jax": jax.__version__,
+        "videos": stages.clips,
+        "pairs": stages.size,
+        "first": {stage: values[0] for stage, values in seconds.items()},
+        "median": median,
+        "videos_per_second": stages.clips / (median["rollout"] + median["score"]),
+        "step": sum(median.values()) + (config.train.updates_per_step - 1) * median["update"],
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)
