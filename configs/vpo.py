@@ -101,6 +101,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every = 4  # steps; looks at tuning prompts, 0 = none
     config.eval.prompts = 96
+    config.eval.on_alarm = "warn"  # or "stop": motion lost, winners forgotten, a held-out judge that falls
     config.eval.seed = 1_000_000
 
     config.mesh = ConfigDict()

@@ -1,6 +1,6 @@
 """An Orbax checkpoint of a run becomes a diffusers folder, or a PEFT adapter folder.
 
-    python -m vpo_jax.convert --workdir=DIR [--step=N] [--weights=ema|policy] --output=DIR [--lora_only]
+python -m vpo_jax.convert --workdir=DIR [--step=N] [--weights=ema|policy] --output=DIR [--lora_only]
 """
 
 import dataclasses

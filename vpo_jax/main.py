@@ -1,6 +1,6 @@
 """The whole job: load, train online, compare with the start, export.
 
-    python -m vpo_jax.main --config=configs/vpo.py[:PRESET] [--config.a.b=c] [--workdir=DIR]
+python -m vpo_jax.main --config=configs/vpo.py[:PRESET] [--config.a.b=c] [--workdir=DIR]
 """
 
 import sys
@@ -23,7 +23,7 @@ from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.signals import Stop, catch_signals
 from vpo_jax.runtime.workdir import Workdir, completed_steps, open_workdir
 from vpo_jax.training.check import check, check_inputs, check_mesh
-from vpo_jax.training.train import NonFinite, train
+from vpo_jax.training.train import Alarmed, NonFinite, train
 
 CONFIG = "configs/vpo.py"
 
@@ -165,10 +165,10 @@ def loading_lines(export: Path, comparison: Comparison) -> list[str]:
 
 
 def command(argv: Sequence[str]) -> None:
-    """`main`, with a run that stopped at a non-finite step as a message and exit code 1."""
+    """`main`, with a run that stopped by itself (a non-finite step, an alarm) as a message and exit code 1."""
     try:
         main(argv)
-    except NonFinite as error:
+    except (Alarmed, NonFinite) as error:
         raise SystemExit(f"stopped: {error}") from error
 
 

@@ -160,6 +160,7 @@ def _parse(key: str, text: str, kind: type) -> Any:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """The words that propose the key of `known` that is most like `name`; empty where none is known."""
+
     def likeness(key: str) -> float:
         # A name whose last part is right counts for more than one in the right group.
         whole = difflib.SequenceMatcher(None, name, key).ratio()

@@ -58,9 +58,7 @@ def make_mesh(
             f" processes has to use all; set mesh.data=-1"
         )
     # Auto axes: under make_mesh's default, Explicit, linen's logical constraints raise.
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:fixed]
-    )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:fixed])
 
 
 def _spell(sizes: dict[str, int]) -> str:

@@ -19,7 +19,7 @@ import jax
 from vpo_jax.runtime.errors import UserError
 
 # On resume these may differ; train.steps may also, upwards.
-_FREE = re.compile(r"^mesh\.|\.every$|^log\.")
+_FREE = re.compile(r"^mesh\.|\.every$|^log\.|^eval\.on_alarm$")
 _OURS = ("metrics.jsonl", "checkpoints", "samples", "export", "report.html", "environment.json")
 _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy", "safetensors", "transformers",

@@ -101,6 +101,7 @@ FIELDS: Mapping[str, Field] = {
     "checkpoint.every": _EVERY,
     "checkpoint.keep": _whole(1),
     "eval.every": _EVERY,
+    "eval.on_alarm": _one_of("warn", "stop"),
     "eval.prompts": _whole(1),
     "eval.seed": _whole(0),
     "mesh.data": _AXIS,

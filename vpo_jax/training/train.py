@@ -38,6 +38,10 @@ class NonFinite(Exception):
     """A loss, a gradient, or every score of a step was not finite; what made it is under failure/step_N."""
 
 
+class Alarmed(Exception):
+    """An alarm rang and `eval.on_alarm` says to stop; the step is saved."""
+
+
 class Result(NamedTuple):
     """A finished run; `pipeline` holds the tuned denoiser (the average's weights where there is one)."""
 
@@ -88,6 +92,7 @@ def train(
     Raises:
       UserError: sizes that do not fit each other or the mesh, a scorer that may only judge, other prompts on resume.
       Interrupted: a signal came; the last finished step is saved.
+      Alarmed: an alarm rang and `eval.on_alarm` is "stop".
       NonFinite: a step was not finite; the last finite state is saved apart.
     """
     with jax.set_mesh(mesh):
@@ -104,7 +109,8 @@ def train(
 
         # ==== State: fresh, or the newest checkpoint ==============================================================
         store = CheckpointStore(workdir.checkpoints, config.checkpoint.keep)
-        meta: dict[str, Any] = {"prompts": fingerprint(prompts), "clock": {}, "base": None, "held_out": None}
+        meta: dict[str, Any] = {"prompts": fingerprint(prompts), "clock": {}}
+        meta |= {"base": None, "looks": [], "held_out": None}
         if store.latest() is None:
             state, kept = stages.fresh_state(), -1
         else:
@@ -141,6 +147,7 @@ def train(
             if looks and meta["base"] is None:
                 base = watch.look(stages.start)
                 meta["base"] = {name: values.tolist() for name, values in base.scores.items()}
+                meta["looks"] = [watch.compare(meta["base"], base)]
                 save_samples(workdir.samples, writer, 0, base.videos)
             line: Line | None = None
 
@@ -190,18 +197,26 @@ def train(
                 state = state._replace(reference=reference, curriculum=curriculum)
 
                 # ==== Log, evaluate, save =========================================================================
-                metric = None
+                metric, alarms = None, ()
                 if look:
                     seen = watch.look(state.weights())
                     looked |= watch.compare(meta["base"], seen) | stages.displacement(state)
-                    meta["held_out"] = metric = watch.held_out_mean(meta["base"], seen)
+                    meta["held_out"] = metric = watch.held_out_gain(meta["base"], seen)
+                    meta["looks"] = [*meta["looks"], looked]
+                    alarms = watch.alarms(meta["looks"])
+                    looked |= {f"alarm/{alarm.name}": 1.0 for alarm in alarms}
+                    for alarm in alarms:
+                        bar.say(f"alarm at step {step + 1}: {alarm.message}")
                     save_samples(workdir.samples, writer, step + 1, seen.videos)
                 line = Line(step + 1, metrics, looked, chosen, scores)
-                if due(step + 1, config.checkpoint.every, config.train.steps):
+                stopping = bool(alarms) and config.eval.on_alarm == "stop"
+                if stopping or due(step + 1, config.checkpoint.every, config.train.steps):
                     with clock.phase("update"):
                         finish(line)  # before the checkpoint, which never lacks a line that it has passed
                     line = None
                     save(metric)
+                if stopping:
+                    raise Alarmed(f"step {step + 1}: {alarms[0].message}; eval.on_alarm=warn goes on from here")
 
             if line is not None:
                 finish(line)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vpo_jax.rewards.combine import dimension_names
+from vpo_jax.evaluation.alarms import Alarm, check_alarms
+from vpo_jax.rewards.combine import MOTION, dimension_names
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.metrics import MetricsWriter
 from vpo_jax.runtime.video import write_webp
@@ -74,8 +75,8 @@ class Watch:
         return Look({name: table[:, column] for column, name in enumerate(names)}, kept)
 
     def compare(self, base: Mapping[str, Sequence[float]], now: Look) -> dict[str, float]:
-        """Means of now, and the share of prompts on which each dimension beats the base, ties counted one half."""
-        metrics = {}
+        """The trained gain, means of now, and each dimension's win rate against the base, ties counted one half."""
+        metrics = {"eval/gain": gain(base, now.scores, self.trained)}
         for name, values in now.scores.items():
             room = "held_out" if name in self.held_out else "eval"
             metrics[f"{room}/{name}"] = float(np.mean(values))
@@ -83,19 +84,28 @@ class Watch:
             metrics[f"{room}/win_rate/{name}"] = float(np.mean((difference > 0) + 0.5 * (difference == 0)))
         return metrics
 
-    def held_out_mean(self, base: Mapping[str, Sequence[float]], now: Look) -> float | None:
-        """Mean over the held-out dimensions of their gain on the base, in the base's standard deviations over prompts.
+    def held_out_gain(self, base: Mapping[str, Sequence[float]], now: Look) -> float | None:
+        """The held-out judges' gain, which chooses the best checkpoint: it steers. None without such a judge."""
+        return gain(base, now.scores, self.held_out) if self.held_out else None
 
-        None without a held-out judge. It steers, and whoever reports it says so.
-        """
-        if not self.held_out:
-            return None
-        gains = []
-        for name in self.held_out:
-            before = np.asarray(base[name], np.float32)
-            spread = float(before.std()) or 1.0
-            gains.append(float(np.mean(now.scores[name] - before)) / spread)
-        return float(np.mean(gains))
+    def alarms(self, looks: Sequence[Mapping[str, float]]) -> tuple[Alarm, ...]:
+        """What the newest of these looks' metrics warns of; the first is the base model's."""
+        return check_alarms(
+            looks,
+            reward="eval/gain",
+            judges=[f"held_out/{name}" for name in self.held_out],
+            motion=[f"eval/{name}" for name in self.trained if name.rpartition("/")[2] == MOTION],
+            rising="policy/winner_error_rises",
+        )
+
+
+def gain(base: Mapping[str, Sequence[float]], now: Mapping[str, np.ndarray], names: Sequence[str]) -> float:
+    """Mean over dimensions of what was gained on the base, in the base's standard deviations over prompts."""
+    gains = []
+    for name in names:
+        before = np.asarray(base[name], np.float32)
+        gains.append(float(np.mean(now[name] - before)) / (float(before.std()) or 1.0))
+    return float(np.mean(gains))
 
 
 def save_samples(folder: Path, writer: MetricsWriter, step: int, videos: np.ndarray) -> None:
