@@ -1,14 +1,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.running import lines, rewrite_steps, start, wait_for_step, weights, without_time
 from vpo_jax import main
 from vpo_jax.runtime import backend, cli
 
@@ -20,14 +18,6 @@ DIMENSIONS = (
     "text_to_video_alignment",
     "factual_consistency",
 )
-
-
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(workdir):
-    return (workdir / "export" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
 def test_a_run_leaves_what_people_look_at(finished):
@@ -80,20 +70,6 @@ def test_a_second_run_says_that_it_is_complete_and_changes_nothing(finished, job
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()} == before
 
 
-def start(job, workdir, *more):
-    command = [sys.executable, "-m", "vpo_jax.main", *job, f"--workdir={workdir}", *more]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_step(process, workdir, step):
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        if (workdir / "checkpoints" / str(step)).is_dir():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no step {step}: {process.communicate()}")
-
-
 def test_killed_interrupted_and_continued_the_run_ends_as_if_nothing_had_been(finished, job, tmp_path):
     steps = "--config.train.steps=60"
     workdir = tmp_path / "run"
@@ -114,19 +90,6 @@ def test_killed_interrupted_and_continued_the_run_ends_as_if_nothing_had_been(fi
         assert start(job, directory, f"--config.train.steps={last}").wait(timeout=300) == 0
     assert weights(workdir) == weights(uninterrupted)
     assert [without_time(line) for line in lines(workdir)] == [without_time(line) for line in lines(uninterrupted)]
-
-
-def rewrite_steps(workdir, steps):
-    """Makes a run that was asked for more steps one of `steps`, which a resume would refuse."""
-    path = workdir / "config.json"
-    if path.exists():
-        config = json.loads(path.read_text())
-        config["train"]["steps"] = steps
-        path.write_text(json.dumps(config))
-
-
-def without_time(line):
-    return {name: value for name, value in line.items() if not name.startswith("time/")}
 
 
 def test_more_steps_go_on_where_the_run_ended(finished, job, tmp_path):

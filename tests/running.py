@@ -1,0 +1,44 @@
+"""Runs of the main job in processes of their own, and what they leave behind."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(workdir):
+    return (workdir / "export" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def start(job, workdir, *more):
+    command = [sys.executable, "-m", "vpo_jax.main", *job, f"--workdir={workdir}", *more]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, workdir, step):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if (workdir / "checkpoints" / str(step)).is_dir():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}: {process.communicate()}")
+
+
+def rewrite_steps(workdir, steps):
+    """Makes a run that was asked for more steps one of `steps`, which a resume would refuse."""
+    path = workdir / "config.json"
+    if path.exists():
+        config = json.loads(path.read_text())
+        config["train"]["steps"] = steps
+        path.write_text(json.dumps(config))
+
+
+def without_time(line):
+    return {name: value for name, value in line.items() if not name.startswith("time/")}
