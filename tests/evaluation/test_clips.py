@@ -8,6 +8,6 @@ def test_base_stands_above_tuned_with_white_between_them():
     tuned = np.full_like(base, 9)
     tuned[1] = 50
     both = side_by_side(base, tuned)
-    assert both.shape == (2, 4 + 2 + 4, 3 * 5 + 2 * 2, 3)
-    assert (both[:, :4, :5] == 0).all() and (both[:, 6:, 7:12] == 50).all()
-    assert (both[:, 4:6] == 255).all() and (both[:, :, 5:7] == 255).all()
+    assert both.shape == (2, 4 + 4 + 4, 3 * 5 + 2 * 4, 3)
+    assert (both[:, :4, :5] == 0).all() and (both[:, 8:, 9:14] == 50).all()
+    assert (both[:, 4:8] == 255).all() and (both[:, :, 5:9] == 255).all()

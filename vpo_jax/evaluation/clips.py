@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from vpo_jax.evaluation.compare import Comparison
-from vpo_jax.runtime.video import write_mp4, write_webp
+from vpo_jax.runtime.video import enlarge, write_mp4, write_webp
 
-_GAP = 2  # pixels between clips that stand side by side
+_GAP = 4  # pixels between clips that stand side by side
 
 
 def write_clips(folder: str | Path, comparison: Comparison, fps: int = 8) -> None:
