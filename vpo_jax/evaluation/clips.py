@@ -20,9 +20,8 @@ def write_clips(folder: str | Path, comparison: Comparison, fps: int = 8) -> Non
             write_mp4(Path(folder) / f"{who}_{i:04d}.mp4", video, fps)
             write_webp(Path(folder) / f"{who}_{i:04d}.webp", video, fps)
     if len(comparison.base_videos):
-        write_webp(
-            Path(folder) / "side_by_side.webp", side_by_side(comparison.base_videos, comparison.tuned_videos), fps
-        )
+        large = (np.stack([enlarge(v) for v in videos]) for videos in (comparison.base_videos, comparison.tuned_videos))
+        write_webp(Path(folder) / "side_by_side.webp", side_by_side(*large), fps)
 
 
 def side_by_side(above: np.ndarray, below: np.ndarray) -> np.ndarray:
