@@ -30,6 +30,7 @@ class VideoScorerConfig:
         image_size: height and width of the frames; others are resized.
         vocab_size, max_length: of the captions' tokens; 0 is the padding token.
         channels: of the convolutions at half and at quarter resolution.
+        grain: filters that see fine detail alone.
         maps: heatmaps whose mass, place and spread are followed through the clip.
         text_width, hidden: widths of the text tower and of the heads.
     """
@@ -41,6 +42,7 @@ class VideoScorerConfig:
     vocab_size: int
     max_length: int = 24
     channels: tuple[int, int] = (32, 48)
+    grain: int = 16
     maps: int = 12
     text_width: int = 64
     hidden: int = 128
@@ -75,67 +77,127 @@ class _Residual(nn.Module):
 
 
 class FrameEncoder(nn.Module):
-    """What each frame holds: [N, H, W, 6] (a frame and its difference to the one before) -> [N, features]."""
+    """What each frame holds, and where.
+
+    [N, H, W, 6] (a frame and its difference to the one before) -> features [N, C], places of the maps [N, K, 2].
+    """
 
     config: VideoScorerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         half, quarter = self.config.channels
-        frames, height, width, channels = x.shape
-        # Two by two pixels become channels: nothing of the full resolution is lost, at a quarter of the positions.
-        x = x.reshape(frames, height // 2, 2, width // 2, 2, channels).swapaxes(2, 3)
-        x = x.reshape(frames, height // 2, width // 2, 4 * channels)
-        x = Conv(half, (3, 3), padding=1, name="conv_in")(x)
-        fine = nn.silu(x)
-        # The deviation of these responses over a frame is its grain and the steepness of its edges.
-        deviation = jnp.sqrt(jnp.square(fine - fine.mean((1, 2), keepdims=True)).mean((1, 2)) + 1e-5)
-        parts = [fine.mean((1, 2)), jnp.log(0.02 + deviation)]
+        # Grain and the steepness of edges are small beside the colours, so they have filters of their own.
+        detail = 4.0 * (x[..., :3] - _smooth(x[..., :3]))
+        grain = Conv(self.config.grain, (3, 3), padding=1, use_bias=False, name="grain")(_fold(detail))
+        # What stands out from the frame's border is the subject; its contrast is a heatmap that needs no learning.
+        contrast = jnp.abs(x[..., :3] - _border(x[..., :3]))
+        subject = _fold(jnp.square(contrast)).mean(-1, keepdims=True)  # [N, h, w, 1]
+        x = Conv(half, (3, 3), padding=1, name="conv_in")(_fold(jnp.concatenate([x, contrast], -1)))
+        parts = [nn.silu(x).mean((1, 2)), *_energy(grain)]
 
         x = _Residual(half, name="res.0")(x)
-        parts.append(_heatmaps(Conv(self.config.maps, (1, 1), name="maps")(nn.silu(x))))
+        maps = nn.softplus(Conv(self.config.maps, (1, 1), name="maps")(nn.silu(x)) - 2.0)
+        mass, places, spreads = _heatmaps(jnp.concatenate([maps, subject], -1))
+        parts += [mass, spreads, places.reshape(len(places), -1)]
 
         x = Conv(quarter, (3, 3), (2, 2), padding=1, name="down")(nn.silu(x))
         x = nn.silu(_Residual(quarter, name="res.1")(x))
         parts += [x.mean((1, 2)), x.max((1, 2))]
-        return jnp.concatenate(parts, -1)
+        return jnp.concatenate(parts, -1), places
 
 
-def _heatmaps(logits: jax.Array) -> jax.Array:
-    """Mass, place and spread of each map: [N, h, w, K] -> [N, 5 K].
+def _fold(x: jax.Array) -> jax.Array:
+    """Two by two pixels as channels: nothing of the full resolution is lost, at a quarter of the positions."""
+    frames, height, width, channels = x.shape
+    x = x.reshape(frames, height // 2, 2, width // 2, 2, channels).swapaxes(2, 3)
+    return x.reshape(frames, height // 2, width // 2, 4 * channels)
 
-    Weights are linear in a strong response, not exponential, so that the place is a centre of mass, exact to a
-    fraction of a pixel, where a softmax would jump between the grid's points.
+
+def _smooth(x: jax.Array) -> jax.Array:
+    """Binomial 3 x 3 blur of [N, H, W, C], edges repeated."""
+    for axis in (1, 2):
+        size = x.shape[axis]
+        padded = jnp.concatenate(
+            [jax.lax.slice_in_dim(x, 0, 1, axis=axis), x, jax.lax.slice_in_dim(x, size - 1, size, axis=axis)], axis
+        )
+        before = jax.lax.slice_in_dim(padded, 0, size, axis=axis)
+        after = jax.lax.slice_in_dim(padded, 2, size + 2, axis=axis)
+        x = 0.25 * before + 0.5 * x + 0.25 * after
+    return x
+
+
+def _energy(x: jax.Array, cell: int = 4) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean, largest and smallest log energy over the cells of a frame: [N, h, w, C] -> three of [N, C].
+
+    The loudest cell tells how steep the edges are, the quietest how much grain there is where nothing else is.
     """
-    weight = nn.softplus(logits) + 1e-4
+    frames, height, width, channels = x.shape
+    rows, columns = max(1, height // cell), max(1, width // cell)
+    cells = jnp.square(x).reshape(frames, rows, height // rows, columns, width // columns, channels)
+    log = 0.5 * jnp.log(1e-4 + cells.mean((2, 4)))
+    return log.mean((1, 2)), log.max((1, 2)), log.min((1, 2))
+
+
+def _border(x: jax.Array) -> jax.Array:
+    """Mean over the border of each frame: [N, H, W, C] -> [N, 1, 1, C]."""
+    edges = [x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]]
+    return jnp.concatenate(edges, 1).mean(1)[:, None, None]
+
+
+def _heatmaps(weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log mass [N, K], place [N, K, 2] and spread [N, 2 K] of maps of weights of at least 0, [N, h, w, K].
+
+    The place is a centre of mass, exact to a fraction of a pixel, where a softmax would jump between the points of
+    the grid.
+    """
+    weight = weight + 1e-4
     mass = weight.sum((1, 2), keepdims=True)
     share = weight / mass
-    results = [jnp.log(mass[:, 0, 0])]
+    places, spreads = [], []
     for axis in (1, 2):
-        size = logits.shape[axis]
+        size = weight.shape[axis]
         place = (jnp.arange(size, dtype=jnp.float32) + 0.5) / size * 2.0 - 1.0
         shape = (1, size, 1, 1) if axis == 1 else (1, 1, size, 1)
         place = place.reshape(shape)
         mean = (share * place).sum((1, 2))
         spread = (share * (place - mean[:, None, None]) ** 2).sum((1, 2))
-        results += [4.0 * mean, jnp.sqrt(spread + 1e-4)]
-    return jnp.concatenate(results, -1)
+        places.append(4.0 * mean)
+        spreads.append(jnp.sqrt(spread + 1e-4))
+    return jnp.log(mass[:, 0, 0]), jnp.stack(places, -1), jnp.concatenate(spreads, -1)
+
+
+def _line(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean and slope [B, C] of the straight line through [B, F, C] over time -1 to 1, and the rest."""
+    time = jnp.linspace(-1.0, 1.0, x.shape[1])
+    mean = x.mean(1)
+    slope = jnp.einsum("f,bfc->bc", time, x) / jnp.sum(time * time)
+    return mean, slope, x - mean[:, None] - time[:, None] * slope[:, None]
+
+
+def _log_size(square: jax.Array) -> jax.Array:
+    """Logarithm of a size from its square, flat below 0.01."""
+    return jnp.log(0.01 + jnp.sqrt(square + 1e-6))
+
+
+def _paths(places: jax.Array) -> jax.Array:
+    """Speed along and distance from each map's straight path, whatever its direction: [B, F, K, 2] -> [B, 2 K]."""
+    batch, frames, maps, _ = places.shape
+    _, slope, rest = _line(places.reshape(batch, frames, -1))
+    speed = jnp.square(slope).reshape(batch, maps, 2).sum(-1)
+    away = jnp.square(rest).mean(1).reshape(batch, maps, 2).sum(-1)
+    return jnp.concatenate([_log_size(speed), _log_size(away)], -1)
 
 
 def _moments(x: jax.Array) -> jax.Array:
-    """How features change over a clip: [B, F, C] -> [B, 4, C].
+    """How features change over a clip: [B, F, C] -> [B, 5, C].
 
-    Mean, slope, and on a log scale (so that a little unsteadiness is told from none) the deviation from the
-    straight line and the step between frames.
+    Mean and slope; and on a log scale, so that a little is told from none: the slope's size, the deviation from
+    the straight line, and the step between frames.
     """
-    frames = x.shape[1]
-    time = jnp.linspace(-1.0, 1.0, frames)
-    mean = x.mean(1)
-    slope = jnp.einsum("f,bfc->bc", time, x) / jnp.sum(time * time)
-    rest = x - mean[:, None] - time[:, None] * slope[:, None]
-    rest = jnp.log(0.01 + jnp.sqrt(jnp.square(rest).mean(1) + 1e-6))
-    step = jnp.log(0.01 + jnp.sqrt(jnp.square(jnp.diff(x, axis=1)).mean(1) + 1e-6))
-    return jnp.stack([mean, slope, rest, step], 1)
+    mean, slope, rest = _line(x)
+    squares = (jnp.square(slope), jnp.square(rest).mean(1), jnp.square(jnp.diff(x, axis=1)).mean(1))
+    return jnp.stack([mean, slope, *(_log_size(square) for square in squares)], 1)
 
 
 class VideoScorer(nn.Module):
@@ -151,7 +213,7 @@ class VideoScorer(nn.Module):
         """Submodules, named as in the checkpoint."""
         config = self.config
         self.frames = FrameEncoder(config)
-        self.norms = [LayerNorm() for _ in range(4)]
+        self.norms = [LayerNorm() for _ in range(6)]
         self.quality = [Dense(config.hidden), Dense(config.hidden), Dense(len(config.dimensions))]
         self.shown = [Dense(config.hidden), Dense(config.text_width)]
         self.tokens = self.param("tokens", nn.initializers.normal(0.3), (config.vocab_size, config.text_width))
@@ -165,9 +227,11 @@ class VideoScorer(nn.Module):
         x = videos.astype(jnp.float32) / 127.5 - 1.0
         before = jnp.concatenate([x[:, :1], x[:, :-1]], 1)
         seen = jnp.concatenate([x, x - before], -1)  # [B, F, H, W, 6]
-        features = self.frames(seen.reshape(batch * frames, *seen.shape[2:])).reshape(batch, frames, -1)
-        moments = _moments(features)
-        return jnp.concatenate([norm(moments[:, i]) for i, norm in enumerate(self.norms)], -1)
+        features, places = self.frames(seen.reshape(batch * frames, *seen.shape[2:]))
+        moments = _moments(features.reshape(batch, frames, -1))
+        paths = _paths(places.reshape(batch, frames, -1, 2))
+        groups = [moments[:, i] for i in range(5)] + [paths]
+        return jnp.concatenate([norm(group) for norm, group in zip(self.norms, groups, strict=True)], -1)
 
     def judge_quality(self, seen: jax.Array) -> jax.Array:
         """Logits of all dimensions from the clip alone: [B, features] -> [B, D]."""

@@ -29,7 +29,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     ranks = [_ranks(np.asarray(x, np.float64)) for x in (a, b)]
     if any(rank.std() == 0 for rank in ranks):
         return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -102,7 +102,7 @@ def disturb(key: jax.Array, clip: jax.Array) -> jax.Array:
     shape = clip.shape
     coarse = clip.reshape(shape[0], shape[1] // 2, 2, shape[2] // 2, 2, 3).mean((2, 4))
     coarse = jax.image.resize(coarse, shape, "linear")
-    share = jnp.where(jax.random.uniform(keys[2]) < 0.4, 0.6 * jax.random.uniform(keys[3]), 0.0)
+    share = jnp.where(jax.random.uniform(keys[2]) < 0.3, 0.3 * jax.random.uniform(keys[3]), 0.0)
     clip += share * (coarse - clip)
 
     still = jax.image.resize(jax.random.normal(keys[4], (1, 8, 8, 3)), (1, *shape[1:]), "cubic")
@@ -263,7 +263,8 @@ def carried_clips(pipeline: Any, way: str, seed: int, count: int, folder: Path) 
         text = encode_text(pipeline.params["text_encoder"], pipeline.tokenize(captions))
         return clips._replace(videos=carry(pipeline.params, carry_key, clips.videos, text))._asdict()
 
-    return Labelled(**_kept(chunk, -(-count // _CHUNK), folder, way))
+    found = _kept(chunk, -(-count // _CHUNK), folder, way)
+    return Labelled(*(jnp.asarray(found[name]) for name in Labelled._fields))
 
 
 def base_samples(pipeline: Any, split: str, seed: int, count: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -288,7 +289,7 @@ def _kept(make: Callable[[int], dict[str, Any]], chunks: int, folder: Path, name
         for number in range(chunks):
             file = folder / f"{name}_{number:04d}.npz"
             if not file.is_file():
-                made = {key: np.asarray(value) for key, value in make(number).items()}
+                made: dict[str, Any] = {key: np.asarray(value) for key, value in make(number).items()}
                 partial = file.with_suffix(".partial.npz")
                 np.savez_compressed(partial, **made)
                 partial.rename(file)

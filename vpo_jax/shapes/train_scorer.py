@@ -90,8 +90,8 @@ def make_pools(base: str | Path, seed: int, carried: int, samples: int, folder: 
     pipeline = load_pipeline(base)
     videos, rows = data.base_samples(pipeline, "train", seed, samples, folder)
     return Pools(
-        jax.tree.map(jnp.asarray, data.carried_clips(pipeline, "round_trip", seed + 1, carried, folder)),
-        jax.tree.map(jnp.asarray, data.carried_clips(pipeline, "denoised", seed + 2, carried, folder)),
+        data.carried_clips(pipeline, "round_trip", seed + 1, carried, folder),
+        data.carried_clips(pipeline, "denoised", seed + 2, carried, folder),
         jnp.asarray(videos),
         jnp.asarray(rows),
     )
@@ -124,24 +124,25 @@ def make_loss(
             parts.append(draw(keys[2], pools.denoised, sizes.denoised))
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
+    def apply(method: str, params: Tree, *inputs: Any) -> jax.Array:
+        return jnp.asarray(scorer.apply({"params": params}, *inputs, method=method))
+
     def loss(params: Tree, key: jax.Array, pools: Pools | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         clip_key, ask_key, pair_key = jax.random.split(key, 3)
         clips = labelled(clip_key, pools)
         number = len(clips.rows)
         pairs = None if pools is None else data.make_pairs(pair_key, sizes.pairs, pools.samples, pools.sample_rows)
         videos = [clips.videos] if pairs is None else [clips.videos, pairs.better, pairs.worse]
-        variables = {"params": params}
-        seen = scorer.apply(variables, jnp.concatenate(videos), method="see")
-        quality = scorer.apply(variables, seen, method="judge_quality")
-        scores = scorer.apply(variables, quality, method="to_range")
+        seen = apply("see", params, jnp.concatenate(videos))
+        scores = apply("to_range", params, apply("judge_quality", params, seen))
         error = jnp.square(scores[:number] - data.labels(clips.goodness))
 
         # Many captions for each clip cost next to nothing.
         ask_keys = jax.random.split(ask_key, (number, _CAPTIONS))
         ask = jax.vmap(jax.vmap(data.ask, (0, None, None)))
         asked, match = ask(ask_keys, clips.rows, clips.freeze)  # [B, captions]
-        logits = scorer.apply(variables, seen[:number], ids[asked], method="judge_match")
-        matched = scorer.apply(variables, logits, data.ALIGNMENT, method="to_range")
+        logits = apply("judge_match", params, seen[:number], ids[asked])
+        matched = apply("to_range", params, logits, data.ALIGNMENT)
         alignment_error = jnp.square(matched - data.labels(match)).mean(1)
 
         error = error.at[:, data.ALIGNMENT].set(alignment_error)
@@ -149,8 +150,8 @@ def make_loss(
         metrics = {name: error[:, i].mean() for i, name in enumerate(DIMENSIONS)}
         if pairs is not None:
             rows = jnp.concatenate([pairs.better_rows, pairs.worse_rows])
-            match = scorer.apply(variables, seen[number:], ids[rows][:, None], method="judge_match")[:, 0]
-            matched = scorer.apply(variables, match, data.ALIGNMENT, method="to_range")
+            logits = apply("judge_match", params, seen[number:], ids[rows][:, None])[:, 0]
+            matched = apply("to_range", params, logits, data.ALIGNMENT)
             better, worse = jnp.split(scores[number:].at[:, data.ALIGNMENT].set(matched), 2)
             lead = jnp.take_along_axis(better - worse, pairs.dimension[:, None], axis=1)[:, 0]
             short = (_MARGIN * pairs.strength - lead) / _SOFTNESS
