@@ -50,3 +50,17 @@ make_environment() {
     fi
     echo "$wanted" >>"$stamp"
 }
+
+# load_flags FILE: exports the KEY=VALUE lines of a file of launch/flags, but for what is set already.
+load_flags() {
+    local line key
+    [ -f "$1" ] || {
+        echo "error: there is no $1; VPO_JAX_FLAGS names a file of launch/flags" >&2
+        return 2
+    }
+    while IFS= read -r line || [ -n "$line" ]; do
+        key="${line%%=*}"
+        case "$line" in "" | "#"*) continue ;; esac
+        [ -n "${!key+set}" ] || export "$key=${line#*=}"
+    done <"$1"
+}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests, on this machine: makes .venv, installs, runs.
 #
-#   bash launch/test.sh [arguments of pytest]
+#   bash launch/test.sh [--dry_run] [arguments of pytest]
 #   bash launch/test.sh tests/diffusion -k ddim
 #
 # The parity tests want PyTorch, which needs Python 3.11; on another one they are skipped, with the reason.
@@ -9,6 +9,20 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/environment.sh
 source "$root/launch/environment.sh"
+# shellcheck source=launch/commands.sh
+source "$root/launch/commands.sh"
+if [ "${1:-}" = --dry_run ]; then
+    dry_run=1
+    shift
+fi
+if [ "$dry_run" = 1 ]; then
+    show make_environment "$root" requirements-test.txt
+    show cd "$root"
+    show .venv/bin/python -m ruff check --quiet .
+    show .venv/bin/python -m mypy --no-error-summary
+    show .venv/bin/python -m pytest "$@"
+    exit 0
+fi
 make_environment "$root" requirements-test.txt
 
 cd "$root"
