@@ -55,14 +55,17 @@ def encode_captions(tokenizer: Tokenizer, captions: Sequence[str]) -> np.ndarray
 
 
 def scorer_class(folder: str | Path) -> str:
-    """The `_class_name` of the scorer in `folder`.
+    """The class of the scorer in `folder`: `_class_name`, or transformers' first of `architectures`.
 
     Raises:
         UserError: there is no such folder, or no scorer in it.
     """
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder; a scorer is a folder with config.json in it")
-    return str(io.read_json(Path(folder) / "config.json").get("_class_name"))
+    config = io.read_json(Path(folder) / "config.json")
+    architectures = config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    return str(config.get("_class_name", named))
 
 
 def read_scorer(folder: str | Path) -> ScorerParts:

@@ -10,11 +10,25 @@ Backend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Arra
 
 def _xla(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
     scale = query.shape[-1] ** -0.5
+    if query.shape[2] != key.shape[2]:
+        return _grouped(query * scale, key, value, mask)
     scores = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def _grouped(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    batch, length, heads, size = query.shape
+    groups = key.shape[2]
+    query = query.reshape(batch, length, groups, heads // groups, size)  # no copy of a key is made for its queries
+    scores = jnp.einsum("bqgrd,bkgd->bgrqk", query, key, preferred_element_type=jnp.float32)
+    if mask is not None:
+        mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(*scores.shape[:3], *mask.shape[2:])
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bgrqk,bkgd->bqgrd", weights, value).reshape(batch, length, heads, size)
 
 
 def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -35,8 +49,8 @@ def attention(
 
     Args:
       query: [B, Q, H, D].
-      key: [B, K, H, D].
-      value: [B, K, H, D].
+      key: [B, K, G, D]; G divides H, and query heads h * H/G to (h + 1) * H/G - 1 share head h of the keys.
+      value: [B, K, G, D].
       mask: bool, broadcastable to [B, H, Q, K]; True where a query may look at a key.
       backend: a name in `BACKENDS`. "cudnn" wants half precision on an NVIDIA GPU and D a multiple of 8, at
         most 128; a TPU kernel finds its place in the same table.

@@ -13,28 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from vpo_jax.models.attention import attention
-from vpo_jax.models.config_fields import read_fields, require, require_int
+from vpo_jax.models.config_fields import BOOKKEEPING, read_fields, require, require_int
 from vpo_jax.models.layers import Dense, LayerNorm, activation
 
 _ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh", "silu", "swish", "mish", "relu")
 
-# Fields that transformers writes and that cannot change the last hidden state of an encoder at inference:
-# initialisation, dropout, the pooled output, outputs to collect, generation, book-keeping of releases.
-_IGNORED = frozenset((
-    "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "name_or_path",
-    "attention_dropout", "dropout", "initializer_factor", "initializer_range", "projection_dim", "bos_token_id",
-    "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "output_attentions",
-    "output_hidden_states", "return_dict", "return_dict_in_generate", "use_return_dict", "output_scores",
-    "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "num_labels", "problem_type",
-    "finetuning_task", "torchscript", "use_bfloat16", "tie_word_embeddings", "tf_legacy_loss", "pruned_heads",
-    "gradient_checkpointing", "use_cache", "is_decoder", "add_cross_attention", "cross_attention_hidden_size",
-    "tie_encoder_decoder", "tokenizer_class", "prefix", "task_specific_params", "max_length", "min_length",
-    "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k",
-    "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id",
-    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
-    "begin_suppress_tokens",
-))  # fmt: skip
+# Initialisation, dropout and the pooled output, which the last hidden state does not depend on.
+_IGNORED = BOOKKEEPING | {"initializer_factor", "projection_dim"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,24 @@ from typing import Any
 
 from vpo_jax.runtime.errors import UserError
 
+# Fields that transformers writes and that cannot change a last hidden state at inference: initialisation,
+# dropout, outputs to collect, generation, book-keeping of releases.
+BOOKKEEPING = frozenset((
+    "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "name_or_path",
+    "attention_dropout", "dropout", "initializer_range", "bos_token_id",
+    "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "output_attentions",
+    "output_hidden_states", "return_dict", "return_dict_in_generate", "use_return_dict", "output_scores",
+    "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "num_labels", "problem_type",
+    "finetuning_task", "torchscript", "use_bfloat16", "tie_word_embeddings", "tf_legacy_loss", "pruned_heads",
+    "gradient_checkpointing", "use_cache", "is_decoder", "add_cross_attention", "cross_attention_hidden_size",
+    "tie_encoder_decoder", "tokenizer_class", "prefix", "task_specific_params", "max_length", "min_length",
+    "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k",
+    "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id",
+    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+    "begin_suppress_tokens",
+))  # fmt: skip
+
 
 def read_fields(cls: type, raw: Mapping[str, Any], part: str, ignored: Collection[str] = ()) -> dict[str, Any]:
     """Keyword arguments for the dataclass `cls` from the dict `raw`; lists become tuples.

@@ -161,3 +161,33 @@ class LayerNorm(nn.Module):
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square of the last axis; statistics in float32."""
+
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        factor = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (x * factor * scale).astype(self.dtype)
+
+
+class GatedFeedForward(nn.Module):
+    """down(act(gate(x)) * up(x)), without biases, as language models have it."""
+
+    hidden: int
+    features: int
+    act: str
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., C] -> [..., features]
+        gate, up = (
+            Dense(self.hidden, use_bias=False, dtype=self.dtype, name=name)(x) for name in ("gate_proj", "up_proj")
+        )
+        return Dense(self.features, use_bias=False, dtype=self.dtype, name="down_proj")(activation(self.act)(gate) * up)

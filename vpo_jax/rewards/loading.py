@@ -7,14 +7,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vpo_jax.checkpoints import videoscore
 from vpo_jax.checkpoints.scorers import CLASS, scorer_class
 from vpo_jax.rewards.judge import JudgeReward
 from vpo_jax.rewards.protocol import Reward
 from vpo_jax.rewards.shapes import load_video_scorer
+from vpo_jax.rewards.videoscore import load_videoscore
 from vpo_jax.runtime.errors import UserError
 
 SHIPPED_SCORER = Path(__file__).resolve().parents[1] / "shapes" / "assets" / "scorer"
-_BATCH = 32  # clips scored in one compiled call
+_BATCH = 32  # clips scored in one compiled call, where the scorer has no number of its own
 
 
 def _shipped() -> Reward:
@@ -22,7 +24,7 @@ def _shipped() -> Reward:
 
 
 _BY_NAME: dict[str, Callable[[], Reward]] = {"shapes": _shipped, "judge": JudgeReward}
-_BY_CLASS: dict[str, Callable[[str], Reward]] = {CLASS: load_video_scorer}
+_BY_CLASS: dict[str, Callable[[str], Reward]] = {CLASS: load_video_scorer, videoscore.CLASS: load_videoscore}
 
 
 def load_reward(name_or_path: str) -> Reward:
@@ -83,7 +85,7 @@ class Scorer:
             raise UserError(f"prompts: {len(prompts)} for {len(videos)} videos; give one to each")
         frames = list(self.reward.frame_indices(videos.shape[1]))
         prepared = self.reward.prepare(prompts)
-        batch = min(_BATCH, len(videos))
+        batch = min(getattr(self.reward, "clips_at_a_time", _BATCH), len(videos))
         parts = []
         for start in range(0, len(videos), batch):
             # The last batch is filled up with clips that are not returned: one shape, one compilation.

@@ -1,0 +1,131 @@
+"""The folder of a VideoScore: config.json, model.safetensors (or shards), tokenizer.json, preprocessor_config.json."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tokenizers import Tokenizer
+
+from vpo_jax.checkpoints import safetensors_io as io
+from vpo_jax.checkpoints.keys import from_torch, init_shapes
+from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
+from vpo_jax.models.idefics2_config import Idefics2Config
+from vpo_jax.runtime.errors import UserError
+
+CLASS = "Idefics2ForSequenceClassification"
+QUERY_FILE = "query_prompt.txt"
+_HEAD = "score.weight"
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoScoreParts:
+    """What a VideoScore's folder holds.
+
+    Attributes:
+        config: of the model.
+        params: its parameter tree.
+        tokenizer: of tokenizer.json; it neither pads nor cuts.
+        image_processor: parsed preprocessor_config.json, or its part of processor_config.json.
+        query_prompt: text of query_prompt.txt, None where there is none.
+    """
+
+    config: Idefics2Config
+    params: Any
+    tokenizer: Tokenizer
+    image_processor: Mapping[str, Any]
+    query_prompt: str | None
+
+
+def read_videoscore(folder: str | Path, num_labels: int, dtype: str = "") -> VideoScoreParts:
+    """The scorer in `folder`.
+
+    Args:
+        folder: saved as `Idefics2ForSequenceClassification`.
+        num_labels: outputs that the head must have.
+        dtype: "float32" or "bfloat16" of the parameters; "" keeps bfloat16 and makes anything else float32.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not belong to the others.
+    """
+    folder = Path(folder)
+    config = Idefics2Config.from_dict(io.read_json(folder / "config.json"))
+    tokenizer = read_plain_tokenizer(folder, config.text.vocab_size)
+    processor = _image_processor(folder, config)
+    query = read_query(folder / QUERY_FILE) if (folder / QUERY_FILE).is_file() else None
+    if dtype and dtype not in _DTYPES:
+        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(_DTYPES)}")
+    state = io.read_weights(folder, io.TRANSFORMERS_STEM)
+    head = state.get(_HEAD)
+    if head is None:
+        raise UserError(
+            f"{folder}: has no head ({_HEAD}), so it is a language model and no scorer; "
+            f"give the folder that was saved as {CLASS}"
+        )
+    if head.shape[0] != num_labels:
+        raise UserError(f"{folder}: {_HEAD} has {head.shape[0]} outputs, a VideoScore has {num_labels}; give another")
+    wanted = _DTYPES[dtype or ("bfloat16" if head.dtype == jnp.bfloat16 else "float32")]
+    params = from_torch(state, videoscore_shapes(config, num_labels), str(folder), wanted)
+    return VideoScoreParts(config, params, tokenizer, processor, query)
+
+
+def videoscore_shapes(config: Idefics2Config, num_labels: int) -> dict[str, Any]:
+    """The tree of `ShapeDtypeStruct` of the parameters, computing nothing."""
+    tokens, side = config.perceiver.resampler_n_latents, config.vision.patch_size
+    return init_shapes(
+        Idefics2ForSequenceClassification(config, num_labels),
+        jax.ShapeDtypeStruct((1, tokens), jnp.int32),
+        jax.ShapeDtypeStruct((1, tokens), jnp.bool_),
+        jax.ShapeDtypeStruct((1, 1, side, side, 3), jnp.float32),
+    )
+
+
+def read_query(file: str | Path) -> str:
+    """The text of a query prompt's file, as it stands there.
+
+    Raises:
+        UserError: it cannot be read as text.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as text ({error}); give a UTF-8 file") from error
+
+
+def read_plain_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of tokenizer.json, without padding and truncation.
+
+    Raises:
+        UserError: it is missing or damaged, or has more tokens than the model.
+    """
+    where = folder / "tokenizer.json"
+    io.read_json(where)
+    try:
+        tokenizer = Tokenizer.from_file(str(where))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{where}: not a tokenizer ({error}); copy it again") from error
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise UserError(
+            f"{where}: {tokenizer.get_vocab_size()} tokens, but config.json has vocab_size {vocab_size}; "
+            "use the tokenizer that belongs to this scorer"
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _image_processor(folder: Path, config: Idefics2Config) -> Mapping[str, Any]:
+    whole = io.read_json(folder / "processor_config.json") if (folder / "processor_config.json").is_file() else {}
+    tokens = whole.get("image_seq_len", config.perceiver.resampler_n_latents)
+    if tokens != config.perceiver.resampler_n_latents:
+        raise UserError(
+            f"{folder / 'processor_config.json'}: image_seq_len is {tokens}, but config.json makes "
+            f"{config.perceiver.resampler_n_latents} tokens of an image; use the files of one model"
+        )
+    if isinstance(whole.get("image_processor"), dict):
+        part: dict[str, Any] = whole["image_processor"]
+        return part
+    return io.read_json(folder / "preprocessor_config.json")

@@ -1,0 +1,189 @@
+"""VideoScore (arXiv 2406.15252) as a Reward: an Idefics2 of 8 billion parameters with a head of five scores."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpo_jax.checkpoints.videoscore import QUERY_FILE, read_query, read_videoscore
+from vpo_jax.models.config_fields import require, require_int
+from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
+from vpo_jax.rewards.frames import FrameSettings, prepare_frames
+from vpo_jax.rewards.protocol import DIMENSIONS
+from vpo_jax.rewards.query import OWN_INSTRUCTION, QueryEncoder
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import BATCH, constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoScoreOptions:
+    """How a VideoScore is run.
+
+    Attributes:
+      query_prompt: a file with the instruction, `{text_prompt}` where the video's prompt goes; "" takes
+        query_prompt.txt of the scorer's folder, and without one an instruction of our own.
+      frame_choice: "arange" as in its authors' example, "linspace" as in their benchmark (first to last frame, a
+        short clip's frames more than once).
+      max_frames: most frames that it looks at: 16 for v1, up to 48 for v1.1.
+      max_prompt_tokens: longer prompts are cut; every text is padded to this, so that nothing is compiled twice.
+      frames_at_a_time: frames of each clip in the vision encoder at once.
+      clips_at_a_time: clips of a batch when it is called by itself; a rollout has `rollout.microbatch`.
+      dtype: "float32" or "bfloat16" of weights and computation; "" takes what is stored.
+      attention_backend: a name in `models.attention.BACKENDS`.
+    """
+
+    query_prompt: str = ""
+    frame_choice: str = "arange"
+    max_frames: int = 16
+    max_prompt_tokens: int = 128
+    frames_at_a_time: int = 4
+    clips_at_a_time: int = 4
+    dtype: str = ""
+    attention_backend: str = "xla"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VideoScoreReward:
+    """A VideoScore with its weights and what it is asked; see `Reward`."""
+
+    name: str
+    model: Idefics2ForSequenceClassification
+    params: Any
+    queries: QueryEncoder
+    frames: FrameSettings
+    options: VideoScoreOptions
+    dimensions: tuple[str, ...] = DIMENSIONS
+    ranges: tuple[tuple[float, float], ...] = ((1.0, 4.0),) * len(DIMENSIONS)
+    trains: bool = True
+    jittable: bool = True
+
+    @property
+    def clips_at_a_time(self) -> int:
+        """Clips that fit into memory beside the weights."""
+        return self.options.clips_at_a_time
+
+    def frame_indices(self, num_frames: int) -> tuple[int, ...]:
+        """At most `max_frames` of them, as `frame_choice` says."""
+        return choose_frames(num_frames, self.options.max_frames, self.options.frame_choice)
+
+    def prepare(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Token ids of instruction and prompt, and which of them are real: int32 and bool [B, L]."""
+        return self.queries(prompts)
+
+    def score(self, params: Any, videos: jax.Array | np.ndarray, prepared: Any) -> jax.Array:
+        """uint8 [B, f, H, W, 3] -> float32 [B, 5], raw: nothing keeps them between 1 and 4.
+
+        Raises:
+          UserError: other videos than those, more frames than `max_frames`, or more tokens than the model has places.
+        """
+        videos = jnp.asarray(videos)
+        self._check(videos)
+        text, text_mask = (jnp.asarray(prepared[name]) for name in ("input_ids", "mask"))  # [B, L]
+        one_row = jnp.asarray(np.tile(self.queries.frame_ids, videos.shape[1]))  # [f * K]
+        frames = jnp.broadcast_to(one_row, (len(text), len(one_row)))
+        ids = jnp.concatenate([text, frames], axis=1)
+        mask = jnp.concatenate([text_mask, jnp.ones(frames.shape, bool)], axis=1)
+        variables = {"params": params}
+        scores = self.model.apply(variables, ids, mask, self._see(variables, videos), method="judge")
+        return jnp.asarray(scores)
+
+    def _see(self, variables: Any, videos: jax.Array) -> jax.Array:
+        """Tokens of all frames, [B, f, T, C], some frames of every clip at a time: the batch stays cut as it is."""
+        batch, frames = videos.shape[:2]
+        together = max(n for n in range(1, self.options.frames_at_a_time + 1) if frames % n == 0)
+
+        def of_some(part: jax.Array) -> jax.Array:  # [B, g, H, W, 3]
+            pixels = prepare_frames(self.frames, part)
+            pixels = constrain(pixels.reshape(-1, *pixels.shape[2:]), BATCH)
+            images = constrain(jnp.asarray(self.model.apply(variables, pixels, method="see")), BATCH)
+            return images.reshape(batch, together, *images.shape[1:])
+
+        parts = videos.reshape(batch, frames // together, together, *videos.shape[2:]).swapaxes(0, 1)
+        images = of_some(parts[0])[None] if len(parts) == 1 else jax.lax.map(of_some, parts)
+        return images.swapaxes(0, 1).reshape(batch, frames, *images.shape[3:])
+
+    def _check(self, videos: jax.Array) -> None:
+        if videos.ndim != 5 or videos.shape[-1] != 3 or videos.dtype != jnp.uint8 or 0 in videos.shape:
+            raise UserError(f"videos: must be uint8 [B, f, H, W, 3], found {videos.dtype} {list(videos.shape)}")
+        frames, most = videos.shape[1], self.options.max_frames
+        if frames > most:
+            raise UserError(
+                f"videos: {frames} frames, and {self.name} looks at {most} at most; take those of frame_indices"
+            )
+        tokens = self.queries.length + frames * len(self.queries.frame_ids)
+        places = self.model.config.text.max_position_embeddings
+        if tokens > places:
+            raise UserError(
+                f"max_prompt_tokens: instruction, prompt and {frames} frames make {tokens} tokens, but {self.name} "
+                f"has {places} places (max_position_embeddings); lower max_prompt_tokens or max_frames"
+            )
+
+
+def choose_frames(num_frames: int, most: int, choice: str) -> tuple[int, ...]:
+    """Which of a clip's frames VideoScore looks at, ascending.
+
+    "arange" (the authors' run_videoscore.py): all of a short clip, else every (num_frames / most)-th from the first.
+    "linspace" (their benchmark): `most` of them from the first to the last, rounded down.
+    """
+    if choice == "linspace":
+        return tuple(int(place) for place in np.linspace(0, num_frames - 1, most).astype(int))
+    if num_frames <= most:
+        return tuple(range(num_frames))
+    places = np.arange(0, num_frames, num_frames / most).astype(int)
+    # Rounding can make one place too many.
+    return tuple(int(place) for place in places[:most])
+
+
+def load_videoscore(
+    folder: str | Path, name: str | None = None, options: VideoScoreOptions | None = None
+) -> VideoScoreReward:
+    """The VideoScore of a folder, v1 or v1.1, in float32 or bfloat16 as it is stored.
+
+    Its training's instruction is REGRESSION_QUERY_PROMPT in examples/run_videoscore.py of its authors' repository,
+    TIGER-AI-Lab/VideoScore. Without it scores leave the published scale, and a warning says so.
+
+    Args:
+      folder: saved as `Idefics2ForSequenceClassification`, with tokenizer.json and preprocessor_config.json.
+      name: what it is called; the folder's name if left out.
+      options: how it is run.
+
+    Raises:
+      UserError: as `read_videoscore`; an option or the query prompt that cannot be used.
+    """
+    options = options or VideoScoreOptions()
+    _check_options(options)
+    parts = read_videoscore(folder, len(DIMENSIONS), options.dtype)
+    query = read_query(options.query_prompt) if options.query_prompt else parts.query_prompt
+    if query is None:
+        warnings.warn(
+            f"{folder}: no {QUERY_FILE}, so the scorer is asked in other words than it was trained with and its "
+            "scores leave the published scale; copy REGRESSION_QUERY_PROMPT of the TIGER-AI-Lab/VideoScore repository "
+            "(examples/run_videoscore.py) into that file",
+            stacklevel=2,
+        )
+        query = OWN_INSTRUCTION
+    config = parts.config
+    tokens = config.perceiver.resampler_n_latents
+    queries = QueryEncoder(parts.tokenizer, query, config.image_token_id, tokens, options.max_prompt_tokens)
+    dtype = jax.tree.leaves(parts.params)[0].dtype
+    model = Idefics2ForSequenceClassification(config, len(DIMENSIONS), dtype, options.attention_backend)
+    frames = FrameSettings.from_dict(parts.image_processor)
+    if frames.shortest < config.vision.patch_size:
+        raise UserError(
+            f"preprocessor_config.size: shortest_edge {frames.shortest} is smaller than a patch of "
+            f"{config.vision.patch_size}; use the file that belongs to this scorer"
+        )
+    return VideoScoreReward(name or Path(folder).resolve().name, model, parts.params, queries, frames, options)
+
+
+def _check_options(options: VideoScoreOptions) -> None:
+    counts = ("max_frames", "frames_at_a_time", "clips_at_a_time")
+    require_int("videoscore", options, counts)
+    require_int("videoscore", options, ("max_prompt_tokens",), minimum=0)
+    choice = options.frame_choice
+    require(choice in ("arange", "linspace"), "videoscore.frame_choice", f"{choice!r} is not arange or linspace")
