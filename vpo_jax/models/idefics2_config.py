@@ -123,7 +123,7 @@ class Idefics2Config:
 
 def _text(raw: Mapping[str, Any] | None) -> TextConfig:
     # transformers' values for an Idefics2 that says nothing about its text model
-    values = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5} if raw is None else dict(raw)
+    values: dict[str, Any] = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5} if raw is None else dict(raw)
     kind = values.get("model_type", "mistral")
     require(kind == "mistral", "text_config.model_type", f"{kind!r} is not mistral, the only text model known here")
     rope = values.pop("rope_parameters", None) or {}
@@ -160,9 +160,12 @@ def _check(config: Idefics2Config) -> None:
     require(perceiver.hidden_size == text.hidden_size, "perceiver_config.hidden_size", widths)
     inside = config.image_token_id < text.vocab_size
     require(inside, "config.image_token_id", f"{config.image_token_id} is outside of the vocabulary {text.vocab_size}")
-    parts = {"vision_config": vision, "perceiver_config": perceiver, "text_config": text}
-    for part, values in parts.items():
-        act = values.hidden_act
+    acts = {
+        "vision_config": vision.hidden_act,
+        "perceiver_config": perceiver.hidden_act,
+        "text_config": text.hidden_act,
+    }
+    for part, act in acts.items():
         require(act in _ACTIVATIONS, f"{part}.hidden_act", f"{act!r} is not one of {', '.join(_ACTIVATIONS)}")
     numbers = {
         "vision_config.layer_norm_eps": vision.layer_norm_eps,

@@ -39,8 +39,8 @@ class FrameSettings(NamedTuple):
         defaults, part = FrameSettings(), "preprocessor_config"
         size = raw.get("size") or {"shortest_edge": defaults.shortest, "longest_edge": defaults.longest}
         names = ("shortest_edge", "longest_edge")
-        edges = [size.get(name) for name in names] if isinstance(size, Mapping) else []
-        edges = [edge for edge in edges if isinstance(edge, int) and edge > 0]
+        given = [size.get(name) for name in names] if isinstance(size, Mapping) else []
+        edges = [edge for edge in given if isinstance(edge, int) and edge > 0]
         require(len(edges) == 2, f"{part}.size", f"must give {' and '.join(names)}, found {size!r}")
         resample = raw.get("resample", _BILINEAR)
         require(resample == _BILINEAR, f"{part}.resample", f"{resample!r} is not 2 (bilinear)")
