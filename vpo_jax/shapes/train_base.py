@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vpo_jax.checkpoints.folders import PipelineParts, write_pipeline
+from vpo_jax.checkpoints.folders import PipelineParts, read_pipeline, write_pipeline
 from vpo_jax.diffusion.schedules import add_noise, make_schedule, training_target
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
@@ -230,9 +230,19 @@ def encode_pool(seed_key: jax.Array, vae: AutoencoderKL, params: Tree, number: i
 
 
 def train_denoiser(
-    seed: int, steps: int, batch: int, rate: float, vae_params: Tree, workdir: Path, seconds: float | None
+    seed: int,
+    steps: int,
+    batch: int,
+    rate: float,
+    vae_params: Tree,
+    workdir: Path,
+    seconds: float | None,
+    start: Tree | None = None,
 ) -> Tree:
-    """UNet3DConditionModel and CLIPTextModel together, on v-prediction with caption dropout; the moving average."""
+    """UNet3DConditionModel and CLIPTextModel together, on v-prediction with caption dropout; the moving average.
+
+    `start` {"unet", "text_encoder"} are the parameters to begin with; None draws fresh ones.
+    """
     vae = AutoencoderKL(AutoencoderKLConfig.from_dict(VAE))
     unet = UNet3DConditionModel(UNet3DConfig.from_dict(UNET))
     text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(TEXT))
@@ -270,7 +280,7 @@ def train_denoiser(
         latents = jnp.zeros((1, world.NUM_FRAMES, side, side, _LATENT_CHANNELS))
         return {"unet": unet.init(init_key, latents, jnp.zeros(1), hidden)["params"], "text_encoder": text["params"]}
 
-    params = init()
+    params = init() if start is None else start
     print(f"unet: {count(params['unet']):,} parameters; text: {count(params['text_encoder']):,}", flush=True)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(_schedule(rate, steps, 0.5), b2=0.99, weight_decay=1e-3)
@@ -286,8 +296,8 @@ def train_denoiser(
             pools[number] = encode_pool(jax.random.fold_in(seed_key, 1), vae, vae_params, number, _POOL)
         return update(state, step, *pools[number])
 
-    start = Fitted(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
-    return fit(start, step_with_pool, steps, workdir / "denoiser", seconds=seconds).ema
+    state = Fitted(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    return fit(state, step_with_pool, steps, workdir / "denoiser", seconds=seconds).ema
 
 
 def write_base(output: Path, vae_params: Tree, denoiser: Tree, recipe: dict[str, Any]) -> None:
@@ -307,21 +317,30 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser("vpo_jax.shapes.train_base", __doc__ or "")
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints of the two stages")
     parser.add_argument("--output", type=Path, required=True, help="the diffusers folder to write")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another one where --start continues: other clips and noise"
+    )
     parser.add_argument("--vae_steps", type=int, default=2200)
     parser.add_argument("--vae_learning_rate", type=float, default=2e-3)
-    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seconds", type=float, default=None, help="stop each stage after this long, saved")
+    parser.add_argument("--start", type=Path, default=None, help="a base to train further; its autoencoder is kept")
     flags = parser.parse(argv)
-    vae_params = train_vae(flags.seed, flags.vae_steps, flags.vae_learning_rate, flags.workdir, flags.seconds)
+    start = None
+    if flags.start is None:
+        vae_params = train_vae(flags.seed, flags.vae_steps, flags.vae_learning_rate, flags.workdir, flags.seconds)
+    else:
+        kept = read_pipeline(flags.start).params
+        vae_params, start = kept["vae"], {name: kept[name] for name in ("unet", "text_encoder")}
     denoiser = train_denoiser(
-        flags.seed, flags.steps, flags.batch, flags.learning_rate, vae_params, flags.workdir, flags.seconds
+        flags.seed, flags.steps, flags.batch, flags.learning_rate, vae_params, flags.workdir, flags.seconds, start
     )
     names = ("seed", "vae_steps", "vae_learning_rate", "steps", "batch", "learning_rate")
-    recipe = {"command": "python -m vpo_jax.shapes.train_base", **{name: getattr(flags, name) for name in names}}
-    write_base(flags.output, vae_params, denoiser, recipe)
+    command = " ".join(["python -m vpo_jax.shapes.train_base", *(f"--{n}={getattr(flags, n)}" for n in names)])
+    before = [] if flags.start is None else json.loads((flags.start / "recipe.json").read_text())["commands"]
+    write_base(flags.output, vae_params, denoiser, {"commands": [*before, command]})
     print(f"wrote {flags.output}")
 
 
