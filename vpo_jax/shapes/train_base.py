@@ -280,7 +280,7 @@ def train_denoiser(
         latents = jnp.zeros((1, world.NUM_FRAMES, side, side, _LATENT_CHANNELS))
         return {"unet": unet.init(init_key, latents, jnp.zeros(1), hidden)["params"], "text_encoder": text["params"]}
 
-    params = init() if start is None else start
+    params = init() if start is None else jax.tree.map(jnp.asarray, start)
     print(f"unet: {count(params['unet']):,} parameters; text: {count(params['text_encoder']):,}", flush=True)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(_schedule(rate, steps, 0.5), b2=0.99, weight_decay=1e-3)
@@ -317,9 +317,7 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser("vpo_jax.shapes.train_base", __doc__ or "")
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints of the two stages")
     parser.add_argument("--output", type=Path, required=True, help="the diffusers folder to write")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="another one where --start continues: other clips and noise"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="with --start another one: other clips and noise")
     parser.add_argument("--vae_steps", type=int, default=2200)
     parser.add_argument("--vae_learning_rate", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=2800)
