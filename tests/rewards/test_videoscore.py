@@ -167,6 +167,17 @@ def test_a_clip_scores_the_same_in_any_batch(reward, score):
     np.testing.assert_array_equal(score(reward.params, videos, other)[2], together[2])
 
 
+def test_candidates_of_a_prompt_read_it_once(reward, score):
+    videos = noise(6)
+    once = reward.prepare(PROMPTS)
+    for_each = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), once)
+    expected = score(reward.params, videos, for_each)
+    # The same sums in products of other shapes.
+    np.testing.assert_allclose(score(reward.params, videos, once), expected, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="3 for 5 videos"):
+        reward.score(reward.params, videos[:5], once)
+
+
 def test_the_scorer_fills_its_last_batch(original):
     scorer = load_scorer(original)
     scores = scorer(noise(5), [*PROMPTS, "a", "b"])

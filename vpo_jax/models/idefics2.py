@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vpo_jax.models.idefics2_config import Idefics2Config
 from vpo_jax.models.idefics2_vision import Connector, VisionModel
 from vpo_jax.models.layers import Dense
-from vpo_jax.models.mistral import MistralModel
+from vpo_jax.models.mistral import MistralModel, Prefix
 
 
 class Idefics2Model(nn.Module):
@@ -34,13 +34,21 @@ class Idefics2Model(nn.Module):
         patches = self.vision_model(pixels, patch_mask)
         return self.connector(patches, None if patch_mask is None else patch_mask.reshape(len(patch_mask), -1))
 
-    def read(self, ids: jax.Array, token_mask: jax.Array, images: jax.Array) -> jax.Array:
-        """Last hidden state [B, L, C] of ids [B, L] with the images' tokens [B, n, T, C] in their places, in order."""
-        flat = images.reshape(len(images), -1, images.shape[-1])
-        is_image = ids == self.config.image_token_id
-        which = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, flat.shape[1] - 1)
-        placed = jnp.take_along_axis(flat, which[..., None], axis=1)
-        return self.text_model(jnp.where(is_image[..., None], placed, self.text_model.embed(ids)), token_mask)
+    def read(
+        self, ids: jax.Array, token_mask: jax.Array, images: jax.Array | None, before: Prefix | None = None
+    ) -> tuple[jax.Array, Prefix]:
+        """Last hidden state [B, L, C] of ids [B, L], and what was read: see `MistralModel`.
+
+        The tokens of images [B, n, T, C] take the image tokens' places, in order; None where ids have none.
+        """
+        embeddings = self.text_model.embed(ids)
+        if images is not None:
+            flat = images.reshape(len(images), -1, images.shape[-1])
+            is_image = ids == self.config.image_token_id
+            which = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, flat.shape[1] - 1)
+            placed = jnp.take_along_axis(flat, which[..., None], axis=1)
+            embeddings = jnp.where(is_image[..., None], placed, embeddings)
+        return self.text_model(embeddings, token_mask, before)
 
 
 class Idefics2ForSequenceClassification(nn.Module):
@@ -67,15 +75,22 @@ class Idefics2ForSequenceClassification(nn.Module):
         """Tokens of images, as many of them as fit into memory: see `Idefics2Model.see`."""
         return self.model.see(pixels, patch_mask)
 
-    def judge(self, ids: jax.Array, token_mask: jax.Array, images: jax.Array) -> jax.Array:
+    def read(self, ids: jax.Array, token_mask: jax.Array) -> Prefix:
+        """The beginning of a query, without images, for several calls of `judge` to continue: int32, bool [B, L]."""
+        return self.model.read(ids, token_mask, None)[1]
+
+    def judge(
+        self, ids: jax.Array, token_mask: jax.Array, images: jax.Array, before: Prefix | None = None
+    ) -> jax.Array:
         """Scores, float32 [B, num_labels], unclamped.
 
         Args:
             ids: int32 [B, L], with n * T image tokens in each row.
             token_mask: bool [B, L]; False is padding, before or behind the row's tokens.
             images: [B, n, T, C], from `see`.
+            before: what `read` made of the beginning, if ids go on from one.
         """
-        hidden = self.model.read(ids, token_mask, images)
+        hidden, _ = self.model.read(ids, token_mask, images, before)
         last = ids.shape[1] - 1 - jnp.argmax(token_mask[:, ::-1], axis=1)  # the last real token's place
         return self.score(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 

@@ -1,6 +1,6 @@
 """Mistral's decoder (transformers `MistralModel`) in Flax linen: grouped-query attention, rotary positions."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,13 +27,26 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def causal_mask(token_mask: jax.Array, window: int | None) -> jax.Array:
-    """Which key a query may look at: bool [B, L] (True = a real token) -> [B, 1, L, L].
+class Prefix(NamedTuple):
+    """What a decoder has read so far: several continuations of one beginning need it only once.
+
+    Attributes:
+        mask: bool [B, K], the real tokens.
+        keys, values: [B, K, G, D] of each layer, keys rotated already.
+    """
+
+    mask: jax.Array
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+
+def causal_mask(token_mask: jax.Array, queries: int, window: int | None) -> jax.Array:
+    """Which key each of the last `queries` tokens may look at: bool [B, K] (True = real) -> [B, 1, queries, K].
 
     A key is real, not after its query and, with a window, fewer than `window` places before it.
     """
     places = jnp.arange(token_mask.shape[1])
-    distance = places[:, None] - places[None, :]
+    distance = places[-queries:, None] - places[None, :]
     near = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     return near[None, None] & token_mask[:, None, None, :]
 
@@ -46,7 +59,10 @@ class SelfAttention(nn.Module):
     backend: str = "xla"
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, angles: jax.Array) -> jax.Array:  # [B, L, C]
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, angles: jax.Array, before: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """[B, L, C] -> the same, and all keys and values: those of `before`, then those of x."""
         config, size = self.config, self.config.head_size
 
         def heads(name: str, count: int) -> jax.Array:
@@ -56,8 +72,10 @@ class SelfAttention(nn.Module):
         query = rotate(heads("q_proj", config.num_attention_heads), angles)
         key = rotate(heads("k_proj", config.num_key_value_heads), angles)
         value = heads("v_proj", config.num_key_value_heads)
+        if before is not None:
+            key, value = (jnp.concatenate(pair, axis=1) for pair in zip(before, (key, value), strict=True))
         y = attention(query, key, value, mask, self.backend).reshape(*x.shape[:2], -1)
-        return Dense(config.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")(y)
+        return Dense(config.hidden_size, use_bias=False, dtype=self.dtype, name="o_proj")(y), (key, value)
 
 
 class Layer(nn.Module):
@@ -68,13 +86,17 @@ class Layer(nn.Module):
     backend: str = "xla"
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, angles: jax.Array) -> jax.Array:  # [B, L, C]
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, angles: jax.Array, before: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """As `SelfAttention`."""
         config = self.config
         h = RMSNorm(config.rms_norm_eps, self.dtype, name="input_layernorm")(x)
-        x = x + SelfAttention(config, self.dtype, self.backend, name="self_attn")(h, mask, angles)
+        y, both = SelfAttention(config, self.dtype, self.backend, name="self_attn")(h, mask, angles, before)
+        x = x + y
         h = RMSNorm(config.rms_norm_eps, self.dtype, name="post_attention_layernorm")(x)
         feed = GatedFeedForward(config.intermediate_size, config.hidden_size, config.hidden_act, self.dtype, name="mlp")
-        return x + feed(h)
+        return x + feed(h), both
 
 
 class TokenEmbedding(nn.Module):
@@ -110,20 +132,27 @@ class MistralModel(nn.Module):
         """Embeddings of token ids, int32 [B, L] -> [B, L, C]."""
         return self.embed_tokens(ids)
 
-    def __call__(self, embeddings: jax.Array, token_mask: jax.Array) -> jax.Array:
-        """Last hidden state [B, L, C] after the final norm.
+    def __call__(
+        self, embeddings: jax.Array, token_mask: jax.Array, before: Prefix | None = None
+    ) -> tuple[jax.Array, Prefix]:
+        """Last hidden state [B, L, C] after the final norm, and all that was read.
 
         Positions count real tokens only, so that padding on either side changes nothing.
 
         Args:
             embeddings: [B, L, C].
             token_mask: bool [B, L]; False is padding, and what comes out there means nothing. The real tokens of
-                a row lie side by side.
+                a row lie side by side, those of `before` included.
+            before: the beginning that these tokens continue.
         """
-        positions = jnp.maximum(jnp.cumsum(token_mask, axis=1) - 1, 0)
+        length = embeddings.shape[1]
+        whole = token_mask if before is None else jnp.concatenate([before.mask, token_mask], axis=1)
+        positions = jnp.maximum(jnp.cumsum(whole, axis=1) - 1, 0)[:, -length:]
         angles = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
-        mask = causal_mask(token_mask, self.config.sliding_window)
+        mask = causal_mask(whole, length, self.config.sliding_window)
         x = embeddings.astype(self.dtype)
-        for layer in self.layers:
-            x = layer(x, mask, angles)
-        return self.norm(x)
+        read = []
+        for i, layer in enumerate(self.layers):
+            x, both = layer(x, mask, angles, None if before is None else (before.keys[i], before.values[i]))
+            read.append(both)
+        return self.norm(x), Prefix(whole, tuple(key for key, _ in read), tuple(value for _, value in read))

@@ -78,19 +78,27 @@ class VideoScoreReward:
     def score(self, params: Any, videos: jax.Array | np.ndarray, prepared: Any) -> jax.Array:
         """uint8 [B, f, H, W, 3] -> float32 [B, 5], raw: nothing keeps them between 1 and 4.
 
+        `prepared` has a row for each video, or fewer: with P rows each is read once, for the B / P videos side by
+        side that were made for it (a prompt's candidates).
+
         Raises:
           UserError: other videos than those, more frames than `max_frames`, or more tokens than the model has places.
         """
         videos = jnp.asarray(videos)
-        self._check(videos)
-        text, text_mask = (jnp.asarray(prepared[name]) for name in ("input_ids", "mask"))  # [B, L]
+        text, text_mask = (jnp.asarray(prepared[name]) for name in ("input_ids", "mask"))  # [P, L]
+        self._check(videos, len(text))
         one_row = jnp.asarray(np.tile(self.queries.frame_ids, videos.shape[1]))  # [f * K]
-        frames = jnp.broadcast_to(one_row, (len(text), len(one_row)))
-        ids = jnp.concatenate([text, frames], axis=1)
-        mask = jnp.concatenate([text_mask, jnp.ones(frames.shape, bool)], axis=1)
+        ids = jnp.broadcast_to(one_row, (len(videos), len(one_row)))
+        mask = jnp.ones(ids.shape, bool)
         variables = {"params": params}
-        scores = self.model.apply(variables, ids, mask, self._see(variables, videos), method="judge")
-        return jnp.asarray(scores)
+        images = self._see(variables, videos)
+        if len(text) == len(videos):
+            ids, mask = jnp.concatenate([text, ids], axis=1), jnp.concatenate([text_mask, mask], axis=1)
+            before = None
+        else:
+            before = self.model.apply(variables, text, text_mask, method="read")
+            before = jax.tree.map(lambda x: jnp.repeat(x, len(videos) // len(text), axis=0), before)
+        return jnp.asarray(self.model.apply(variables, ids, mask, images, before, method="judge"))
 
     def _see(self, variables: Any, videos: jax.Array) -> jax.Array:
         """Tokens of all frames, [B, f, T, C], some frames of every clip at a time: the batch stays cut as it is."""
@@ -107,9 +115,11 @@ class VideoScoreReward:
         images = of_some(parts[0])[None] if len(parts) == 1 else jax.lax.map(of_some, parts)
         return images.swapaxes(0, 1).reshape(batch, frames, *images.shape[3:])
 
-    def _check(self, videos: jax.Array) -> None:
+    def _check(self, videos: jax.Array, prompts: int) -> None:
         if videos.ndim != 5 or videos.shape[-1] != 3 or videos.dtype != jnp.uint8 or 0 in videos.shape:
             raise UserError(f"videos: must be uint8 [B, f, H, W, 3], found {videos.dtype} {list(videos.shape)}")
+        if len(videos) % prompts:
+            raise UserError(f"prompts: {prompts} for {len(videos)} videos; give each as many videos as the others")
         frames, most = videos.shape[1], self.options.max_frames
         if frames > most:
             raise UserError(
