@@ -11,17 +11,28 @@ Your own checkpoint, prompts and scorer:
 
     python -m vpo_jax.main --config=configs/vpo.py --config.model.path=DIR --config.data.prompts=FILE \\
         --config.reward.scorers=DIR --config.rollout.num_frames=16 --config.rollout.height=256 ...
+
+Three checkpoints of 1.4 billion parameters have presets; hardware, memory and time stand at each below:
+
+    python -m vpo_jax.main --config=configs/vpo.py:modelscope --config.model.path=DIR_OR_HUB_ID \\
+        --config.data.prompts=prompts.txt --config.reward.scorers=SCORER
 """
 
 from ml_collections import ConfigDict
 
-PRESETS = ("", "tiny")
-
 
 def get_config(preset: str = "") -> ConfigDict:
-    """The config of a preset: "" is the embedded job, "tiny" the same in seconds."""
+    """The config of a preset: "" is the embedded job, "tiny" the same in seconds; `PRESETS` has them all."""
     if preset not in PRESETS:
         raise ValueError(f"there is no preset {preset!r}; choose one of {', '.join(p or '(none)' for p in PRESETS)}")
+    config = _shapes()
+    change = PRESETS[preset]
+    if change is not None:
+        change(config)
+    return config
+
+
+def _shapes() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
 
@@ -31,8 +42,9 @@ def get_config(preset: str = "") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.prompts = "shapes:train"  # the world's captions, a text file (one a line) or .jsonl with "prompt"
-    config.data.held_out = "shapes:held_out"  # the closing comparison's prompts; never trained on
+    config.data.held_out = "shapes:held_out"  # the closing comparison's; "" sets a tenth of data.prompts apart
     config.data.shuffle = True
+    config.data.text_cache = ""  # a folder: encode all prompts once to a file there and drop the text encoder
 
     config.reward = ConfigDict()
     config.reward.scorers = "shapes"  # comma-separated names or folders
@@ -45,6 +57,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.rollout.candidates = 4
     config.rollout.num_inference_steps = 16
     config.rollout.guidance_scale = 2.0
+    config.rollout.guidance_rescale = 0.0  # towards the conditional prediction's spread, to 1; against overexposure
     config.rollout.negative_prompt = ""
     config.rollout.num_frames = 8  # 0 here and below: what the model was made for
     config.rollout.height = 32
@@ -76,6 +89,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 16  # 0 = full fine-tuning
     config.lora.alpha = 16.0
+    config.lora.path = ""  # a PEFT adapter folder to start from: policy and reference both begin as base + adapter
     config.lora.targets = ""  # comma-separated patterns of module paths; "" = every attention
 
     config.optimizer = ConfigDict()
@@ -115,13 +129,98 @@ def get_config(preset: str = "") -> ConfigDict:
     config.log.tensorboard = True
     config.log.samples = 4  # videos a look
 
-    if preset == "tiny":
-        config.rollout.num_inference_steps = 2
-        config.rollout.candidates = 2
-        config.train.steps = 2
-        config.train.prompts_per_step = 2
-        config.train.updates_per_step = 1
-        config.eval.every = 1
-        config.eval.prompts = 4
-        config.log.samples = 2
     return config
+
+
+def _tiny(config: ConfigDict) -> None:
+    """Every stage of the embedded job in seconds; learns nothing."""
+    config.rollout.num_inference_steps = 2
+    config.rollout.candidates = 2
+    config.train.steps = 2
+    config.train.prompts_per_step = 2
+    config.train.updates_per_step = 1
+    config.eval.every = 1
+    config.eval.prompts = 4
+    config.log.samples = 2
+
+
+def _full_size(config: ConfigDict, num_frames: int, height: int, width: int, guidance_scale: float) -> None:
+    """What the three large models share: LoRA on a bfloat16 backbone, eight chips, one clip and one pair a chip.
+
+    Memory a chip, arithmetic: backbone 2.8 GB in bfloat16, text encoder 1.4 GB and autoencoder 0.3 GB in float32,
+    LoRA of 26.6 M parameters 0.5 GB (policy, reference, gradient and two moments in float32), a scorer of VideoScore's
+    size 16.5 GB; activations come on top. The host holds the float32 model as well, 7.3 GB.
+    On fewer chips than eight lower rollout.microbatch and train.microbatch to what fits; nothing else changes.
+    """
+    config.model.path = ""  # a diffusers folder or a hub id
+    config.model.dtype = "bfloat16"
+    config.data.prompts = ""  # a text file, one prompt a line, or .jsonl
+    config.data.held_out = ""
+    config.reward.scorers = ""  # a scorer's folder; several, comma-separated
+    config.held_out.scorers = ""  # one that does not train makes the result believable
+
+    config.rollout.num_inference_steps = 25
+    config.rollout.guidance_scale = guidance_scale
+    config.rollout.num_frames = num_frames
+    config.rollout.height = height
+    config.rollout.width = width
+    config.rollout.microbatch = 8
+
+    config.preference.beta = 5000.0  # with the 1/2 and mean errors: Diffusion-DPO's 2500
+    config.lora.rank = 64
+    config.lora.alpha = 64.0
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.warmup_steps = 20
+
+    config.train.steps = 1000
+    config.train.prompts_per_step = 8
+    config.train.updates_per_step = 4
+    config.train.microbatch = 8
+    config.train.remat = True
+
+    config.checkpoint.every = 20
+    config.eval.every = 50
+    config.eval.prompts = 32
+
+
+def _modelscope(config: ConfigDict) -> None:
+    """damo-vilab/text-to-video-ms-1.7b (weights CC-BY-NC-4.0: not for commercial use), 16 frames of 256x256.
+
+    Hardware: eight chips of 80 GB, or one with microbatches of 2.
+    Time, arithmetic and not measured: 10.8 PFLOP a step (4 candidates of 25 steps with guidance, decoding, 16 frames
+    of VideoScore, 4 updates with rematerialisation), so at 40 % of an H100's 790 TFLOP/s 34 s a step on one, 4.3 s
+    on eight; 1000 steps in 9.5 h and 1.2 h.
+    """
+    _full_size(config, num_frames=16, height=256, width=256, guidance_scale=9.0)
+
+
+def _zeroscope(config: ConfigDict) -> None:
+    """cerspense/zeroscope_v2_576w (weights CC-BY-NC-4.0: not for commercial use), 24 frames of 576x320.
+
+    Its hub folder is pickled: `python tools/pickle_to_safetensors.py FOLDER` first.
+    Hardware: eight chips of 80 GB.
+    Time, arithmetic and not measured: 43.8 PFLOP a step, made up as in `modelscope`, so at 40 % of an H100's
+    790 TFLOP/s 139 s a step on one, 17 s on eight; 1000 steps in 39 h and 4.8 h.
+    """
+    _full_size(config, num_frames=24, height=320, width=576, guidance_scale=9.0)
+
+
+def _videocrafter2(config: ConfigDict) -> None:
+    """VideoCrafter2 (weights Apache-2.0; OnlineVPO's base model), 16 frames of 512x320.
+
+    Convert its file first: `python -m vpo_jax.convert --from_videocrafter=model.safetensors --base=DIR --output=DIR`.
+    Its own script samples with 50 steps and fresh noise (eta 1); 25 steps without are half of the time.
+    Hardware: eight chips of 80 GB.
+    Time, arithmetic and not measured: 26.2 PFLOP a step, made up as in `modelscope`, so at 40 % of an H100's
+    790 TFLOP/s 83 s a step on one, 10 s on eight; 1000 steps in 23 h and 2.9 h.
+    """
+    _full_size(config, num_frames=16, height=320, width=512, guidance_scale=12.0)
+
+
+PRESETS = {
+    "": None,
+    "tiny": _tiny,
+    "modelscope": _modelscope,
+    "zeroscope": _zeroscope,
+    "videocrafter2": _videocrafter2,
+}

@@ -30,7 +30,7 @@ def test_an_older_step_is_another_model(finished, tmp_path):
     convert.main([f"--workdir={workdir}", "--step=1", f"--output={tmp_path}/model"])
     ours, theirs = files_of(tmp_path / "model"), files_of(workdir / "export")
     assert {path for path in ours if ours[path] != theirs[path]} == {
-        path for path in ours if path.parts[0] == "unet" and path.suffix == ".safetensors"
+        path for path in ours if (path.parts[0] == "unet" and path.suffix == ".safetensors") or path.name == "README.md"
     }
 
 
@@ -39,6 +39,7 @@ def test_lora_only_is_an_adapter_folder(finished, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "README.md",
     }
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 2 and config["target_modules"]

@@ -3,6 +3,7 @@
 python -m vpo_jax.main --config=configs/vpo.py[:PRESET] [--config.a.b=c] [--workdir=DIR]
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from vpo_jax.data.prompts import load_prompts
+from vpo_jax.checkpoints.folders import beyond_diffusers
+from vpo_jax.convert import model_card
+from vpo_jax.data.prompts import load_prompts, set_apart
 from vpo_jax.evaluation.clips import write_clips
 from vpo_jax.evaluation.compare import Comparison, Sampling, compare, table, write_json
 from vpo_jax.pipeline import load_pipeline
+from vpo_jax.report.card import write_card
 from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
@@ -23,6 +27,7 @@ from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.signals import Stop, catch_signals
 from vpo_jax.runtime.workdir import Workdir, completed_steps, open_workdir
 from vpo_jax.training.check import check, check_inputs, check_mesh
+from vpo_jax.training.policy import read_start
 from vpo_jax.training.train import Alarmed, NonFinite, train
 
 CONFIG = "configs/vpo.py"
@@ -61,11 +66,15 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     mesh = make_mesh(**config.mesh)
     check_mesh(config, mesh)
     prompts = load_prompts(config.data.prompts, "data.prompts")
-    held_out_prompts = load_prompts(config.data.held_out, "data.held_out")
+    if config.data.held_out:
+        held_out_prompts = load_prompts(config.data.held_out, "data.held_out")
+    else:
+        prompts, held_out_prompts = set_apart(prompts)
     rewards = load_rewards(config.reward.scorers, training=True)
     judges = load_rewards(config.held_out.scorers)
     pipeline = load_pipeline(config.model.path)
     check_inputs(config, pipeline, rewards)
+    adapters = read_start(config, pipeline.params["unet"])
     with open_workdir(workdir, config.to_dict()) as opened, catch_signals() as stop:
         result = train(
             config,
@@ -77,8 +86,13 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
             tuning_prompts=tuning_prompts(config, prompts),
             # A judge that may not train may not steer either: it sees the result only.
             held_out=[judge for judge in judges if judge.trains],
+            adapters=adapters,
             stop=stop,
         )
+        if adapters is not None:
+            # What the run is compared with is what it started from.
+            start = result.policy.merged(pipeline.params["unet"], adapters)
+            pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": start})
         return finish(config, opened, pipeline, result.pipeline, held_out_prompts, rewards, judges, stop, console)
 
 
@@ -117,6 +131,7 @@ def finish(
         width=width,
         num_inference_steps=rollout.num_inference_steps,
         guidance_scale=rollout.guidance_scale,
+        guidance_rescale=rollout.guidance_rescale or None,
         negative_prompt=rollout.negative_prompt,
         sampler=rollout.sampler or None,
     )
@@ -141,6 +156,8 @@ def finish(
             progress=show,
         )
     write_json(workdir.path / "evaluation.json", comparison)
+    weights = "ema" if config.ema.decay > 0 else "policy"
+    write_card(workdir.export, model_card(config, workdir.path, config.train.steps, weights))
     write_clips(workdir.samples / "final", comparison)
     write_report(workdir.report, comparison, read_metrics(workdir.path), workdir.config)
     console.print(table(comparison))
@@ -148,6 +165,8 @@ def finish(
     console.print("load it:\n", soft_wrap=True, highlight=False)
     for line in loading_lines(workdir.export, comparison):
         console.print(f"    {line}", soft_wrap=True, highlight=False, markup=False)
+    if missing := beyond_diffusers(tuned.configs):
+        console.print(f"diffusers has no {' and no '.join(missing)}: its videos are others", soft_wrap=True)
     workdir.complete(config.train.steps)
     return comparison
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpo_jax.checkpoints.folders import PipelineParts, read_pipeline, write_pipeline
-from vpo_jax.diffusion.guidance import classifier_free
+from vpo_jax.checkpoints.folders import PipelineParts, Place, read_pipeline, write_pipeline
+from vpo_jax.diffusion.guidance import guide
 from vpo_jax.diffusion.samplers import make_sampler, sample
 from vpo_jax.diffusion.schedules import Schedule, make_schedule
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -145,6 +145,7 @@ class Pipeline:
         latents: jax.Array | np.ndarray | None = None,
         eta: float = 0.0,
         batch_size: int = 16,
+        guidance_rescale: float = 0.0,
     ) -> np.ndarray:
         """Samples one video a prompt.
 
@@ -161,6 +162,7 @@ class Pipeline:
           latents: initial latents [B, F, h, w, C], unit Gaussian, in place of the seed's.
           eta: DDIM's share of fresh noise in a step.
           batch_size: videos at a time; changes nothing but memory and time.
+          guidance_rescale: share, to 1, of the conditional prediction's standard deviation that guidance keeps.
 
         Returns:
           uint8 [B, F, H, W, 3].
@@ -172,7 +174,7 @@ class Pipeline:
             guidance_scale = self.defaults.get("guidance_scale", 7.5)
         frames = self._generate(
             prompts, num_frames, height, width, num_inference_steps, guidance_scale, negative_prompt,
-            sampler, seed, latents, eta, batch_size,
+            sampler, seed, latents, eta, batch_size, guidance_rescale,
         )  # fmt: skip
         return np.concatenate([np.asarray(self.to_uint8(part)) for part in frames])
 
@@ -190,6 +192,7 @@ class Pipeline:
         latents: jax.Array | np.ndarray | None,
         eta: float,
         batch_size: int,
+        guidance_rescale: float = 0.0,
     ) -> list[jax.Array]:
         """Frames in [0, 1], batch by batch; the last batch is filled up so that one program serves all."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -203,7 +206,7 @@ class Pipeline:
             raise UserError(f"latents: shape {list(latents.shape)}, but {[len(prompts), *shape]} is needed")
 
         batch = min(batch_size, len(prompts))
-        run = self._sampler(num_inference_steps, float(guidance_scale), sampler, float(eta))
+        run = self._sampler(num_inference_steps, float(guidance_scale), sampler, float(eta), float(guidance_rescale))
         parts = []
         for start in range(0, len(prompts), batch):
             rows = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
@@ -218,11 +221,13 @@ class Pipeline:
             parts.append(frames[: len(prompts) - start])
         return parts
 
-    def _sampler(self, steps: int, guidance_scale: float, name: str | None, eta: float) -> Callable[..., jax.Array]:
+    def _sampler(
+        self, steps: int, guidance_scale: float, name: str | None, eta: float, guidance_rescale: float
+    ) -> Callable[..., jax.Array]:
         """The jitted (params, noise, ids, negative ids, keys) -> frames of these settings."""
         return _compiled_sampler(
             self.unet, self.vae, self.text_encoder, json.dumps(dict(self.scheduler_config), sort_keys=True),
-            steps, guidance_scale, name, eta,
+            steps, guidance_scale, name, eta, guidance_rescale,
         )  # fmt: skip
 
     def save_pretrained(self, path: str | Path, dtypes: Mapping[str, str] | None = None) -> None:
@@ -241,6 +246,7 @@ def _compiled_sampler(
     guidance_scale: float,
     name: str | None,
     eta: float,
+    guidance_rescale: float,
 ) -> Callable[..., jax.Array]:
     """One program for all pipelines of the same modules and settings: base and tuned share it."""
     config = json.loads(scheduler_config)
@@ -257,19 +263,21 @@ def _compiled_sampler(
 
             def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
                 away, towards = jnp.split(parts.denoise(variables, jnp.concatenate([x, x]), t, both), 2)
-                return classifier_free(away, towards, guidance_scale)
+                return guide(away, towards, guidance_scale, guidance_rescale)
 
         return parts.decode(params["vae"], sample(schedule, denoise, noise, keys))
 
     return jax.jit(run)
 
 
-def load_pipeline(path: str | Path, dtype: str = "float32") -> Pipeline:
+def load_pipeline(path: str | Path, dtype: str = "float32", place: Place | None = None) -> Pipeline:
     """Loads a diffusers text-to-video folder, the shipped model "shapes", or a model on the hub when online.
 
     Args:
       path: a folder with model_index.json, "shapes", or a hub id "owner/name".
       dtype: "float32", "bfloat16" or "float16": of the parameters and the computation.
+      place: a part's tree of shapes to its shardings, as `partial(infer_shardings, mesh=..., rules=...)`:
+        each tensor goes from the file to its devices by itself. None keeps numpy arrays on the host.
 
     Returns:
       A `Pipeline`: `pipe(prompts)` gives uint8 [B, F, H, W, 3].
@@ -279,7 +287,7 @@ def load_pipeline(path: str | Path, dtype: str = "float32") -> Pipeline:
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
-    parts = read_pipeline(SHIPPED.get(str(path), path), DTYPES[dtype])
+    parts = read_pipeline(SHIPPED.get(str(path), path), DTYPES[dtype], place)
     return make_pipeline(parts, DTYPES[dtype])
 
 

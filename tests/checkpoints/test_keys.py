@@ -1,11 +1,14 @@
 """Parameter paths and layouts against PyTorch's."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from vpo_jax.checkpoints.keys import from_torch, to_torch, torch_key, torch_shape
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import infer_shardings, make_mesh
 
 
 def tree(seed=0):
@@ -93,3 +96,23 @@ def test_large_finite_values_are_not_taken_for_infinite():
     state = to_torch(TREE)
     state["latents"] = np.full((2, 3), 3e38, np.float32)
     assert from_torch(state, TREE)["latents"].max() == np.float32(3e38)
+
+
+def test_placing_on_devices_gives_the_same_values_in_the_wanted_dtype():
+    state = to_torch(TREE)
+    mesh = make_mesh()
+    places = infer_shardings(TREE, mesh, ((r"kernel$", PartitionSpec("fsdp", "tensor")),))
+    placed = from_torch(state, TREE, dtype=jnp.bfloat16, shardings=places)
+    for leaf, host in zip(
+        jax.tree.leaves(placed), jax.tree.leaves(from_torch(state, TREE, dtype=jnp.bfloat16)), strict=True
+    ):
+        assert isinstance(leaf, jax.Array) and leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(leaf, host)
+    assert jax.tree.map(lambda leaf: leaf.sharding, placed) == places
+
+
+def test_a_value_that_is_not_finite_is_found_on_the_way_to_the_devices():
+    state = {**to_torch(TREE), "latents": np.full((2, 3), np.inf, np.float32)}
+    places = infer_shardings(TREE, make_mesh(), ())
+    with pytest.raises(UserError, match=r"NaN or infinite values in 1 tensors \(latents\)"):
+        from_torch(state, TREE, shardings=places)

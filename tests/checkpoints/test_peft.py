@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpo_jax.checkpoints.peft import write_adapter
+from vpo_jax.checkpoints.peft import read_adapter, write_adapter
 from vpo_jax.models.lora import ATTENTION_TARGETS, LoRAConfig, init_lora
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime.errors import UserError
@@ -73,3 +73,62 @@ def test_an_adapter_is_replaced_and_anything_else_is_left_alone(parts, tmp_path)
         write_adapter(tmp_path / "mine", adapters, lora, "base")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
     shutil.rmtree(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("targets", [ATTENTION_TARGETS, MIXED_TARGETS], ids=["attention", "with convolutions"])
+def test_an_adapter_folder_is_read_back_to_the_bit(parts, tmp_path, targets):
+    lora = LoRAConfig(rank=3, alpha=6.0, targets=targets)
+    adapters = random_adapters(parts.params["unet"], lora)
+    write_adapter(tmp_path / "adapter", adapters, lora, "base")
+    jax.tree.map(np.testing.assert_array_equal, read_adapter(tmp_path / "adapter", adapters, lora), adapters)
+
+
+def test_an_adapter_that_peft_wrote_is_read(written, parts, tmp_path):
+    pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from diffusers import UNet3DConditionModel as TorchUNet
+
+    names = ["to_q", "to_k", "to_v", "to_out.0"]
+    adapted = peft.get_peft_model(
+        TorchUNet.from_pretrained(written / "unet"),
+        peft.LoraConfig(r=2, lora_alpha=4, target_modules=names, init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    lora = LoRAConfig(rank=2, alpha=4.0)
+    shapes = init_lora(jax.random.key(0), parts.params["unet"], lora)
+    read = read_adapter(tmp_path / "adapter", shapes, lora)
+    place = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    theirs = adapted.get_submodule(f"base_model.model.{place}").lora_A["default"].weight.detach().numpy()
+    ours = read["down_blocks.1"]["attentions.0"]["transformer_blocks.0"]["attn1"]["to_q"]["lora_A"]
+    np.testing.assert_array_equal(ours, theirs.T)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"rank": 4}, "r is 3, but lora.rank is 4; give --config.lora.rank=3"),
+        ({"alpha": 1.0}, "lora_alpha is 6.0, but lora.alpha is 1"),
+        ({"targets": (r"\.to_q$",)}, "tensors that lora.targets has no place for"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"rank_pattern": {"to_q": 8}}, "rank_pattern"),
+        ({"pickle": True}, "tools/pickle_to_safetensors.py"),
+        ({"folder": "nowhere"}, "there is no folder"),
+    ],
+    ids=str,
+)
+def test_an_adapter_that_does_not_fit_is_refused_by_name(parts, tmp_path, damage, message):
+    lora = LoRAConfig(rank=3, alpha=6.0)
+    folder = tmp_path / "adapter"
+    write_adapter(folder, random_adapters(parts.params["unet"], lora), lora, "base")
+    if damage.pop("pickle", False):
+        (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    folder = tmp_path / damage.pop("folder", "adapter")
+    wanted = LoRAConfig(damage.pop("rank", 3), damage.pop("alpha", 6.0), damage.pop("targets", ATTENTION_TARGETS))
+    if damage:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **damage}))
+    shapes = init_lora(jax.random.key(0), parts.params["unet"], wanted)
+    with pytest.raises(UserError) as refused:
+        read_adapter(folder, shapes, wanted)
+    assert message in str(refused.value) and "\n" not in str(refused.value)

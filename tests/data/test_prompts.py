@@ -2,7 +2,7 @@
 
 import pytest
 
-from vpo_jax.data.prompts import fingerprint, load_prompts
+from vpo_jax.data.prompts import fingerprint, load_prompts, set_apart
 from vpo_jax.runtime.errors import UserError
 
 
@@ -59,3 +59,16 @@ def test_a_missing_file_a_folder_and_an_unknown_split_are_named(tmp_path):
 
 def test_the_fingerprint_tells_lists_apart():
     assert fingerprint(["a", "b"]) == fingerprint(("a", "b")) != fingerprint(["b", "a"]) != fingerprint(["a\nb"])
+
+
+def test_a_tenth_of_the_prompts_is_set_apart_and_never_trained_on():
+    prompts = [f"clip {i % 25}" for i in range(50)]
+    training, held_out = set_apart(prompts)
+    assert held_out == ["clip 9", "clip 19"]
+    assert set(training) == set(prompts) - set(held_out) and len(training) == 46
+    assert set_apart(["a", "b", "a"]) == (["a", "a"], ["b"])
+
+
+def test_one_prompt_cannot_be_set_apart():
+    with pytest.raises(UserError, match=r"data\.held_out"):
+        set_apart(["a", "a"])

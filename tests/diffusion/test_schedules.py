@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpo_jax.diffusion.schedules import add_noise, make_schedule, to_clean_and_noise, training_target
+from vpo_jax.runtime.errors import UserError
 
 torch.set_num_threads(1)
 
@@ -100,3 +101,47 @@ def test_noise_only_grows_with_the_timestep(beta_schedule, count, zero_snr):
     assert (np.diff(schedule.alphas_cumprod) < 0).all()
     assert (schedule.alphas_cumprod[-1] == 0) == zero_snr
     np.testing.assert_allclose(schedule.signal**2 + schedule.noise**2, 1, atol=3e-7)
+
+
+SCALED = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "use_scale": True,
+    "scale_b": 0.7,
+}
+
+
+def test_the_scaled_schedule_weakens_the_signal_as_lvdm_does():
+    """q_sample of lvdm's LatentDiffusion with use_scale, in torch."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = torch.cumprod(1 - betas, 0)
+    scale = torch.cat([torch.linspace(1, 0.7, 400, dtype=torch.float64), torch.full((600,), 0.7, dtype=torch.float64)])
+    rng = np.random.default_rng(0)
+    clean, noise = (rng.standard_normal((5, 2, 3, 3, 4)).astype(np.float32) for _ in range(2))
+    timesteps = np.array([0, 10, 399, 400, 999])
+    at = lambda table: table[timesteps].reshape(-1, 1, 1, 1, 1)  # noqa: E731
+    expected = at(abar.sqrt() * scale) * torch.from_numpy(clean) + at((1 - abar).sqrt()) * torch.from_numpy(noise)
+    schedule = make_schedule(SCALED)
+    found = add_noise(schedule, clean, noise, timesteps)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    back = to_clean_and_noise(schedule, jnp.asarray(noise), found, timesteps)[0]
+    np.testing.assert_allclose(back[:3], clean[:3], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"prediction_type": "v_prediction"}, "use_scale"),
+        ({"_class_name": "EulerDiscreteScheduler"}, "use_scale"),
+        ({"scale_b": 0.0}, "scale_b"),
+        ({"use_scale": "yes"}, "use_scale"),
+    ],
+)
+def test_a_scaled_schedule_that_is_not_honoured_is_refused_by_name(change, field):
+    with pytest.raises(UserError, match=field):
+        make_schedule({**SCALED, **change})

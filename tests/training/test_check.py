@@ -3,7 +3,7 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from vpo_jax.runtime.cli import flatten_config, load_config
+from vpo_jax.runtime.cli import flatten_config, load_config, override
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import make_mesh
 from vpo_jax.training.check import FIELDS, check, check_mesh
@@ -24,6 +24,25 @@ def test_the_shipped_configs_pass_and_hold_every_field(preset):
     config = load_config(f"configs/vpo.py:{preset}")
     check(config)
     assert {key for key, _ in flatten_config(config)} == set(FIELDS)
+
+
+@pytest.mark.parametrize("preset", ["modelscope", "zeroscope", "videocrafter2"])
+def test_a_full_size_preset_wants_a_model_prompts_and_a_scorer_and_nothing_else(preset):
+    config = load_config(f"configs/vpo.py:{preset}")
+    for key in ("model.path", "data.prompts", "reward.scorers"):
+        with pytest.raises(UserError, match=re.escape(key)):
+            check(config)
+        override(config, [(key, "given")])
+    check(config)
+    assert {key for key, _ in flatten_config(config)} == set(FIELDS)
+    assert config.train.remat and config.model.dtype == "bfloat16"
+
+
+def test_an_adapter_cannot_start_full_fine_tuning():
+    config = changed("lora.path", "adapter")
+    config.lora.rank = 0
+    with pytest.raises(UserError, match=r"lora\.path"):
+        check(config)
 
 
 @pytest.mark.parametrize(

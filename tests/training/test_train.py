@@ -6,10 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from vpo_jax.checkpoints.peft import write_adapter
+from vpo_jax.models.lora import init_lora
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.signals import Interrupted, Stop
 from vpo_jax.runtime.trees import flatten
+from vpo_jax.training.policy import lora_config, read_start
 from vpo_jax.training.train import NonFinite, due, fetch
 
 
@@ -187,3 +190,28 @@ def test_what_is_due_every_so_many_steps_is_also_due_at_the_end():
 def test_metrics_are_means_over_updates_weighted_by_their_counts():
     found = fetch([{"a": (np.float32(3), np.float32(1)), "b": (0.0, 0.0)}, {"a": (np.float32(1), np.float32(3))}])
     assert found["a"] == 1.0 and np.isnan(found["b"])
+
+
+def test_cached_encodings_train_to_the_same_bits(configure, run, tmp_path):
+    config = configure(train__steps=2, preference__caption_dropout=0.2)
+    plain = run(config, tmp_path / "plain", tuning_prompts=["clip of a ball"])
+    config.data.text_cache = str(tmp_path / "text")
+    cached = run(config, tmp_path / "cached", tuning_prompts=["clip of a ball"])
+    assert_same_state(plain.state.policy, cached.state.policy)
+    assert lines(tmp_path / "plain") == lines(tmp_path / "cached")
+    assert len(list((tmp_path / "text").iterdir())) == 1
+
+
+def test_a_run_starts_from_an_adapter_with_the_reference_there_too(configure, run, pipeline_of, tmp_path):
+    config = configure(train__steps=1)
+    lora, params = lora_config(config), pipeline_of().params["unet"]
+    adapters = jax.tree.map(lambda x: x + np.float32(0.05), init_lora(jax.random.key(3), params, lora))
+    write_adapter(tmp_path / "adapter", adapters, lora, "base")
+    config.lora.path = str(tmp_path / "adapter")
+    start = read_start(config, params)
+    jax.tree.map(np.testing.assert_array_equal, start, jax.device_get(adapters))
+    # An update that moves nothing leaves what a run begins with.
+    config.optimizer.learning_rate = 1e-30
+    result = run(config, tmp_path / "run", adapters=start)
+    assert_same_state(result.state.reference, start)
+    assert_same_state(result.policy.start, start)

@@ -30,6 +30,8 @@ from vpo_jax.runtime.errors import UserError
 PIPELINE_CLASS = "TextToVideoSDPipeline"
 DEFAULTS_FILE = "vpo_jax.json"
 _DIFFUSERS_VERSION = "0.42.1"  # the release whose form is written
+# A tree of ShapeDtypeStruct to the tree of its leaves' shardings.
+Place = Callable[[Any], Any]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -70,7 +72,7 @@ COMPONENTS: dict[str, Component] = {
     "text_encoder": Component("transformers", io.TRANSFORMERS_STEM, CLIPTextConfig, CLIPTextModel, _text_inputs),
 }
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-_WRITTEN = {"model_index.json", DEFAULTS_FILE, *COMPONENTS, "tokenizer", "scheduler"}
+_WRITTEN = {"model_index.json", "README.md", DEFAULTS_FILE, *COMPONENTS, "tokenizer", "scheduler"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ class PipelineParts:
     Attributes:
         configs: parsed JSON of "unet", "vae", "text_encoder" (config.json) and "scheduler".
         params: parameter trees of "unet", "vae" and "text_encoder".
-        tokenizer: transformers' CLIPTokenizer.
+        tokenizer: transformers' CLIPTokenizer; None only in parts that are yet to be completed.
         defaults: vpo_jax.json, or {}.
     """
 
@@ -97,13 +99,16 @@ def param_shapes(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return init_shapes(part.module(parsed), *part.inputs(parsed))
 
 
-def read_component(folder: str | Path, name: str, dtype: Any = jnp.float32) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_component(
+    folder: str | Path, name: str, dtype: Any = jnp.float32, place: Place | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Config and parameters of one part, from its own folder (".../unet").
 
     Args:
         folder: holds config.json and the safetensors.
         name: "unet", "vae" or "text_encoder".
         dtype: of the parameters.
+        place: where they go; None is the host, as numpy arrays.
 
     Raises:
         UserError: another class, or anything that `from_torch` and `read_weights` refuse.
@@ -112,15 +117,17 @@ def read_component(folder: str | Path, name: str, dtype: Any = jnp.float32) -> t
     config = io.read_json(folder / "config.json")
     _check_class(config, COMPONENTS[name], folder / "config.json")
     state = io.read_weights(folder, COMPONENTS[name].stem)
-    return config, from_torch(state, param_shapes(name, config), str(folder), dtype)
+    shapes = param_shapes(name, config)
+    return config, from_torch(state, shapes, str(folder), dtype, place and place(shapes))
 
 
-def read_pipeline(path: str | Path, dtype: Any = jnp.float32) -> PipelineParts:
+def read_pipeline(path: str | Path, dtype: Any = jnp.float32, place: Place | None = None) -> PipelineParts:
     """All parts of a diffusers folder, or of a model on the hub when there is a network.
 
     Args:
         path: a folder, or a hub id ("owner/name").
         dtype: of the parameters, whatever dtype the files have.
+        place: where they go; None is the host, as numpy arrays.
 
     Raises:
         UserError: one line that names the file and the fix.
@@ -130,7 +137,7 @@ def read_pipeline(path: str | Path, dtype: Any = jnp.float32) -> PipelineParts:
     configs: dict[str, Mapping[str, Any]] = {}
     params = {}
     for name in COMPONENTS:
-        configs[name], params[name] = read_component(root / name, name, dtype)
+        configs[name], params[name] = read_component(root / name, name, dtype, place)
     configs["scheduler"] = io.read_json(root / "scheduler" / "scheduler_config.json")
     defaults = io.read_json(root / DEFAULTS_FILE) if (root / DEFAULTS_FILE).is_file() else {}
     tokenizer = read_tokenizer(root / "tokenizer", CLIPTextConfig.from_dict(configs["text_encoder"]))
@@ -150,7 +157,8 @@ def write_pipeline(
 
     Args:
         path: the folder to make.
-        parts: as `read_pipeline` returns.
+        parts: as `read_pipeline` returns. A model or tokenizer that is not among them is left out of the folder,
+            which can be loaded once it has been copied there.
         dtypes: "float32", "float16" or "bfloat16" for each of "unet", "vae", "text_encoder"; float32 if left out.
             A half-precision text encoder makes diffusers fail unless `torch_dtype` is passed to it.
         max_shard_bytes: weights larger than this are written in shards.
@@ -165,11 +173,12 @@ def write_pipeline(
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        for name in COMPONENTS:
+        for name in parts.params:
             wanted = (dtypes or {}).get(name, "float32")
             _write_component(partial / name, name, parts, wanted, max_shard_bytes)
         _write_json(partial / "scheduler" / "scheduler_config.json", parts.configs["scheduler"])
-        _write_tokenizer(partial / "tokenizer", parts.tokenizer)
+        if parts.tokenizer is not None:
+            _write_tokenizer(partial / "tokenizer", parts.tokenizer)
         if parts.defaults:
             _write_json(partial / DEFAULTS_FILE, parts.defaults)
         _write_json(partial / "model_index.json", _index(parts))
@@ -178,6 +187,16 @@ def write_pipeline(
         raise UserError(f"{path}: cannot be written ({error}); free space or choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def beyond_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What of a model diffusers cannot say, in words: it keeps the fields, ignores them and makes other videos."""
+    missing = []
+    if configs.get("unet", {}).get("fps_cond"):
+        missing.append("embedding of the frame rate (unet/config.json: fps_cond, fps)")
+    if configs.get("scheduler", {}).get("use_scale"):
+        missing.append("scaled schedule (scheduler_config.json: use_scale, scale_b)")
+    return missing
 
 
 def local_folder(path: str | Path) -> Path:

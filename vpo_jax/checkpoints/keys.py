@@ -63,15 +63,23 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def from_torch(
-    state: Mapping[str, np.ndarray], shapes: Any, where: str = "state dict", dtype: Any = jnp.float32
+    state: Mapping[str, np.ndarray],
+    shapes: Any,
+    where: str = "state dict",
+    dtype: Any = jnp.float32,
+    shardings: Any = None,
 ) -> dict[str, Any]:
-    """A parameter tree of `shapes` from a flat state dict.
+    """A parameter tree of `shapes` from a flat state dict, one tensor at a time.
+
+    From a mapped file no tensor is in memory twice: each goes straight into its dtype and place, and of a sharded
+    one a process reads only the slices that its own devices hold.
 
     Args:
         state: torch key -> array; legacy names are accepted (`text_model.` prefix, old VAE attention).
         shapes: a tree of arrays or `ShapeDtypeStruct`s, as `init_shapes` makes.
         where: file or folder, for the error messages.
         dtype: of floating leaves in the result.
+        shardings: tree of the result's shardings; None gives numpy arrays on the host.
 
     Raises:
         UserError: tensors are missing, extra, of another shape or not finite; the first few are listed.
@@ -79,13 +87,18 @@ def from_torch(
     state = _modern_names(state, {torch_key(path) for path in flatten(shapes)})
     wanted = {path: tuple(leaf.shape) for path, leaf in flatten(shapes).items()}
     keys = {path: torch_key(path) for path in wanted}
-    _check_names(set(keys.values()), set(state), where)
+    compare_names(set(keys.values()), set(state), where, "config.json", "use the weights that belong to it")
     _check_shapes({keys[path]: torch_shape(path, shape) for path, shape in wanted.items()}, state, where)
-    leaves = {}
+    places = flatten(shardings) if shardings is not None else {}
+    leaves, damaged = {}, []
     for path in wanted:
-        array = state[keys[path]]
-        leaves[path] = _layout_from_torch(path, array, dtype)
-    _check_finite({keys[path]: leaf for path, leaf in leaves.items()}, where)
+        leaves[path], finite = _place(_to_flax(path, state[keys[path]]), dtype, places.get(path))
+        if not finite:
+            damaged.append(keys[path])
+    if damaged:
+        raise UserError(
+            f"{where}: NaN or infinite values in {len(damaged)} tensors ({_some(damaged)}); use an undamaged copy"
+        )
     return unflatten(leaves)
 
 
@@ -95,11 +108,27 @@ def _to_torch_axes(path: str, rank: int) -> tuple[int, ...]:
     return (rank - 1, rank - 2, *range(rank - 2))
 
 
-def _layout_from_torch(path: str, array: np.ndarray, dtype: Any) -> np.ndarray:
-    axes = np.argsort(_to_torch_axes(path, array.ndim))
-    target = dtype if jnp.issubdtype(array.dtype, jnp.floating) else array.dtype
-    # Always a copy: what was read may be a view of a mapped file, which somebody may overwrite.
-    return np.array(array.transpose(axes), dtype=target, order="C", copy=True)
+def _to_flax(path: str, array: np.ndarray) -> np.ndarray:
+    """A view of a torch tensor in the layout of the leaf at `path`."""
+    return array.transpose(np.argsort(_to_torch_axes(path, array.ndim)))
+
+
+def _place(view: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -> tuple[Any, bool]:
+    """The view's values in `dtype` where `sharding` wants them, and whether all that were read are finite."""
+    target = dtype if jnp.issubdtype(view.dtype, jnp.floating) else view.dtype
+    finite = []
+
+    def read(index: Any) -> np.ndarray:
+        # Always a copy: what was read may be a view of a mapped file, which somebody may overwrite.
+        part = np.array(view[index], dtype=target, order="C", copy=True)
+        finite.append(_finite(part))
+        return part
+
+    if sharding is None:
+        return read(...), finite[0]
+    leaf = jax.make_array_from_callback(view.shape, sharding, read)
+    # Else the host copies of many tensors wait for their transfer at the same time.
+    return leaf.block_until_ready(), all(finite)
 
 
 def _modern_names(state: Mapping[str, np.ndarray], wanted: set[str]) -> dict[str, np.ndarray]:
@@ -113,15 +142,16 @@ def _modern_names(state: Mapping[str, np.ndarray], wanted: set[str]) -> dict[str
     return renamed
 
 
-def _check_names(wanted: set[str], found: set[str], where: str) -> None:
+def compare_names(wanted: set[str], found: set[str], where: str, holder: str, fix: str) -> None:
+    """Raises UserError for tensors that are missing or that `holder`, which says what belongs there, does not name."""
     missing, extra = sorted(wanted - found), sorted(found - wanted)
     problems = []
     if missing:
         problems.append(f"{len(missing)} missing tensors ({_some(missing)})")
     if extra:
-        problems.append(f"{len(extra)} tensors that config.json has no place for ({_some(extra)})")
+        problems.append(f"{len(extra)} tensors that {holder} has no place for ({_some(extra)})")
     if problems:
-        raise UserError(f"{where}: {' and '.join(problems)}; use the weights that belong to this config.json")
+        raise UserError(f"{where}: {' and '.join(problems)}; {fix}")
 
 
 def _check_shapes(wanted: Mapping[str, tuple[int, ...]], state: Mapping[str, np.ndarray], where: str) -> None:
@@ -133,12 +163,6 @@ def _check_shapes(wanted: Mapping[str, tuple[int, ...]], state: Mapping[str, np.
     if wrong:
         fix = "use the config.json that belongs to these weights"
         raise UserError(f"{where}: {len(wrong)} tensors of the wrong shape ({_some(wrong)}); {fix}")
-
-
-def _check_finite(leaves: Mapping[str, np.ndarray], where: str) -> None:
-    bad = [key for key, leaf in leaves.items() if not _finite(leaf)]
-    if bad:
-        raise UserError(f"{where}: NaN or infinite values in {len(bad)} tensors ({_some(bad)}); use an undamaged copy")
 
 
 def _finite(array: np.ndarray) -> bool:

@@ -11,10 +11,70 @@ from typing import Any
 
 import numpy as np
 
-from vpo_jax.checkpoints.safetensors_io import write_weights
+from vpo_jax.checkpoints.keys import compare_names
+from vpo_jax.checkpoints.safetensors_io import PICKLES, read_file, read_json, refuse_pickle, write_weights
 from vpo_jax.models.lora import LoRAConfig
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.trees import flatten
+from vpo_jax.runtime.trees import flatten, unflatten
+
+_PREFIX = "base_model.model."
+# Fields of PEFT that change what an adapter computes, with the only value that is honoured.
+_PLAIN = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none", "lora_bias": False}
+_EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication")
+
+
+def read_adapter(path: str | Path, shapes: Mapping[str, Any], lora: LoRAConfig) -> dict[str, Any]:
+    """The adapters of a PEFT folder, float32, where they are of the rank, alpha and layers that a run is to train.
+
+    Args:
+        path: holds adapter_config.json and adapter_model.safetensors.
+        shapes: tree of the run's own adapters (arrays or ShapeDtypeStruct), `lora_A` [..., in, r], `lora_B` [r, out].
+        lora: the run's rank and alpha.
+
+    Raises:
+        UserError: no such folder, a pickle, another kind of adapter, or one of another rank, alpha or other layers.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"lora.path: there is no folder {path}; give a PEFT adapter folder")
+    config = read_json(path / "adapter_config.json")
+    _check_config(config, lora, path / "adapter_config.json")
+    file = path / "adapter_model.safetensors"
+    if not file.is_file():
+        for pickle in sorted(p for p in path.iterdir() if p.suffix in PICKLES):
+            raise refuse_pickle(pickle)
+        raise UserError(f"lora.path: {file} is not there; copy the adapter folder again")
+    found = {key.removeprefix(_PREFIX): array for key, array in read_file(file).items()}
+    wanted = {f"{name.replace('/', '.')}.weight": (name, leaf.shape) for name, leaf in flatten(shapes).items()}
+    compare_names(set(wanted), set(found), f"lora.path: {file}", "lora.targets", "name there the layers that it adapts")
+    adapters = {}
+    for key, (name, shape) in wanted.items():
+        array = found[key].astype(np.float32)
+        if name.endswith("lora_A"):
+            array = array.transpose(*range(2, array.ndim), 1, 0)
+        else:
+            array = array.reshape(array.shape[:2]).T
+        if array.shape != tuple(shape):
+            raise UserError(f"lora.path: {file}: {key} does not fit this model's layer; use an adapter of this model")
+        if not np.isfinite(array).all():
+            raise UserError(f"lora.path: {file}: {key} holds NaN or infinite values; use an undamaged copy")
+        adapters[name] = np.ascontiguousarray(array)
+    return unflatten(adapters)
+
+
+def _check_config(config: Mapping[str, Any], lora: LoRAConfig, file: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"lora.path: {file}: peft_type is {kind!r}; only LORA can be trained on")
+    odd = [field for field, plain in _PLAIN.items() if config.get(field) not in (None, plain)]
+    for field in odd + [field for field in _EMPTY if config.get(field)]:
+        raise UserError(f"lora.path: {file}: {field}={config[field]!r} is not supported; merge it into the base")
+    for field, ours, name in (("r", lora.rank, "rank"), ("lora_alpha", lora.alpha, "alpha")):
+        if config.get(field) != ours:
+            raise UserError(
+                f"lora.path: {file}: {field} is {config.get(field)!r}, but lora.{name} is {ours:g}; "
+                f"give --config.lora.{name}={config.get(field)}"
+            )
 
 
 def write_adapter(path: str | Path, adapters: Mapping[str, Any], lora: LoRAConfig, base: str) -> None:
@@ -36,7 +96,7 @@ def write_adapter(path: str | Path, adapters: Mapping[str, Any], lora: LoRAConfi
     for name, leaf in flatten(adapters).items():
         module, _, which = name.rpartition("/")
         dotted = module.replace("/", ".")
-        tensors[f"base_model.model.{dotted}.{which}.weight"] = _to_torch(np.asarray(leaf, np.float32), adapters, name)
+        tensors[f"{_PREFIX}{dotted}.{which}.weight"] = _to_torch(np.asarray(leaf, np.float32), adapters, name)
         if which == "lora_A":
             modules.append(dotted)
     config = {

@@ -46,6 +46,19 @@ def load_prompts(source: str, field: str = "data.prompts") -> list[str]:
     return [_prompt_of(line, f"{field}: {source!r} line {number}") for number, line in lines]
 
 
+def set_apart(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(training prompts, held-out prompts): every tenth different prompt, and one at least, is never trained on.
+
+    Raises UserError where there is but one.
+    """
+    different = list(dict.fromkeys(prompts))
+    if len(different) < 2:
+        raise UserError("data.held_out: data.prompts has nothing to set apart for the comparison; name other prompts")
+    held_out = different[9::10] or different[-1:]
+    apart = set(held_out)
+    return [prompt for prompt in prompts if prompt not in apart], held_out
+
+
 def _prompt_of(line: str, where: str) -> str:
     try:
         record = json.loads(line)

@@ -21,6 +21,9 @@ _COMMON: dict[str, Any] = {
     "prediction_type": "epsilon",
     "steps_offset": 0,
     "rescale_betas_zero_snr": False,
+    # VideoCrafter2's: no class of diffusers reads them.
+    "use_scale": False,
+    "scale_b": 0.7,
 }
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -88,8 +91,9 @@ _MUST_BE_OFF = (
     "use_flow_sigmas",
     "use_dynamic_shifting",
 )
-_NUMBERS = ("beta_start", "beta_end", "clip_sample_range", "lambda_min_clipped")
+_NUMBERS = ("beta_start", "beta_end", "scale_b", "clip_sample_range", "lambda_min_clipped")
 _BOOLEANS = (
+    "use_scale",
     "rescale_betas_zero_snr",
     "clip_sample",
     "set_alpha_to_one",
@@ -123,6 +127,8 @@ def resolve(config: Mapping[str, Any], name: str | None = None) -> dict[str, Any
         for key, aliases in _ALIASES.items():
             fields[key] = aliases.get(fields[key], fields[key]) if isinstance(fields[key], str) else fields[key]
     _check(fields)
+    if fields["use_scale"] and chosen != "DDIMScheduler":
+        raise _refusal("use_scale", True, f"is not supported by {chosen}; sample with DDIMScheduler")
     return {"_class_name": chosen, **fields}
 
 
@@ -143,6 +149,10 @@ def _check(fields: Mapping[str, Any]) -> None:
     offset = fields["steps_offset"]
     if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0:
         raise _refusal("steps_offset", offset, "must be an integer of 0 or more")
+    if fields["use_scale"] and fields["prediction_type"] == "v_prediction":
+        raise _refusal("use_scale", True, "is not supported with prediction_type 'v_prediction'")
+    if not fields["scale_b"] > 0:
+        raise _refusal("scale_b", fields["scale_b"], "must be above 0")
     betas = fields["trained_betas"]
     if betas is not None and len(betas) != steps:
         raise _refusal("trained_betas", f"{len(betas)} values", f"must have num_train_timesteps = {steps} values")

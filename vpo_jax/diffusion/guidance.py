@@ -19,3 +19,9 @@ def rescale(guided: jax.Array, conditional: jax.Array, factor: float | jax.Array
         jnp.std(conditional, axes, ddof=1, keepdims=True) / jnp.std(guided, axes, ddof=1, keepdims=True)
     )
     return factor * matched + (1 - factor) * guided
+
+
+def guide(unconditional: jax.Array, conditional: jax.Array, scale: float, factor: float = 0.0) -> jax.Array:
+    """Classifier-free guidance by `scale`, rescaled by `factor` where it is above 0; arrays are [B, ...]."""
+    guided = classifier_free(unconditional, conditional, scale)
+    return rescale(guided, conditional, factor) if factor > 0.0 else guided

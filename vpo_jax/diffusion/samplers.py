@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vpo_jax.diffusion.config import resolve
-from vpo_jax.diffusion.schedules import alphas_cumprod
+from vpo_jax.diffusion.schedules import alphas_cumprod, signal_scale
 from vpo_jax.diffusion.timesteps import ddim_timesteps, dpm_timesteps_and_sigmas, euler_timesteps_and_sigmas
 from vpo_jax.runtime.errors import UserError
 
@@ -160,7 +160,7 @@ def _draw(key: jax.Array, i: int | jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _ddim(fields: Mapping[str, Any], levels: Table, steps: int, eta: float) -> Sampler:
-    """Song et al. 2020 (arXiv 2010.02502), equations 12 and 16."""
+    """Song et al. 2020 (arXiv 2010.02502), equations 12 and 16; VideoCrafter2's scale multiplies the signal."""
     timesteps = ddim_timesteps(fields, steps)
     # Always this stride back, whatever the spacing; diffusers does so, and samples depend on it.
     before = timesteps - fields["num_train_timesteps"] // steps
@@ -173,7 +173,9 @@ def _ddim(fields: Mapping[str, Any], levels: Table, steps: int, eta: float) -> S
             "prediction says nothing of the clean sample; use prediction_type 'v_prediction' or timestep_spacing "
             "'leading'"
         )
-    a, b, c, d = _split(fields["prediction_type"], np.sqrt(now), np.sqrt(1 - now))
+    scale = signal_scale(fields).astype(np.float64)
+    scale_now, scale_before = scale[timesteps], scale[np.maximum(before, 0)]
+    a, b, c, d = _split(fields["prediction_type"], np.sqrt(now) * scale_now, np.sqrt(1 - now))
     fresh = eta * np.sqrt(np.maximum((1 - previous) / (1 - now) * (1 - now / previous), 0.0))
     coefficients = _coefficients(
         steps,
@@ -181,7 +183,7 @@ def _ddim(fields: Mapping[str, Any], levels: Table, steps: int, eta: float) -> S
         clean_of_prediction=b,
         noise_of_sample=c,
         noise_of_prediction=d,
-        next_of_clean=np.sqrt(previous),
+        next_of_clean=np.sqrt(previous) * scale_before,
         next_of_noise=np.sqrt(np.maximum(1 - previous - fresh**2, 0.0)),
         fresh_noise=fresh,
     )

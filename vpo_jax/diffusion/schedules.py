@@ -1,6 +1,7 @@
 """Noise schedules of variance-preserving diffusion: how a clean latent, noise and a timestep become a noisy latent.
 
-x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with abar the cumulative product of 1 - beta.
+x_t = sqrt(abar_t) s_t x_0 + sqrt(1 - abar_t) eps, with abar the cumulative product of 1 - beta. s_t is 1 but in the
+scaled schedule of VideoCrafter2, which weakens the signal at high noise.
 """
 
 import math
@@ -18,23 +19,26 @@ from vpo_jax.runtime.errors import UserError
 
 FloatTable = npt.NDArray[np.float32]
 
+_SCALE_STEPS = 400  # timesteps over which s_t falls from 1 to scale_b: mid_step of lvdm's LatentDiffusion
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """What training needs to know of a scheduler_config.json.
 
     `alphas_cumprod` is float32 [T]; `prediction_type` says what the denoiser is trained to predict: "epsilon",
-    "v_prediction" or "sample".
+    "v_prediction" or "sample". `signal_scale` is s_t, float32 [T].
     """
 
     alphas_cumprod: FloatTable
     prediction_type: str
     num_train_timesteps: int
+    signal_scale: FloatTable
 
     @property
     def signal(self) -> FloatTable:
-        """sqrt(abar_t), float32 [T]."""
-        return np.sqrt(self.alphas_cumprod)
+        """sqrt(abar_t) s_t, float32 [T]."""
+        return np.sqrt(self.alphas_cumprod) * self.signal_scale
 
     @property
     def noise(self) -> FloatTable:
@@ -48,7 +52,8 @@ def make_schedule(config: Mapping[str, Any], name: str | None = None) -> Schedul
     Raises UserError for values that are not honoured, by the field's name.
     """
     fields = resolve(config, name)
-    return Schedule(alphas_cumprod(fields), fields["prediction_type"], fields["num_train_timesteps"])
+    steps = fields["num_train_timesteps"]
+    return Schedule(alphas_cumprod(fields), fields["prediction_type"], steps, signal_scale(fields))
 
 
 def add_noise(schedule: Schedule, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
@@ -96,6 +101,16 @@ def alphas_cumprod(fields: Mapping[str, Any]) -> FloatTable:
         # The samplers that divide by sqrt(abar) keep float16's smallest number instead of 0.
         alphas[-1] = 2.0**-24
     return alphas
+
+
+def signal_scale(fields: Mapping[str, Any]) -> FloatTable:
+    """s_t, float32 [T]: ones, or with `use_scale` VideoCrafter2's line from 1 to `scale_b`, constant afterwards."""
+    scale = np.ones(fields["num_train_timesteps"], np.float32)
+    if fields["use_scale"]:
+        fall = np.linspace(1.0, fields["scale_b"], _SCALE_STEPS)[: len(scale)]
+        scale[:] = fields["scale_b"]
+        scale[: len(fall)] = fall
+    return scale
 
 
 def _betas(fields: Mapping[str, Any]) -> FloatTable:

@@ -84,6 +84,7 @@ class Sampling:
     width: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_rescale: float | None = None
     negative_prompt: str | None = None
     sampler: str | None = None
     batch: int = 16  # changes nothing but memory and time

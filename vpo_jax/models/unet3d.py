@@ -121,13 +121,20 @@ class UNet3DConditionModel(nn.Module):
     lora_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, sample: jax.Array, timesteps: jax.Array, encoder_hidden_states: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        sample: jax.Array,
+        timesteps: jax.Array,
+        encoder_hidden_states: jax.Array,
+        fps: jax.Array | float | None = None,
+    ) -> jax.Array:
         """The model's prediction for noisy latents.
 
         Args:
           sample: [B, F, h, w, in_channels]; any h and w that survive the stages' halvings.
           timesteps: [B] or a scalar, integer or float.
           encoder_hidden_states: [B, L, cross_attention_dim].
+          fps: frames a second, [B] or a scalar, where the config has `fps_cond`; None takes the config's.
 
         Returns:
           [B, F, h, w, out_channels] in float32.
@@ -144,6 +151,10 @@ class UNet3DConditionModel(nn.Module):
 
         embedding = timestep_embedding(timesteps, first)
         embedding = TimestepEmbedding(4 * first, cfg.act_fn, compute, name="time_embedding")(embedding)
+        if cfg.fps_cond:
+            rate = jnp.broadcast_to(jnp.asarray(cfg.fps if fps is None else fps), timesteps.shape)
+            rates = TimestepEmbedding(4 * first, "silu", compute, name="fps_embedding")
+            embedding = embedding + rates(timestep_embedding(rate, first))
 
         x = per_frame(compute.conv(first, "conv_in"), sample.astype(self.dtype))
         x = TransformerTemporalModel(8, cfg, compute, name="transformer_in")(x)

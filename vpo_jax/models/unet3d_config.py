@@ -13,9 +13,11 @@ _UP_BLOCKS = ("CrossAttnUpBlock3D", "UpBlock3D")
 
 @dataclasses.dataclass(frozen=True)
 class UNet3DConfig:
-    """The fields of diffusers' UNet3DConditionModel, with its defaults.
+    """The fields of diffusers' UNet3DConditionModel, with its defaults, and two of VideoCrafter2's.
 
-    `attention_head_dim` is the true size of a head (its name in diffusers' blocks is misleading: models.md).
+    `attention_head_dim` is the true size of a head; diffusers' blocks call it the number of heads. `fps_cond` adds an
+    embedding of the frame rate to the timestep's, `fps` is the rate where a call names none. diffusers ignores both
+    with a warning and keeps them in the config.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -32,6 +34,8 @@ class UNet3DConfig:
     norm_eps: float = 1e-5
     cross_attention_dim: int = 1024
     attention_head_dim: int = 64
+    fps_cond: bool = False
+    fps: float = 16  # lvdm's default
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "UNet3DConfig":
@@ -47,6 +51,9 @@ class UNet3DConfig:
     def _check(self) -> None:
         require_int("unet", self, ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"))
         require_int("unet", self, ("cross_attention_dim", "attention_head_dim"))
+        require(isinstance(self.fps_cond, bool), "unet.fps_cond", f"must be true or false, found {self.fps_cond!r}")
+        number = isinstance(self.fps, int | float) and not isinstance(self.fps, bool) and self.fps > 0
+        require(number, "unet.fps", f"must be a number above 0, found {self.fps!r}")
         stages = len(self.block_out_channels)
         for name, known in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
             types = getattr(self, name)

@@ -54,14 +54,16 @@ FIELDS: Mapping[str, Field] = {
     "model.path": _named("a diffusers folder, a hub id, or shapes"),
     "model.dtype": _one_of("float32", "bfloat16"),
     "data.prompts": _named("a file of prompts, or shapes:train"),
-    "data.held_out": _named("a file of prompts, or shapes:held_out"),
+    "data.held_out": _TEXT,
     "data.shuffle": _FLAG,
+    "data.text_cache": _TEXT,
     "reward.scorers": _named("at least one scorer, comma-separated"),
     "reward.weights": _TEXT,
     "held_out.scorers": _TEXT,
     "rollout.candidates": _whole(2, extra=" (a pair needs two)"),
     "rollout.num_inference_steps": _whole(1),
     "rollout.guidance_scale": _number(0),
+    "rollout.guidance_rescale": _number(0, 1),
     "rollout.negative_prompt": _TEXT,
     "rollout.num_frames": _SIZE,
     "rollout.height": _SIZE,
@@ -86,6 +88,7 @@ FIELDS: Mapping[str, Field] = {
     "lora.rank": _whole(0, extra=" (0 = full fine-tuning)"),
     "lora.alpha": _POSITIVE,
     "lora.targets": _TEXT,
+    "lora.path": _TEXT,
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.warmup_steps": _whole(0),
     "optimizer.weight_decay": _number(0),
@@ -129,6 +132,8 @@ def check(config: Mapping[str, Any]) -> None:
         raise UserError(
             f"train.microbatch: {microbatch} does not divide train.prompts_per_step={pairs}; choose a divisor"
         )
+    if values["lora.path"] and not values["lora.rank"]:
+        raise UserError("lora.path: an adapter cannot start full fine-tuning (lora.rank=0); give its rank, or merge it")
     rollout, videos = values["rollout.microbatch"], pairs * values["rollout.candidates"]
     if rollout and videos % rollout:
         raise UserError(

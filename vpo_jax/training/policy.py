@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vpo_jax.checkpoints.peft import read_adapter
 from vpo_jax.models.lora import ATTENTION_TARGETS, LoRAConfig, init_lora, merge_lora
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
@@ -50,6 +51,27 @@ class Policy:
         return adapters if self.lora is None else merge_lora(params, adapters, self.lora.scale)
 
 
+def lora_config(config: Any) -> LoRAConfig | None:
+    """Rank, alpha and targets of a run's config; None where it trains every weight."""
+    if config.lora.rank == 0:
+        return None
+    targets = tuple(filter(None, (t.strip() for t in config.lora.targets.split(",")))) or ATTENTION_TARGETS
+    return LoRAConfig(config.lora.rank, config.lora.alpha, targets)
+
+
+def read_start(config: Any, params: Tree) -> Tree | None:
+    """theta0 of the adapter folder `lora.path`; None where the config names none.
+
+    Raises:
+      UserError: it is broken, or of another rank, alpha or other layers than the config's.
+    """
+    lora = lora_config(config)
+    if lora is None or not config.lora.path:
+        return None
+    shapes = jax.eval_shape(lambda: init_lora(jax.random.key(0), params, lora))
+    return read_adapter(config.lora.path, shapes, lora)
+
+
 def make_policy(config: Any, unet: Any, params: Tree, adapters: Tree | None = None) -> Policy:
     """The policy of a config.
 
@@ -67,10 +89,9 @@ def make_policy(config: Any, unet: Any, params: Tree, adapters: Tree | None = No
     dtype = DTYPES[config.model.dtype]
     if config.lora.rank < 0:
         raise UserError(f"lora.rank: {config.lora.rank} is below 0; 0 is full fine-tuning")
-    if config.lora.rank == 0:
+    lora = lora_config(config)
+    if lora is None:
         return Policy(unet.clone(dtype=dtype, remat=config.train.remat), None, {}, cast_floating(params, jnp.float32))
-    targets = tuple(filter(None, (t.strip() for t in config.lora.targets.split(",")))) or ATTENTION_TARGETS
-    lora = LoRAConfig(config.lora.rank, config.lora.alpha, targets)
     start = init_lora(stream_key(config.seed, "init"), params, lora) if adapters is None else adapters
     unet = unet.clone(dtype=dtype, remat=config.train.remat, lora_scale=lora.scale)
     return Policy(unet, lora, cast_floating(params, dtype), start)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpo_jax.diffusion.guidance import classifier_free
+from vpo_jax.diffusion.guidance import guide
 from vpo_jax.diffusion.samplers import Sampler, sample
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import BATCH, constrain
@@ -45,6 +45,7 @@ def make_rollout(
     latent_shape: tuple[int, ...],
     guidance_scale: float,
     microbatch: int = 0,
+    guidance_rescale: float = 0.0,
 ) -> Callable[[Tree, Tree, jax.Array, jax.Array, jax.Array], jax.Array]:
     """`rollout(frozen, adapters, text [B, L, D], negative [L, D], keys [B]) -> clean latents [B, F, h, w, C]`, jitted.
 
@@ -68,7 +69,7 @@ def make_rollout(
                 twice = constrain(jnp.repeat(latents, 2, axis=0), BATCH)
                 both = denoise(frozen, adapters, twice, jnp.full(twice.shape[0], timestep), both_text)
                 both = both.reshape(-1, 2, *latents.shape[1:])
-                return classifier_free(both[:, 0], both[:, 1], guidance_scale)
+                return guide(both[:, 0], both[:, 1], guidance_scale, guidance_rescale)
 
         return constrain(sample(sampler, guided, noise, split[:, 1]), BATCH)
 

@@ -1,5 +1,6 @@
 """The stages of a step, built once: every compiled function with the parameters that it reads and their shardings."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vpo_jax.data.text_cache import TextCache, open_text_cache
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.rewards.combine import dimension_names
 from vpo_jax.runtime.errors import UserError
@@ -66,8 +68,13 @@ class Stages:
             )
         )
 
+        # The copies on the host are not needed any more, and every stage below holds the policy.
+        self.policy = dataclasses.replace(self.policy, frozen=self.frozen, start=self.start)
+
         self._tokenize = pipeline.tokenize
         self._encode = jax.jit(lambda params, ids: constrain(pipeline.encode_text(params, ids), BATCH))
+        self._place = jax.jit(lambda text: constrain(text, BATCH))
+        self._cache: TextCache | None = None
         self._repeat = jax.jit(lambda text: constrain(jnp.repeat(text, candidates, axis=0), BATCH))
         plain = [config.rollout.negative_prompt, ""]
         unconditional = jax.device_put(self.encode((plain * self.size)[: max(2, self.size)]), replicated(mesh))
@@ -80,7 +87,8 @@ class Stages:
             config.rollout.eta,
         )
         self._keys = make_candidate_keys(config.seed, self.size, candidates)
-        self._rollout = make_rollout(self.policy.denoise, sampler, latent_shape, config.rollout.guidance_scale, chunk)
+        guidance = config.rollout.guidance_scale, chunk, config.rollout.guidance_rescale
+        self._rollout = make_rollout(self.policy.denoise, sampler, latent_shape, *guidance)
         frames = frames_to_decode(rewards, self.num_frames)
         every = tuple(range(self.num_frames))
         self._decode = make_decode(pipeline, frames, chunk)
@@ -117,7 +125,25 @@ class Stages:
 
     def encode(self, prompts: Sequence[str]) -> jax.Array:
         """[P, L, D] of P prompts."""
+        if self._cache is not None:
+            return self._place(self._cache(prompts))
         return self._encode(self._text_params, self._tokenize(list(prompts)))
+
+    def cache_text(self, folder: str, prompts: Sequence[str]) -> None:
+        """Encodes all prompts to a file in `folder`, once; from then on no others, and the encoder leaves the devices.
+
+        Raises:
+          UserError: several processes, or the disk refuses.
+        """
+        if jax.process_count() > 1:
+            raise UserError("data.text_cache: made by one process only; leave it empty on several hosts")
+        params = self._text_params
+
+        def encode(batch: Sequence[str]) -> jax.Array:
+            return self._encode(params, self._tokenize(batch))
+
+        self._cache = open_text_cache(folder, prompts, encode, params, self._tokenize, self.size)
+        self._text_params = None
 
     def sample(self, adapters: Tree, text: jax.Array, step: int) -> jax.Array:
         """Candidates of a step's prompts: clean latents [P * N, F, h, w, C]."""

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from vpo_jax.checkpoints.orbax_store import CheckpointStore
 from vpo_jax.data.index import PromptIndex
 from vpo_jax.data.prompts import fingerprint
+from vpo_jax.evaluation.alarms import Alarm
 from vpo_jax.rewards.combine import motion_columns
 from vpo_jax.runtime.clock import Stopwatch
 from vpo_jax.runtime.errors import UserError
@@ -99,6 +100,8 @@ def train(
         # ==== Stages, each compiled once ==========================================================================
         stop = stop or Stop()
         stages = Stages(config, pipeline, rewards, mesh, adapters)
+        if config.data.text_cache:
+            stages.cache_text(config.data.text_cache, [*prompts, *tuning_prompts])
         index = PromptIndex(len(prompts), stages.size, config.seed, config.data.shuffle)
         follow = make_reference(config.reference.schedule, config.reference.every, config.reference.decay)
         looks = config.eval.every > 0 and len(tuning_prompts) > 0
@@ -146,8 +149,8 @@ def train(
                 bar.say("no training scorer measures dynamic_degree: the motion gate is off")
             if looks and meta["base"] is None:
                 base = watch.look(stages.start)
-                meta["base"] = {name: values.tolist() for name, values in base.scores.items()}
-                meta["looks"] = [watch.compare(meta["base"], base)]
+                before = {name: values.tolist() for name, values in base.scores.items()}
+                meta |= {"base": before, "looks": [watch.compare(before, base)]}
                 save_samples(workdir.samples, writer, 0, base.videos)
             line: Line | None = None
 
@@ -197,7 +200,8 @@ def train(
                 state = state._replace(reference=reference, curriculum=curriculum)
 
                 # ==== Log, evaluate, save =========================================================================
-                metric, alarms = None, ()
+                metric: float | None = None
+                alarms: Sequence[Alarm] = ()
                 if look:
                     seen = watch.look(state.weights())
                     looked |= watch.compare(meta["base"], seen) | stages.displacement(state)
