@@ -270,7 +270,8 @@ def carried_clips(pipeline: Any, way: str, seed: int, count: int, folder: Path) 
 def base_samples(pipeline: Any, split: str, seed: int, count: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """`count` samples of the base model with its own defaults: videos uint8 [count, ...], rows of the captions."""
     rows = np.resize(world.caption_indices(split), -(-count // _CHUNK) * _CHUNK)
-    how = {name: pipeline.defaults[name] for name in ("guidance_scale", "num_inference_steps")}
+    wanted = ("guidance_scale", "num_inference_steps")
+    how = {name: pipeline.defaults[name] for name in wanted if name in pipeline.defaults}
 
     def chunk(number: int) -> dict[str, np.ndarray]:
         chosen = rows[number * _CHUNK : (number + 1) * _CHUNK]

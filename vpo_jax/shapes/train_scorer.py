@@ -209,7 +209,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="carried clips and checkpoints")
     parser.add_argument("--output", type=Path, required=True, help="the scorer's folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--carried", type=int, default=4096, help="clips carried through the base model, each way")
     parser.add_argument("--samples", type=int, default=1024, help="samples of the base model")
