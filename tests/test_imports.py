@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import its own level's rooms only where both names are the same, and any lower level.
 LEVELS = (
     ("commands",),
-    ("report",),
+    ("report", "planning"),
     ("training",),
     ("evaluation",),
     ("pipeline",),

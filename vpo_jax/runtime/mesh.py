@@ -30,6 +30,23 @@ def make_mesh(
     Raises UserError when the sizes do not fit the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(len(devices), data, fsdp, context, tensor)
+    fixed = int(np.prod(list(sizes.values())))
+    blamed = max(sizes, key=lambda axis: sizes[axis])
+    if fixed < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"mesh.{blamed}: the mesh {_spell(sizes)} uses {fixed} of {len(devices)} devices, and a run of several"
+            f" processes has to use all; set mesh.data=-1"
+        )
+    # Auto axes: under make_mesh's default, Explicit, linen's logical constraints raise.
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:fixed])
+
+
+def mesh_sizes(count: int, data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> dict[str, int]:
+    """Sizes of the four axes on `count` devices; at most one may be -1 and takes the rest.
+
+    Raises UserError when they do not fit.
+    """
     sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
     for axis, size in sizes.items():
         if size != -1 and size < 1:
@@ -39,26 +56,19 @@ def make_mesh(
         raise UserError(f"mesh.{open_axes[1]}: only one axis may be -1, and mesh.{open_axes[0]} is; give a number")
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     blamed = open_axes[0] if open_axes else max(sizes, key=lambda axis: sizes[axis])
-    if fixed > len(devices):
+    if fixed > count:
         raise UserError(
-            f"mesh.{blamed}: the mesh {_spell(sizes)} needs {fixed} devices and there are {len(devices)};"
+            f"mesh.{blamed}: the mesh {_spell(sizes)} needs {fixed} devices and there are {count};"
             f" make the sizes smaller, or set mesh.data=-1 to take what is there"
         )
     if open_axes:
-        if len(devices) % fixed:
+        if count % fixed:
             raise UserError(
-                f"mesh.{blamed}: {len(devices)} devices are not a multiple of {fixed} ({_spell(sizes)});"
-                f" choose sizes whose product divides {len(devices)}"
+                f"mesh.{blamed}: {count} devices are not a multiple of {fixed} ({_spell(sizes)});"
+                f" choose sizes whose product divides {count}"
             )
-        sizes[blamed] = len(devices) // fixed
-        fixed = len(devices)
-    if fixed < len(devices) and jax.process_count() > 1:
-        raise UserError(
-            f"mesh.{blamed}: the mesh {_spell(sizes)} uses {fixed} of {len(devices)} devices, and a run of several"
-            f" processes has to use all; set mesh.data=-1"
-        )
-    # Auto axes: under make_mesh's default, Explicit, linen's logical constraints raise.
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:fixed])
+        sizes[blamed] = count // fixed
+    return sizes
 
 
 def _spell(sizes: dict[str, int]) -> str:

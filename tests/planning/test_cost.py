@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vpo_jax.planning.cost import measure
+from vpo_jax.planning.job import read_scorers, read_shapes
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_a_product_costs_two_flops_a_multiply_add_and_moves_its_operands_and_result():
+    cost = measure(lambda a, b: a @ b, array(8, 16), array(16, 4))
+    assert cost.flops == 2 * 8 * 16 * 4
+    assert cost.traffic == 4 * (8 * 16 + 16 * 4 + 8 * 4)
+    assert cost.temporaries == 4 * 8 * 4
+
+
+def test_a_convolution_costs_its_window():
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert measure(convolve, array(2, 8, 8, 3), array(3, 3, 3, 5)).flops == 2 * 2 * 4 * 4 * 5 * 9 * 3
+
+
+def test_a_loop_costs_its_body_times_its_length():
+    def loop(x, w):
+        return jax.lax.scan(lambda carry, _: (jnp.tanh(carry @ w), None), x, None, length=7)[0]
+
+    assert measure(loop, array(8, 8), array(8, 8)).flops == 7 * 2 * 8**3
+
+
+def test_a_function_that_is_called_twice_costs_twice():
+    inner = jax.jit(lambda x, w: jax.nn.silu(x @ w))
+    assert measure(lambda x, w: inner(inner(x, w), w), array(8, 8), array(8, 8)).flops == 2 * 2 * 8**3
+
+
+def test_a_gradient_costs_three_times_its_function_and_a_checkpoint_four():
+    def loss(w, x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]))
+
+    shapes = array(2, 8, 8), array(8, 8)
+    once = measure(loss, *shapes).flops
+    # The first layer's input needs no gradient.
+    assert measure(jax.grad(loss), *shapes).flops == pytest.approx(3 * once - once / 2)
+    again = measure(jax.grad(jax.checkpoint(loss)), *shapes).flops
+    assert 3 * once - once / 2 < again <= 4 * once - once / 2
+
+
+def test_what_is_computed_element_by_element_takes_no_memory_of_its_own():
+    def chain(a, b):
+        x = a @ b
+        return jnp.sum(jnp.exp(x) * 2 + x)
+
+    assert measure(chain, array(64, 64), array(64, 64)).temporaries == 4 * 64 * 64 + 4
+
+
+def test_values_that_are_no_longer_needed_leave_memory():
+    def chain(x, w):
+        for _ in range(10):
+            x = x @ w
+        return x
+
+    assert measure(chain, array(32, 32), array(32, 32)).temporaries == 2 * 4 * 32 * 32
+
+
+@pytest.fixture(scope="module")
+def modelscope():
+    return read_shapes("modelscope")
+
+
+def test_modelscopes_denoiser_costs_what_pytorchs_counter_says(modelscope):
+    def denoise(params, latents, timesteps, text):
+        return modelscope.denoise({"params": params}, latents, timesteps, text)
+
+    inputs = array(1, 16, 32, 32, 4), array(1, dtype=jnp.int32), array(1, 77, 1024)
+    cost = measure(denoise, modelscope.params["unet"], *inputs)
+    # PyTorch's FlopCounterMode counts 4.887 for diffusers' class. That repeats text and timestep for every frame and
+    # projects them 16 times; here once a video: keys and values of 16 transformers, 12480 channels together, and the
+    # embedding for 22 residual blocks, 20160 channels.
+    saved = 15 * (2 * 2 * 77 * 1024 * 12480 + 2 * 1280 * 20160) / 1e12
+    assert cost.flops / 1e12 == pytest.approx(4.887 - saved, abs=5e-4)
+
+
+def test_modelscopes_autoencoder_costs_what_pytorchs_counter_says(modelscope):
+    cost = measure(modelscope.decode, modelscope.params["vae"], array(1, 16, 32, 32, 4))
+    assert cost.flops / 1e12 == pytest.approx(9.955, abs=5e-4)
+
+
+def test_videoscore_costs_what_pytorchs_counter_says():
+    pytest.importorskip("vpo_jax.rewards.videoscore")
+    (reward,) = read_scorers("videoscore")
+    tokens = {"input_ids": array(1, 376, dtype=jnp.int32), "mask": array(1, 376, dtype=jnp.bool_)}
+    cost = measure(reward.score, reward.params, array(1, 16, 256, 256, 3, dtype=jnp.uint8), tokens)
+    assert cost.flops / 1e12 == pytest.approx(35.4, abs=0.05)

@@ -1,0 +1,141 @@
+"""The command plan, on the tests' tiny model, and its parts on numbers made by hand."""
+
+import importlib.util
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from vpo_jax import plan
+from vpo_jax.planning.chips import CHIPS, parse_topology
+from vpo_jax.planning.compiled import collectives_of, missing
+from vpo_jax.planning.fit import abstract_mesh, make_plan, measure_stages, propose
+from vpo_jax.planning.job import make_job
+from vpo_jax.runtime import cli
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.trees import bytes_of
+
+
+def run(*flags):
+    shown = io.StringIO()
+    plan.main(flags, Console(file=shown, width=200))
+    return shown.getvalue()
+
+
+def config_of(job, *more):
+    words, overrides = cli.split_overrides([*job, *more])
+    config = cli.load_config(words[0].removeprefix("--config="))
+    cli.override(config, overrides)
+    return config
+
+
+@pytest.fixture(scope="module")
+def planned(job):
+    tiny = make_job(config_of(job))
+    return tiny, measure_stages(tiny)
+
+
+def test_a_plan_needs_no_weights_and_says_what_sets_the_floor(job, model_folder, tmp_path):
+    folder = tmp_path / "configs only"
+    for file in model_folder.rglob("*.json"):
+        if "safetensors" not in file.name and file.parent.name != "tokenizer":
+            (folder / file.relative_to(model_folder).parent).mkdir(parents=True, exist_ok=True)
+            (folder / file.relative_to(model_folder)).write_bytes(file.read_bytes())
+    output = tmp_path / "plan.json"
+    said = run(*job, f"--config.model.path={folder}", "--topology=gpu:2xh100", "--price=2", f"--output={output}")
+    assert "fits" in said and "a thousand pairs" in said and "not compiled: there is no compiler for GPUs" in said
+    written = json.loads(output.read_text())
+    assert written["plan"]["mesh"] == {"data": 2, "fsdp": 1, "context": 1, "tensor": 1} and written["plan"]["fits"]
+    assert written["plan"]["stages"]["rollout"]["flops"] > 0 and written["smallest"]["devices"] == 1
+
+
+def test_without_a_topology_every_kind_of_chip_gets_its_smallest_mesh(job):
+    said = run(*job)
+    assert all(f"1 x {name}: " in said for name in CHIPS)
+
+
+def test_a_batch_that_the_topology_does_not_divide_is_refused(job):
+    with pytest.raises(UserError, match=r"train\.prompts_per_step: 2 is not a multiple of 16"):
+        run(*job, "--topology=v5e:4x4")
+
+
+@pytest.mark.parametrize("text", ["v5e", "v5e:0x4", "gpu:8xv5e", "gpu:h100", "v9:4x4", "gpu:0xh100", "v5e:4x4x4x4"])
+def test_an_unknown_topology_is_named_with_those_there_are(text):
+    with pytest.raises(UserError, match=r"--topology: .*v5e:4x4.*gpu:8xh100"):
+        parse_topology(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("v5p:4x4x4", 64), ("v6e:8x8", 64), ("gpu:16xh200", 16), ("tpu7x:2x2x1", 8)]
+)
+def test_a_topology_says_how_many_devices_it_has(text, count):
+    assert parse_topology(text).count == count
+
+
+def test_the_flags_are_checked(job):
+    for flag in ("--utilisation=0", "--price=-1", "--price=nan"):
+        with pytest.raises(UserError, match=flag.partition("=")[0]):
+            run(*job, flag)
+
+
+def test_fsdp_cuts_weights_and_gathers_them_in_every_forward(planned):
+    job, lines = planned
+    topology = parse_topology("v5e:1x2")
+    whole = make_plan(job, lines, topology, {"data": 2, "fsdp": 1, "context": 1, "tensor": 1})
+    cut = make_plan(job, lines, topology, {"data": 1, "fsdp": 2, "context": 1, "tensor": 1})
+    assert whole.resident["frozen denoiser"] == bytes_of(job.policy.frozen)
+    assert cut.resident["frozen denoiser"] < 0.75 * whole.resident["frozen denoiser"]
+    gathered = {stage.name: stage.collectives.get("all-gather", 0) for stage in cut.stages}
+    assert gathered["rollout"] > 0 and not any("all-gather" in stage.collectives for stage in whole.stages)
+    assert "all-reduce" in {kind for stage in whole.stages for kind in stage.collectives}
+
+
+def test_twice_the_chips_halve_the_compute_of_a_chip_and_leave_the_work(planned):
+    job, lines = planned
+    one, two = (
+        make_plan(job, lines, parse_topology(f"gpu:{n}xh100"), {"data": n, "fsdp": 1, "context": 1, "tensor": 1})
+        for n in (1, 2)
+    )
+    rollouts = [next(stage for stage in p.stages if stage.name == "rollout") for p in (one, two)]
+    assert rollouts[0].flops == pytest.approx(rollouts[1].flops)
+    assert rollouts[0].seconds["compute"] == pytest.approx(2 * rollouts[1].seconds["compute"])
+
+
+def test_what_does_not_fit_is_cut_into_microbatches_and_then_over_more_chips(planned):
+    import dataclasses
+
+    job, lines = planned
+    plain = make_plan(job, lines, parse_topology("v5e:1x1"), {"data": 1, "fsdp": 1, "context": 1, "tensor": 1})
+    room = dataclasses.replace(CHIPS["v5e"], memory=0.9 * plain.peak)
+    smaller = propose(job, lines, room)
+    assert smaller is not None and smaller.fits and (smaller.changes or smaller.topology.count > 1)
+    assert propose(job, lines, dataclasses.replace(room, memory=10.0)) is None
+
+
+def test_an_abstract_mesh_has_no_devices_and_the_sizes():
+    assert abstract_mesh({"data": 2, "fsdp": 3, "context": 1, "tensor": 1}).shape["fsdp"] == 3
+
+
+def test_collectives_are_counted_by_kind_in_a_programs_text():
+    text = """
+      %a = bf16[8,128]{1,0} all-gather(%x), dimensions={0}
+      %b = (f32[16]{0}, f32[32]{0}) all-reduce-start(%y), to_apply=%add
+      %c = f32[4,4]{1,0} all-gather(%z)
+      %d = f32[4] add(%a, %c)
+    """
+    assert collectives_of(text) == {"all-gather": 8 * 128 * 2 + 64, "all-reduce": 128}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_libtpu_compiles_every_stage_for_a_slice_that_is_not_here(job, tmp_path):
+    output = tmp_path / "plan.json"
+    flags = "--config.train.prompts_per_step=4", "--topology=v5e:2x2", f"--output={output}"
+    said = run(*job, *flags)
+    assert "compiled stage" in said
+    compiled = json.loads(output.read_text())["compiled"]
+    assert compiled["update"]["temporaries"] > 0 and "all-reduce" in compiled["update"]["collectives"]
+
+
+def test_a_missing_compiler_is_said_with_the_way_to_it():
+    assert "GPUs" in missing(parse_topology("gpu:8xh100"))

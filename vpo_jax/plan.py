@@ -1,0 +1,89 @@
+"""Before spending money: whether a job fits, what a step costs at least, and the smallest mesh that holds it.
+
+python -m vpo_jax.plan --config=configs/vpo.py [--config.a.b=c] [--topology=v5e:4x4 | gpu:8xh100] [--price=1.2]
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vpo_jax.planning.chips import CHIPS, parse_topology
+from vpo_jax.planning.compiled import compile_stage, missing, topology_mesh
+from vpo_jax.planning.fit import abstract_mesh, make_plan, measure_stages, propose
+from vpo_jax.planning.job import make_job
+from vpo_jax.planning.show import compiled_table, describe_job, plan_as_json, plan_tables, proposals_text
+from vpo_jax.runtime import cli
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import mesh_sizes
+from vpo_jax.training.check import check, check_mesh
+
+CONFIG = "configs/vpo.py"
+
+
+def main(argv: Sequence[str], console: Console | None = None) -> None:
+    """Prints the plan that the flags ask for."""
+    console = console or Console()
+    words, overrides = cli.split_overrides(argv)
+    parser = cli.Parser("vpo_jax.plan", (__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", default=CONFIG, help="FILE.py or FILE.py:PRESET (default: %(default)s)")
+    parser.add_argument("--topology", default="", help="v5e:4x4, v5p:4x4x4, gpu:8xh100, ...; none: every kind of chip")
+    parser.add_argument("--price", type=float, default=0.0, help="of one device for one hour, in any currency")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.4, help="share of the floor's speed that a run reaches (default: 0.4)"
+    )
+    parser.add_argument("--analytic", action="store_true", help="formulas only, also where libtpu could compile")
+    parser.add_argument("--output", default="", help="also write the plan here, as JSON")
+    flags = parser.parse(words)
+    if not 0 < flags.utilisation <= 1:
+        raise UserError(f"--utilisation: {flags.utilisation} is not above 0 and at most 1")
+    if not 0 <= flags.price < float("inf"):
+        raise UserError(f"--price: {flags.price} is not a price")
+    topology = parse_topology(flags.topology) if flags.topology else None
+    config = cli.load_config(flags.config)
+    cli.override(config, overrides)
+    check(config)
+    sizes = mesh_sizes(topology.count, **config.mesh) if topology else {}
+    if sizes:
+        check_mesh(config, abstract_mesh(sizes))
+
+    job = make_job(config)
+    console.print(describe_job(job), soft_wrap=True, highlight=False)
+    lines = measure_stages(job)
+    written: dict[str, Any] = {}
+    if topology is None:
+        proposals = {name: propose(job, lines, chip) for name, chip in CHIPS.items()}
+        console.print(proposals_text(proposals, flags.price, flags.utilisation), soft_wrap=True, highlight=False)
+        written["proposals"] = {name: plan_as_json(plan) for name, plan in proposals.items()}
+    else:
+        plan = make_plan(job, lines, topology, sizes)
+        for part in plan_tables(plan, flags.price, flags.utilisation):
+            console.print(part, soft_wrap=True, highlight=False)
+        written["plan"] = plan_as_json(plan)
+        smallest = propose(job, lines, topology.chip)
+        proposed = proposals_text({topology.chip.name: smallest}, flags.price, flags.utilisation)
+        console.print(proposed, soft_wrap=True, highlight=False)
+        written["smallest"] = plan_as_json(smallest)
+        why = "--analytic" if flags.analytic else missing(topology)
+        mesh = None if why else topology_mesh(topology, sizes)
+        if mesh is None:
+            console.print(f"not compiled: {why or 'libtpu counts its devices in another way'}", highlight=False)
+        else:
+            compiled = {}
+            for stage in job.stages:
+                print(f"compiling {stage.name}", file=sys.stderr)
+                compiled[stage.name] = compile_stage(stage, mesh)
+            console.print(compiled_table(compiled, plan))
+            written["compiled"] = {name: result._asdict() for name, result in compiled.items()}
+    if flags.output:
+        try:
+            Path(flags.output).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output: {flags.output} cannot be written: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,121 @@
+"""Ahead-of-time compilation for TPUs that are not here: libtpu compiles on any x86 host."""
+
+import contextlib
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from vpo_jax.planning.chips import Topology
+from vpo_jax.planning.job import Stage
+from vpo_jax.runtime.mesh import batch_sharding, infer_shardings, make_mesh, replicated
+from vpo_jax.training.state import PARAMETER_RULES
+
+# What libtpu asks the machine for; any worker of any slice will do.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-16",
+    "TPU_WORKER_ID": "0",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+_WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+_COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of a stage, a chip.
+
+    Attributes:
+      arguments, temporaries, outputs: bytes.
+      flops: by the compiler's count; a loop's body counts once.
+      collectives: kind -> bytes of the results; a loop's body counts once.
+      seconds: that compiling took.
+    """
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    flops: float
+    collectives: Mapping[str, int]
+    seconds: float
+
+
+def missing(topology: Topology) -> str:
+    """Why nothing can be compiled for the topology; "" where it can."""
+    if not topology.is_tpu:
+        return "there is no compiler for GPUs that are not here"
+    if importlib.util.find_spec("libtpu") is None:
+        return "libtpu is not installed (pip install -r requirements-tpu.txt)"
+    return ""
+
+
+def topology_mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh | None:
+    """The mesh on a described slice; None where libtpu counts its devices in another way."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+    if len(described.devices) != math.prod(sizes.values()):
+        return None
+    return make_mesh(**sizes, devices=described.devices)
+
+
+def compile_stage(stage: Stage, mesh: Mesh) -> Compiled:
+    """Compiles a stage at its full batch with the shardings that a run gives it."""
+    function, arguments = stage.build(stage.batch)
+
+    def placed(tree: Any, role: str) -> Any:
+        if role == "rules":
+            shardings = infer_shardings(tree, mesh, PARAMETER_RULES)
+        else:
+            chosen = batch_sharding(mesh) if role == "batch" else replicated(mesh)
+            shardings = jax.tree.map(lambda _: chosen, tree)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    placed_arguments = [placed(tree, role) for tree, role in zip(arguments, stage.arguments, strict=True)]
+    began = time.perf_counter()
+    with jax.set_mesh(mesh), _no_cache():
+        compiled = jax.jit(function).lower(*placed_arguments).compile()
+    memory: Any = compiled.memory_analysis()
+    costs: Any = compiled.cost_analysis() or {}
+    return Compiled(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes,
+        float(costs.get("flops", 0.0)),
+        collectives_of(compiled.as_text() or ""),
+        time.perf_counter() - began,
+    )
+
+
+@contextlib.contextmanager
+def _no_cache() -> Any:
+    # An executable for a described topology cannot be read back from the cache.
+    config: Any = jax.config
+    before = config.jax_enable_compilation_cache
+    config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        config.update("jax_enable_compilation_cache", before)
+
+
+def collectives_of(text: str) -> dict[str, int]:
+    """Bytes of the results of every collective in a program's HLO text, by kind."""
+    total: dict[str, int] = {}
+    for shapes, kind in _COLLECTIVE.findall(text):
+        sizes = [
+            _WIDTHS.get(dtype, 4) * int(np.prod([int(n) for n in dims.split(",") if n], dtype=np.int64))
+            for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
+        ]
+        if sizes:
+            # A start's result holds its operand too; the larger one is what travels.
+            total[kind] = total.get(kind, 0) + max(sizes)
+    return total

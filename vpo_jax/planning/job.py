@@ -1,0 +1,260 @@
+"""A config's job as shapes: the real stages with arguments that hold no numbers."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpo_jax.checkpoints import safetensors_io as io
+from vpo_jax.checkpoints.folders import COMPONENTS, DEFAULTS_FILE, PipelineParts, param_shapes
+from vpo_jax.diffusion.samplers import make_sampler
+from vpo_jax.pipeline import SHIPPED, Pipeline, make_pipeline
+from vpo_jax.planning.specs import MODELS, QUERY_TOKENS, SCORERS
+from vpo_jax.rewards.combine import dimension_names
+from vpo_jax.rewards.loading import load_reward
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.training.losses import PairCoefficients
+from vpo_jax.training.optimizer import make_optimizer
+from vpo_jax.training.pairs import Pairs
+from vpo_jax.training.policy import Policy, make_policy
+from vpo_jax.training.rollout import frames_to_decode, make_decode, make_rollout
+from vpo_jax.training.stages import abstract_pairs
+from vpo_jax.training.state import TrainState, init_state
+from vpo_jax.training.step import Noised, make_errors, make_gradients
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One compiled function of a step.
+
+    Attributes:
+      name: as in the metrics, time/NAME.
+      build: batch -> (function, arguments); see `arguments`.
+      arguments: role of each argument: "rules" (parameters), "batch" (first dimension), "whole".
+      batch: what a step gives it, in clips, pairs or prompts.
+      microbatch: how many at a time; 0 = all.
+      calls: a step.
+      forwards: passes of the denoiser in a call, backward ones too: each gathers its weights where they are cut.
+    """
+
+    name: str
+    build: Callable[[int], tuple[Callable[..., Any], tuple[Any, ...]]]
+    arguments: tuple[str, ...]
+    batch: int
+    microbatch: int
+    calls: int
+    forwards: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A config's shapes.
+
+    Attributes:
+      config: resolved.
+      pipeline: its `params` are shapes.
+      policy: likewise.
+      state: the training state's shapes.
+      rewards: scorers; their `params` may be shapes.
+      stages: in the order of a step.
+      size: (frames, height, width) of a video.
+    """
+
+    config: Any
+    pipeline: Pipeline
+    policy: Policy
+    state: TrainState
+    rewards: Sequence[Any]
+    stages: tuple[Stage, ...]
+    size: tuple[int, int, int]
+
+    @property
+    def resident(self) -> dict[str, tuple[Tree, str]]:
+        """What lies in memory from start to end: name -> (shapes, role)."""
+        scorers = [shapes_of(reward.params) for reward in self.rewards]
+        return {
+            "frozen denoiser": (self.policy.frozen, "rules"),
+            "start of the policy": (self.policy.start, "rules"),
+            "training state": (self.state, "state"),
+            "text encoder": (self.pipeline.params["text_encoder"], "rules"),
+            "autoencoder": (self.pipeline.params["vae"], "rules"),
+            "scorers": (scorers, "whole"),
+        }
+
+
+def shapes_of(tree: Tree) -> Tree:
+    """The tree's shapes and dtypes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def read_shapes(path: str) -> Pipeline:
+    """The pipeline of a diffusers folder, a shipped model, or a name in `specs.MODELS`, by its configs alone.
+
+    Raises:
+      UserError: neither a folder nor a name, or a config that the models refuse.
+    """
+    if path in MODELS and not Path(path).exists():
+        configs, defaults = MODELS[path], {}
+    else:
+        root = Path(SHIPPED.get(path, path))
+        if not root.is_dir():
+            raise UserError(
+                f"model.path: {path}: no such folder; give a diffusers folder (its config files are enough), shapes,"
+                f" or one of {', '.join(MODELS)}"
+            )
+        configs = {name: io.read_json(root / name / "config.json") for name in COMPONENTS}
+        configs["scheduler"] = io.read_json(root / "scheduler" / "scheduler_config.json")
+        defaults = io.read_json(root / DEFAULTS_FILE) if (root / DEFAULTS_FILE).is_file() else {}
+    params = {name: param_shapes(name, configs[name]) for name in COMPONENTS}
+    return make_pipeline(PipelineParts(configs, params, None, defaults))
+
+
+def read_scorers(names: str) -> list[Any]:
+    """Scorers of a comma-separated list; those in `specs.SCORERS` as shapes."""
+    return [
+        _videoscore(name) if name in SCORERS and not Path(name).is_dir() else load_reward(name)
+        for name in (part.strip() for part in names.split(","))
+        if name
+    ]
+
+
+class _Queries:
+    """Stands for a tokenizer: how many tokens there are, and nothing of what they say."""
+
+    def __init__(self, tokens_per_image: int) -> None:
+        self.frame_ids = np.zeros(tokens_per_image + 2, np.int32)
+        self.length = QUERY_TOKENS
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        shape = (len(prompts), self.length)
+        return {"input_ids": np.zeros(shape, np.int32), "mask": np.ones(shape, bool)}
+
+
+def _videoscore(name: str) -> Any:
+    from vpo_jax.checkpoints.videoscore import videoscore_shapes
+    from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
+    from vpo_jax.models.idefics2_config import Idefics2Config
+    from vpo_jax.rewards.frames import FrameSettings
+    from vpo_jax.rewards.protocol import DIMENSIONS
+    from vpo_jax.rewards.videoscore import VideoScoreOptions, VideoScoreReward
+
+    config = Idefics2Config.from_dict(SCORERS[name])
+    shapes = videoscore_shapes(config, len(DIMENSIONS))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
+    model = Idefics2ForSequenceClassification(config, len(DIMENSIONS), jnp.bfloat16)
+    queries: Any = _Queries(config.perceiver.resampler_n_latents)
+    return VideoScoreReward(name, model, params, queries, FrameSettings(), VideoScoreOptions())
+
+
+def make_job(config: Any) -> Job:
+    """The job of a config that `check` has passed."""
+    pipeline = read_shapes(config.model.path)
+    rewards = read_scorers(config.reward.scorers)
+    rollout, train, preference = config.rollout, config.train, config.preference
+    size = pipeline.video_size(rollout.num_frames, rollout.height, rollout.width)
+    latent_shape = pipeline.latent_shape(*size)
+    policy = _policy(config, pipeline)
+    denoise = policy.denoise
+    text_config = pipeline.text_encoder.config
+    length = text_config.max_position_embeddings
+    text = jax.eval_shape(
+        lambda p: pipeline.encode_text(p, jnp.zeros((1, length), jnp.int32)), pipeline.params["text_encoder"]
+    )
+    prompts, updates = train.prompts_per_step, train.updates_per_step
+    clips, pairs = prompts * rollout.candidates, prompts * (preference.max_pair_age + 1)
+    frames = frames_to_decode(rewards, size[0])
+    sampler = make_sampler(pipeline.scheduler_config, rollout.num_inference_steps, rollout.sampler or None, rollout.eta)
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def text_of(batch: int) -> Any:
+        return array(batch, *text.shape[1:], dtype=text.dtype)
+
+    def encode(batch: int) -> tuple:
+        return pipeline.encode_text, (pipeline.params["text_encoder"], array(batch, length, dtype=jnp.int32))
+
+    def sample(batch: int) -> tuple:
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+        negative = array(*text.shape[1:], dtype=text.dtype)
+        micro = rollout.microbatch if rollout.microbatch < batch else 0
+        made = make_rollout(denoise, sampler, latent_shape, rollout.guidance_scale, micro)
+        return made, (policy.frozen, policy.start, text_of(batch), negative, keys)
+
+    def decode(batch: int) -> tuple:
+        micro = rollout.microbatch if rollout.microbatch < batch else 0
+        return make_decode(pipeline, frames, micro), (pipeline.params["vae"], array(batch, *latent_shape))
+
+    def score(reward: Any) -> Callable[[int], tuple]:
+        seen = len(reward.frame_indices(size[0]))
+
+        def build(batch: int) -> tuple:
+            videos = array(batch, seen, *size[1:], 3, dtype=jnp.uint8)
+            prepared = shapes_of(reward.prepare(["a prompt"] * batch))
+            return reward.score, (shapes_of(reward.params), videos, prepared)
+
+        return build
+
+    def noised(batch: int) -> Noised:
+        video = array(batch, *latent_shape)
+        return Noised(video, video, video, video, array(batch, dtype=jnp.int32), text_of(batch))
+
+    def errors(batch: int) -> tuple:
+        micro = train.microbatch if train.microbatch < batch else 0
+        return make_errors(denoise, micro), (policy.frozen, policy.start, noised(batch))
+
+    def update(batch: int) -> tuple:
+        micro = train.microbatch if train.microbatch < batch else 0
+        mu = preference.winner_safeguard_mu if preference.winner_safeguard else None
+        made = make_gradients(denoise, micro, mu, preference.anchor)
+        one = array(batch)
+        fields = len(PairCoefficients._fields)
+        rest = (noised(batch), PairCoefficients(*(one,) * fields), array(batch, dtype=jnp.bool_))
+        return made, (policy.frozen, policy.start, policy.start, *rest)
+
+    of_pairs = ("rules", "rules", "batch")
+    passes = 4 if train.remat else 3
+    stages = [
+        Stage("encode", encode, ("rules", "batch"), prompts, 0, 1),
+        Stage("rollout", sample, ("rules", "rules", "batch", "whole", "batch"), clips, rollout.microbatch, 1,
+              forwards=rollout.num_inference_steps),
+        Stage("decode", decode, ("rules", "batch"), clips, rollout.microbatch, 1),
+        *(
+            Stage(f"score {reward.name}", score(reward), ("whole", "batch", "batch"), clips, rollout.microbatch, 1)
+            for reward in rewards
+            if reward.jittable
+        ),
+        Stage("errors", errors, of_pairs, pairs, train.microbatch, 2 * updates, forwards=1),
+        Stage("update", update, ("rules", "rules", "rules", "batch", "batch", "batch"), pairs, train.microbatch,
+              updates, forwards=passes),
+    ]  # fmt: skip
+    one_pair: Pairs = abstract_pairs(prompts, latent_shape, array(*text.shape[1:], dtype=text.dtype))
+    state = jax.eval_shape(
+        lambda start: init_state(
+            start,
+            make_optimizer(config.optimizer),
+            one_pair,
+            len(dimension_names(rewards)),
+            preference.max_pair_age,
+            with_ema=config.ema.decay > 0.0,
+        ),
+        policy.start,
+    )
+    return Job(config, pipeline, policy, state, rewards, tuple(stages), size)
+
+
+def _policy(config: Any, pipeline: Pipeline) -> Policy:
+    made: list[Policy] = []
+
+    def trees(params: Tree) -> tuple[Tree, Tree]:
+        made.append(make_policy(config, pipeline.unet, params))
+        return made[0].frozen, made[0].start
+
+    frozen, start = jax.eval_shape(trees, pipeline.params["unet"])
+    return dataclasses.replace(made[0], frozen=frozen, start=start)

@@ -1,0 +1,134 @@
+"""Plans as tables and as JSON."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.table import Table
+
+from vpo_jax.planning.chips import USABLE
+from vpo_jax.planning.compiled import Compiled
+from vpo_jax.planning.fit import MOST, Plan
+from vpo_jax.planning.job import Job
+from vpo_jax.runtime.trees import count
+
+
+def describe_job(job: Job) -> str:
+    """Parameters and sizes, some lines."""
+    frames, height, width = job.size
+    params = {name: count(tree) for name, tree in job.pipeline.params.items()}
+    scorers = {reward.name: count(reward.params) for reward in job.rewards}
+    listed = ", ".join(f"{name} {_number(n)}" for name, n in (params | scorers).items())
+    config = job.config
+    trained = "LoRA of rank " + str(config.lora.rank) if config.lora.rank else "all of the denoiser"
+    return (
+        f"parameters: {listed}\n"
+        f"trained: {trained}, {_number(count(job.policy.start))} parameters; compute in {config.model.dtype}\n"
+        f"a step: {config.train.prompts_per_step} prompts x {config.rollout.candidates} candidates of {frames} frames"
+        f" {height}x{width}, {config.rollout.num_inference_steps} sampling steps,"
+        f" {config.train.updates_per_step} updates"
+    )
+
+
+def plan_tables(plan: Plan, price: float, utilisation: float) -> Iterator[Table | str]:
+    """The plan of one mesh: bytes, stages, and what comes out."""
+    chip = plan.topology.chip
+    memory = Table("a chip's memory", "GB", title=f"{plan.topology.name}: {_spell(plan.mesh)}")
+    for name, size in plan.resident.items():
+        memory.add_row(name, _gb(size))
+    widest = max(plan.stages, key=lambda stage: stage.temporaries)
+    memory.add_row(f"temporaries, at most ({widest.name}; estimated)", _gb(widest.temporaries))
+    memory.add_row("peak", _gb(plan.peak))
+    memory.add_row(f"of {_gb(chip.memory)}, usable", _gb(USABLE * chip.memory))
+    yield memory
+
+    stages = Table("a step's stage", "TFLOP", "floor, s", "set by", "temporaries, GB", "collectives a chip, GB")
+    for stage in plan.stages:
+        sent = ", ".join(f"{kind} {_gb(size)}" for kind, size in stage.collectives.items()) or "none"
+        flops = f"{stage.flops / 1e12:,.3f}"
+        stages.add_row(stage.name, flops, f"{stage.floor:.4g}", stage.bound, _gb(stage.temporaries), sent)
+    yield stages
+
+    if plan.fits:
+        yield "fits"
+    else:
+        what, size = plan.largest
+        yield (
+            f"does not fit: {_gb(plan.peak)} GB a chip, and {_gb(USABLE * chip.memory)} are usable; the most is"
+            f" {what}, {_gb(size)} GB"
+        )
+    result = _result(plan, price, utilisation)
+    yield f"floor of a step: {plan.seconds:.4g} s; at {utilisation:.0%} of that speed: {result}"
+
+
+def proposals_text(proposals: Mapping[str, Plan | None], price: float, utilisation: float) -> str:
+    """The smallest mesh of each kind of chip, with the flags that make it."""
+    lines = ["smallest mesh that holds the job:"]
+    for name, plan in proposals.items():
+        if plan is None:
+            lines.append(f"  {name}: none up to {MOST} devices holds it, or divides its batch")
+            continue
+        flags = [f"--config.mesh.fsdp={plan.mesh['fsdp']}", *(f"--config.{k}={v}" for k, v in plan.changes.items())]
+        lines += [
+            f"  {plan.topology.name}: {_gb(plan.peak)} GB a chip, floor {plan.seconds:.4g} s,"
+            f" {_result(plan, price, utilisation)}",
+            f"    {' '.join(flags)}",
+        ]
+    return "\n".join(lines)
+
+
+def compiled_table(compiled: Mapping[str, Compiled], plan: Plan) -> Table:
+    """What the compiler says beside what the formulas say."""
+    table = Table(
+        "compiled stage", "arguments, GB", "temporaries, GB", "(estimated)", "collectives, GB", "compiled in, s",
+        title="ahead of time, a chip; a loop's collectives count once",
+    )  # fmt: skip
+    estimated = {stage.name: stage.temporaries for stage in plan.stages}
+    for name, result in compiled.items():
+        sent = ", ".join(f"{kind} {_gb(size)}" for kind, size in result.collectives.items()) or "none"
+        sizes = _gb(result.arguments), _gb(result.temporaries), _gb(estimated[name])
+        table.add_row(name, *sizes, sent, f"{result.seconds:.0f}")
+    return table
+
+
+def plan_as_json(plan: Plan | None) -> dict[str, Any] | None:
+    """The plan's numbers."""
+    if plan is None:
+        return None
+    return {
+        "topology": plan.topology.name,
+        "devices": plan.topology.count,
+        "mesh": dict(plan.mesh),
+        "changes": dict(plan.changes),
+        "fits": plan.fits,
+        "peak_bytes": plan.peak,
+        "memory_bytes": plan.topology.chip.memory,
+        "resident_bytes": dict(plan.resident),
+        "seconds": plan.seconds,
+        "stages": {
+            stage.name: {
+                "flops": stage.flops,
+                "seconds": dict(stage.seconds),
+                "bound": stage.bound,
+                "temporary_bytes": stage.temporaries,
+                "collective_bytes": dict(stage.collectives),
+            }
+            for stage in plan.stages
+        },
+    }
+
+
+def _result(plan: Plan, price: float, utilisation: float) -> str:
+    text = f"{plan.videos_an_hour(utilisation):,.0f} videos an hour"
+    return f"{text}, {plan.cost_a_thousand_pairs(price, utilisation):,.2f} a thousand pairs" if price else text
+
+
+def _spell(mesh: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in mesh.items())
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.3g}" if size < 1e12 else f"{size / 1e9:,.0f}"
+
+
+def _number(n: int) -> str:
+    return f"{n / 1e6:,.1f} M" if n >= 1e5 else f"{n:,}"
