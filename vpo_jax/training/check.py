@@ -1,6 +1,7 @@
 """What a config may hold: looked at before anything is loaded, compiled or written."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -145,7 +146,9 @@ def check(config: Mapping[str, Any]) -> None:
 def _check_value(key: str, value: Any, field: Field) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     right = is_number if field.kind is float else type(value) is field.kind
-    if not right or (field.kind is float and not math.isfinite(value)) or not field.holds(value):
+    # Compared, since a whole number that no float can hold makes math.isfinite raise.
+    finite = field.kind is not float or (right and abs(value) <= sys.float_info.max)
+    if not right or not finite or not field.holds(value):
         raise UserError(f"{key}: {value!r} is not {field.words}")
 
 
