@@ -19,7 +19,9 @@ WORDS = sorted({word for caption in world.captions("tune") for word in caption.s
 @pytest.fixture(scope="module")
 def parts():
     tokenizer = make_word_tokenizer(WORDS, 16)
-    config = VideoScorerConfig(DIMENSIONS, ((1.0, 4.0),) * 5, 8, 32, tokenizer.get_vocab_size(), 16, (8, 8), 4, 4, 16, 16)
+    config = VideoScorerConfig(
+        DIMENSIONS, ((1.0, 4.0),) * 5, 8, 32, tokenizer.get_vocab_size(), 16, (8, 8), 4, 4, 16, 16
+    )
     videos = np.zeros((1, 8, 32, 32, 3), np.uint8)
     init = jax.jit(VideoScorer(config).init)
     return ScorerParts(config, init(jax.random.key(0), videos, np.zeros((1, 16), np.int32))["params"], tokenizer)

@@ -22,6 +22,7 @@ from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.runtime.cli import Parser, run
+from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.trees import count
 from vpo_jax.shapes import scorer_data as data
@@ -215,12 +216,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--samples", type=int, default=1024, help="samples of the base model")
     parser.add_argument("--seconds", type=float, default=None, help="stop the training after this long, saved")
     flags = parser.parse(argv)
+    if flags.output.resolve().is_relative_to(flags.workdir.resolve()):
+        raise UserError(f"--output: {flags.output} is inside --workdir; choose a folder outside of it")
     pools = None
     if flags.base is not None:
         pools = make_pools(flags.base, flags.seed, flags.carried, flags.samples, flags.workdir / "pools")
     parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, flags.seconds)
     names = ("seed", "steps", "learning_rate", "carried", "samples")
-    recipe = {"command": "python -m vpo_jax.shapes.train_scorer", **{name: getattr(flags, name) for name in names}}
+    words = ["python -m vpo_jax.shapes.train_scorer", *(f"--{name}={getattr(flags, name)}" for name in names)]
+    recipe = {"command": " ".join(words)}
     write_scorer(flags.output, parts, {"recipe.json": recipe})
     print(f"wrote {flags.output}")
 
