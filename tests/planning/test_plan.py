@@ -134,7 +134,9 @@ def test_libtpu_compiles_every_stage_for_a_slice_that_is_not_here(job, tmp_path)
     said = run(*job, *flags)
     assert "compiled stage" in said
     compiled = json.loads(output.read_text())["compiled"]
-    assert compiled["update"]["temporaries"] > 0 and "all-reduce" in compiled["update"]["collectives"]
+    # So small a model computes in the chip's scratch memory: the compiler needs no temporaries.
+    assert compiled["update"]["arguments"] > 0 and compiled["update"]["flops"] > 0
+    assert compiled["update"]["collectives"]["all-reduce"] > 0, compiled["update"]
 
 
 def test_a_missing_compiler_is_said_with_the_way_to_it():
