@@ -170,6 +170,6 @@ def test_evaluation_json_is_strict_json_with_null_for_nan(tmp_path):
 def test_clips_are_written_as_mp4_and_webp(tmp_path):
     result = compare(FakePipeline(), FakePipeline(2.0), PROMPTS, [FakeReward()], keep=1)
     write_clips(tmp_path, result)
-    names = ["base_0000.mp4", "base_0000.webp", "tuned_0000.mp4", "tuned_0000.webp"]
+    names = ["base_0000.mp4", "base_0000.webp", "side_by_side.webp", "tuned_0000.mp4", "tuned_0000.webp"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     np.testing.assert_array_equal(read_video(tmp_path / "base_0000.webp")[:, ::64, ::64], result.base_videos[0])

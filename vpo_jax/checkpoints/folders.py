@@ -292,7 +292,9 @@ def _check_target(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: a file is in the way; choose another folder")
     if path.is_dir():
-        foreign = sorted({entry.name for entry in path.iterdir()} - _WRITTEN)
+        names = {entry.name for entry in path.iterdir()}
+        # A README.md without a pipeline beside it is somebody's own.
+        foreign = sorted(names - (_WRITTEN if "model_index.json" in names else _WRITTEN - {"README.md"}))
         if foreign:
             raise UserError(f"{path}: holds {foreign[0]}, which no pipeline has; choose an empty or a new folder")
 
