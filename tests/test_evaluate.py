@@ -79,7 +79,7 @@ def test_the_command_leaves_a_table_a_page_numbers_and_clips(loaded, tmp_path, c
     assert document["prompts"] == ["<b>fox</b> 🦊", "a 'quoted' \"thing\""]
     assert next(row for row in document["rows"] if row["dimension"] == "brightness")["win_rate"] == 1.0
     assert "&lt;b&gt;fox&lt;/b&gt; 🦊" in (out / "report.html").read_text(encoding="utf-8")
-    names = ["base_0000.mp4", "base_0000.webp", "tuned_0000.mp4", "tuned_0000.webp"]
+    names = ["base_0000.mp4", "base_0000.webp", "side_by_side.webp", "tuned_0000.mp4", "tuned_0000.webp"]
     assert sorted(path.name for path in (out / "videos").iterdir()) == names
     printed = capsys.readouterr().out
     assert "brightness" in printed and "100 % (100 to 100)" in printed and "report.html" in printed
