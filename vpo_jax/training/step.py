@@ -258,9 +258,7 @@ def make_descend(
         some = jnp.any(mask)
         applied = trained.finite & finite & some
         policy = optax.apply_updates(trained.policy, change)
-        ema = {}
-        if ema_decay > 0.0:
-            ema = trained.ema
+        ema = trained.ema  # {} where it is off
         if ema_decay > 0.0:
             ema = jax.tree.map(lambda a, p: ema_decay * a + (1.0 - ema_decay) * p, ema, policy)
         policy, ema, moments = select(applied, (policy, ema, moments), (trained.policy, trained.ema, trained.optimizer))
