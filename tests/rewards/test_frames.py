@@ -6,7 +6,7 @@ import PIL
 import pytest
 from PIL import Image
 
-from vpo_jax.rewards.frames import FrameSettings, bilinear_taps, prepare_frames, resize_bilinear
+from vpo_jax.rewards.frames import FrameSettings, prepare_frames, resize, resize_taps
 from vpo_jax.runtime.errors import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -42,7 +42,7 @@ def test_full_size_frames_equal_pillow_to_the_bit():
     for old, new in [((256, 256), (378, 378)), ((320, 576), (378, 576)), ((720, 1280), (551, 980))]:
         video = noise(*old, frames=1)
         expected = np.asarray(Image.fromarray(video[0]).resize(new[::-1], Image.Resampling.BILINEAR))
-        np.testing.assert_array_equal(jax.jit(lambda x, new=new: resize_bilinear(x, *new))(video)[0], expected)
+        np.testing.assert_array_equal(jax.jit(lambda x, new=new: resize(x, *new))(video)[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_sizes_are_those_of_idefics2(height, width):
 
 @pytest.mark.parametrize(("old", "new"), [(3, 8), (8, 3), (97, 31), (5, 5), (1, 4)])
 def test_weights_of_a_place_sum_to_one(old, new):
-    indices, weights = bilinear_taps(old, new)
+    indices, weights = resize_taps(old, new)
     assert (np.abs(weights.sum(0) - (1 << 22)) <= len(weights)).all()
     assert indices.min() >= 0 and indices.max() < old
 

@@ -5,7 +5,7 @@ UNet3DConditionModel has no PEFT mixin, so `pipe.load_lora_weights` does not (di
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from vpo_jax.models.lora import LoRAConfig
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import flatten, unflatten
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # Fields of PEFT that change what an adapter computes, with the only value that is honoured.
 _PLAIN = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none", "lora_bias": False}
 _EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication")
@@ -44,7 +44,7 @@ def read_adapter(path: str | Path, shapes: Mapping[str, Any], lora: LoRAConfig) 
         for pickle in sorted(p for p in path.iterdir() if p.suffix in PICKLES):
             raise refuse_pickle(pickle)
         raise UserError(f"lora.path: {file} is not there; copy the adapter folder again")
-    found = {key.removeprefix(_PREFIX): array for key, array in read_file(file).items()}
+    found = {key.removeprefix(PREFIX): array for key, array in read_file(file).items()}
     wanted = {f"{name.replace('/', '.')}.weight": (name, leaf.shape) for name, leaf in flatten(shapes).items()}
     compare_names(set(wanted), set(found), f"lora.path: {file}", "lora.targets", "name there the layers that it adapts")
     adapters = {}
@@ -62,13 +62,25 @@ def read_adapter(path: str | Path, shapes: Mapping[str, Any], lora: LoRAConfig) 
     return unflatten(adapters)
 
 
-def _check_config(config: Mapping[str, Any], lora: LoRAConfig, file: Path) -> None:
+def refuse_unusual(config: Mapping[str, Any], where: str, honoured: Collection[str] = ()) -> None:
+    """Raises UserError, beginning with `where`, for an adapter that is no plain LoRA.
+
+    Args:
+        config: parsed adapter_config.json.
+        where: file, for the error message.
+        honoured: fields that the caller sees to itself.
+    """
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"lora.path: {file}: peft_type is {kind!r}; only LORA can be trained on")
+        raise UserError(f"{where}: peft_type is {kind!r}; only LORA can be read")
     odd = [field for field, plain in _PLAIN.items() if config.get(field) not in (None, plain)]
     for field in odd + [field for field in _EMPTY if config.get(field)]:
-        raise UserError(f"lora.path: {file}: {field}={config[field]!r} is not supported; merge it into the base")
+        if field not in honoured:
+            raise UserError(f"{where}: {field}={config[field]!r} is not supported; merge it into the base")
+
+
+def _check_config(config: Mapping[str, Any], lora: LoRAConfig, file: Path) -> None:
+    refuse_unusual(config, f"lora.path: {file}")
     for field, ours, name in (("r", lora.rank, "rank"), ("lora_alpha", lora.alpha, "alpha")):
         if config.get(field) != ours:
             raise UserError(
@@ -96,7 +108,7 @@ def write_adapter(path: str | Path, adapters: Mapping[str, Any], lora: LoRAConfi
     for name, leaf in flatten(adapters).items():
         module, _, which = name.rpartition("/")
         dotted = module.replace("/", ".")
-        tensors[f"{_PREFIX}{dotted}.{which}.weight"] = _to_torch(np.asarray(leaf, np.float32), adapters, name)
+        tensors[f"{PREFIX}{dotted}.{which}.weight"] = _to_torch(np.asarray(leaf, np.float32), adapters, name)
         if which == "lora_A":
             modules.append(dotted)
     config = {

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from vpo_jax.checkpoints import safetensors_io as io
+from vpo_jax.checkpoints import videoreward
 from vpo_jax.checkpoints.keys import from_torch, init_shapes, to_torch
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.runtime.errors import UserError
@@ -57,11 +58,15 @@ def encode_captions(tokenizer: Tokenizer, captions: Sequence[str]) -> np.ndarray
 def scorer_class(folder: str | Path) -> str:
     """The class of the scorer in `folder`: `_class_name`, or transformers' first of `architectures`.
 
+    A folder with model_config.json and no config.json is a VideoReward as it is published.
+
     Raises:
         UserError: there is no such folder, or no scorer in it.
     """
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder; a scorer is a folder with config.json in it")
+    if not (Path(folder) / "config.json").is_file() and (Path(folder) / videoreward.SETTINGS_FILE).is_file():
+        return videoreward.CLASSES[0]
     config = io.read_json(Path(folder) / "config.json")
     architectures = config.get("architectures")
     named = architectures[0] if isinstance(architectures, list) and architectures else None

@@ -18,7 +18,7 @@ from vpo_jax.runtime.errors import UserError
 CLASS = "Idefics2ForSequenceClassification"
 QUERY_FILE = "query_prompt.txt"
 _HEAD = "score.weight"
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,8 @@ def read_videoscore(folder: str | Path, num_labels: int, dtype: str = "") -> Vid
     tokenizer = read_plain_tokenizer(folder, config.text.vocab_size)
     processor = _image_processor(folder, config)
     query = read_query(folder / QUERY_FILE) if (folder / QUERY_FILE).is_file() else None
-    if dtype and dtype not in _DTYPES:
-        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(_DTYPES)}")
+    if dtype and dtype not in DTYPES:
+        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     state = io.read_weights(folder, io.TRANSFORMERS_STEM)
     head = state.get(_HEAD)
     if head is None:
@@ -67,7 +67,7 @@ def read_videoscore(folder: str | Path, num_labels: int, dtype: str = "") -> Vid
         )
     if head.shape[0] != num_labels:
         raise UserError(f"{folder}: {_HEAD} has {head.shape[0]} outputs, a VideoScore has {num_labels}; give another")
-    wanted = _DTYPES[dtype or ("bfloat16" if head.dtype == jnp.bfloat16 else "float32")]
+    wanted = DTYPES[dtype or ("bfloat16" if head.dtype == jnp.bfloat16 else "float32")]
     params = from_torch(state, videoscore_shapes(config, num_labels), str(folder), wanted)
     return VideoScoreParts(config, params, tokenizer, processor, query)
 

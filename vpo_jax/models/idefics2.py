@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vpo_jax.models.idefics2_config import Idefics2Config
 from vpo_jax.models.idefics2_vision import Connector, VisionModel
 from vpo_jax.models.layers import Dense
-from vpo_jax.models.mistral import MistralModel, Prefix
+from vpo_jax.models.mistral import MistralModel, Prefix, fill_in
 
 
 class Idefics2Model(nn.Module):
@@ -44,10 +44,7 @@ class Idefics2Model(nn.Module):
         embeddings = self.text_model.embed(ids)
         if images is not None:
             flat = images.reshape(len(images), -1, images.shape[-1])
-            is_image = ids == self.config.image_token_id
-            which = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, flat.shape[1] - 1)
-            placed = jnp.take_along_axis(flat, which[..., None], axis=1)
-            embeddings = jnp.where(is_image[..., None], placed, embeddings)
+            embeddings = fill_in(embeddings, ids == self.config.image_token_id, flat)
         return self.text_model(embeddings, token_mask, before)
 
 

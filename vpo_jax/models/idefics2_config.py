@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from vpo_jax.models.config_fields import BOOKKEEPING, read_fields, require, require_int
 
@@ -60,6 +60,12 @@ class TextConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     sliding_window: int | None = 4096
+    qkv_bias: ClassVar[bool] = False
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How far back each layer looks; None is all the way."""
+        return (self.sliding_window,) * self.num_hidden_layers
 
     @property
     def head_size(self) -> int:

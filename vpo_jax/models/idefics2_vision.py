@@ -64,7 +64,7 @@ class VisionLayer(nn.Module):
         h = LayerNorm(config.layer_norm_eps, dtype, name="layer_norm1")(x)
         x = x + VisionAttention(config, dtype, self.backend, name="self_attn")(h, mask)
         h = LayerNorm(config.layer_norm_eps, dtype, name="layer_norm2")(x)
-        return x + VisionFeedForward(config, dtype, name="mlp")(h)
+        return x + VisionFeedForward(config.intermediate_size, config.hidden_act, dtype, name="mlp")(h)
 
 
 class VisionAttention(nn.Module):
@@ -87,15 +87,16 @@ class VisionAttention(nn.Module):
 
 
 class VisionFeedForward(nn.Module):
-    """Two linear layers and the activation that the config names."""
+    """Two linear layers and the activation between them."""
 
-    config: VisionConfig
+    hidden: int
+    act: str
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [N, L, C]
-        h = Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)
-        return Dense(x.shape[-1], dtype=self.dtype, name="fc2")(activation(self.config.hidden_act)(h))
+        h = Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
+        return Dense(x.shape[-1], dtype=self.dtype, name="fc2")(activation(self.act)(h))
 
 
 class VisionEncoder(nn.Module):

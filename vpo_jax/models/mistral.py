@@ -1,4 +1,7 @@
-"""Mistral's decoder (transformers `MistralModel`) in Flax linen: grouped-query attention, rotary positions."""
+"""Mistral's decoder (transformers `MistralModel`) in Flax linen: grouped-query attention, rotary positions.
+
+Qwen2's is the same one with biases on queries, keys and values, and windows in some layers only.
+"""
 
 from typing import Any, NamedTuple
 
@@ -6,9 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vpo_jax.models import idefics2_config, qwen2_vl_config
 from vpo_jax.models.attention import attention
-from vpo_jax.models.idefics2_config import TextConfig
 from vpo_jax.models.layers import Dense, GatedFeedForward, RMSNorm
+
+DecoderConfig = idefics2_config.TextConfig | qwen2_vl_config.TextConfig
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> jax.Array:
@@ -40,6 +45,12 @@ class Prefix(NamedTuple):
     values: tuple[jax.Array, ...]
 
 
+def fill_in(embeddings: jax.Array, places: jax.Array, features: jax.Array) -> jax.Array:
+    """Embeddings [B, L, C] with the rows of features [B, n, C] at places (bool [B, L], n of them a row), in order."""
+    which = jnp.clip(jnp.cumsum(places, axis=1) - 1, 0, features.shape[1] - 1)
+    return jnp.where(places[..., None], jnp.take_along_axis(features, which[..., None], axis=1), embeddings)
+
+
 def causal_mask(token_mask: jax.Array, queries: int, window: int | None) -> jax.Array:
     """Which key each of the last `queries` tokens may look at: bool [B, K] (True = real) -> [B, 1, queries, K].
 
@@ -54,7 +65,7 @@ def causal_mask(token_mask: jax.Array, queries: int, window: int | None) -> jax.
 class SelfAttention(nn.Module):
     """Causal attention in which several query heads share a key and value head."""
 
-    config: TextConfig
+    config: DecoderConfig
     dtype: Any = jnp.float32
     backend: str = "xla"
 
@@ -66,7 +77,7 @@ class SelfAttention(nn.Module):
         config, size = self.config, self.config.head_size
 
         def heads(name: str, count: int) -> jax.Array:
-            y = Dense(count * size, use_bias=False, dtype=self.dtype, name=name)(x)
+            y = Dense(count * size, use_bias=config.qkv_bias, dtype=self.dtype, name=name)(x)
             return y.reshape(*x.shape[:2], count, size)
 
         query = rotate(heads("q_proj", config.num_attention_heads), angles)
@@ -81,7 +92,7 @@ class SelfAttention(nn.Module):
 class Layer(nn.Module):
     """One pre-norm decoder layer."""
 
-    config: TextConfig
+    config: DecoderConfig
     dtype: Any = jnp.float32
     backend: str = "xla"
 
@@ -115,7 +126,7 @@ class TokenEmbedding(nn.Module):
 class MistralModel(nn.Module):
     """A decoder over embeddings, so that images can take the place of tokens."""
 
-    config: TextConfig
+    config: DecoderConfig
     dtype: Any = jnp.float32
     backend: str = "xla"
 
@@ -133,7 +144,11 @@ class MistralModel(nn.Module):
         return self.embed_tokens(ids)
 
     def __call__(
-        self, embeddings: jax.Array, token_mask: jax.Array, before: Prefix | None = None
+        self,
+        embeddings: jax.Array,
+        token_mask: jax.Array,
+        before: Prefix | None = None,
+        angles: jax.Array | None = None,
     ) -> tuple[jax.Array, Prefix]:
         """Last hidden state [B, L, C] after the final norm, and all that was read.
 
@@ -144,15 +159,17 @@ class MistralModel(nn.Module):
             token_mask: bool [B, L]; False is padding, and what comes out there means nothing. The real tokens of
                 a row lie side by side, those of `before` included.
             before: the beginning that these tokens continue.
+            angles: [B, L, D / 2] of the tokens' rotation, where positions do more than count.
         """
         length = embeddings.shape[1]
         whole = token_mask if before is None else jnp.concatenate([before.mask, token_mask], axis=1)
-        positions = jnp.maximum(jnp.cumsum(whole, axis=1) - 1, 0)[:, -length:]
-        angles = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
-        mask = causal_mask(whole, length, self.config.sliding_window)
+        if angles is None:
+            positions = jnp.maximum(jnp.cumsum(whole, axis=1) - 1, 0)[:, -length:]
+            angles = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
+        masks = {window: causal_mask(whole, length, window) for window in set(self.config.windows)}
         x = embeddings.astype(self.dtype)
         read = []
-        for i, layer in enumerate(self.layers):
-            x, both = layer(x, mask, angles, None if before is None else (before.keys[i], before.values[i]))
+        for i, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
+            x, both = layer(x, masks[window], angles, None if before is None else (before.keys[i], before.values[i]))
             read.append(both)
         return self.norm(x), Prefix(whole, tuple(key for key, _ in read), tuple(value for _, value in read))

@@ -1,7 +1,7 @@
 """Frames as a scorer's encoder wants them, inside jit: Pillow's resize to the bit, then scaled and normalised."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 
 from vpo_jax.models.config_fields import require
 
-_BILINEAR = 2  # Pillow's number
+BILINEAR, BICUBIC = 2, 3  # Pillow's numbers
 _PRECISION = 22  # bits of a weight's fraction in Pillow's resize of 8-bit images
 
 
@@ -42,20 +42,14 @@ class FrameSettings(NamedTuple):
         given = [size.get(name) for name in names] if isinstance(size, Mapping) else []
         edges = [edge for edge in given if isinstance(edge, int) and edge > 0]
         require(len(edges) == 2, f"{part}.size", f"must give {' and '.join(names)}, found {size!r}")
-        resample = raw.get("resample", _BILINEAR)
-        require(resample == _BILINEAR, f"{part}.resample", f"{resample!r} is not 2 (bilinear)")
         splitting = raw.get("do_image_splitting", False)
         require(not splitting, f"{part}.do_image_splitting", "frames are never split here; set it to false")
-        for name in ("do_resize", "do_rescale", "do_normalize"):
-            require(raw.get(name, True) is True, f"{part}.{name}", "is always done here; set it to true")
-        mean, std = (
-            _channels(f"{part}.image_{name}", raw.get(f"image_{name}"), getattr(defaults, name))
-            for name in ("mean", "std")
-        )
-        require(all(value > 0 for value in std), f"{part}.image_std", f"must be above zero, found {std!r}")
-        factor = raw.get("rescale_factor", defaults.factor)
-        require(isinstance(factor, (int, float)), f"{part}.rescale_factor", f"must be a number, found {factor!r}")
-        return FrameSettings(edges[0], edges[1], factor, mean, std)
+        return FrameSettings(edges[0], edges[1], *read_scaling(raw, BILINEAR, defaults.mean, defaults.std))
+
+    @property
+    def resample(self) -> int:
+        """Pillow's number of the filter."""
+        return BILINEAR
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after the resize. Growing changes the aspect ratio where one side alone is short."""
@@ -67,15 +61,111 @@ class FrameSettings(NamedTuple):
         return max(height, self.shortest), max(width, self.shortest)
 
 
-def prepare_frames(settings: FrameSettings, frames: jax.Array) -> jax.Array:
+class SmartFrameSettings(NamedTuple):
+    """What a Qwen2-VL sees of a frame.
+
+    Attributes:
+      side: sides become multiples of it.
+      min_pixels, max_pixels: of a resized frame, as far as `side` allows; its aspect ratio is kept where it can be.
+      factor, mean, std: as in `FrameSettings`; CLIP's mean and standard deviation.
+    """
+
+    side: int = 28
+    min_pixels: int = 128 * 28 * 28
+    max_pixels: int = 768 * 28 * 28
+    factor: float = 1 / 255
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any], side: int, min_pixels: int, max_pixels: int) -> "SmartFrameSettings":
+        """Settings of a Qwen2-VL image processor for frames of a size between the two.
+
+        The processor has sizes of its own, and would resize what is outside of them a second time.
+
+        Raises:
+          UserError: the file asks for what is not done here, by name.
+        """
+        defaults, part = SmartFrameSettings(), "preprocessor_config"
+        size = raw.get("size") or {}
+        for name, edge, good in (
+            ("min_pixels", "shortest_edge", lambda value: value <= min_pixels),
+            ("max_pixels", "longest_edge", lambda value: value >= max_pixels),
+        ):
+            value = raw.get(name, size.get(edge))
+            fits = value is None or (isinstance(value, int) and good(value))
+            wanted = f"{value!r} would resize frames of {min_pixels} to {max_pixels} pixels again; use Qwen2-VL's file"
+            require(fits, f"{part}.{name}", wanted)
+        return SmartFrameSettings(
+            side, min_pixels, max_pixels, *read_scaling(raw, BICUBIC, defaults.mean, defaults.std)
+        )
+
+    @property
+    def resample(self) -> int:
+        """Pillow's number of the filter."""
+        return BICUBIC
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after the resize (`smart_resize` of Qwen2-VL's code)."""
+        rows, columns = (max(1, round(size / self.side)) * self.side for size in (height, width))
+        if rows * columns > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            rows, columns = (max(1, math.floor(size / shrink / self.side)) * self.side for size in (height, width))
+        elif rows * columns < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            rows, columns = (math.ceil(size * grow / self.side) * self.side for size in (height, width))
+        return rows, columns
+
+
+Settings = FrameSettings | SmartFrameSettings
+
+
+def read_scaling(
+    raw: Mapping[str, Any], resample: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> tuple[float, tuple[float, float, float], tuple[float, float, float]]:
+    """Factor, mean and standard deviation of a parsed preprocessor_config.json; `mean` and `std` where it has none.
+
+    Raises:
+      UserError: another filter than `resample`, or a step left out, by name.
+    """
+    part, name = "preprocessor_config", {BILINEAR: "bilinear", BICUBIC: "bicubic"}[resample]
+    found = raw.get("resample", resample)
+    require(found == resample, f"{part}.resample", f"{found!r} is not {resample} ({name})")
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        require(raw.get(step, True) is True, f"{part}.{step}", "is always done here; set it to true")
+    mean = _channels(f"{part}.image_mean", raw.get("image_mean"), mean)
+    std = _channels(f"{part}.image_std", raw.get("image_std"), std)
+    require(all(value > 0 for value in std), f"{part}.image_std", f"must be above zero, found {std!r}")
+    factor = raw.get("rescale_factor", 1 / 255)
+    require(isinstance(factor, (int, float)), f"{part}.rescale_factor", f"must be a number, found {factor!r}")
+    return factor, mean, std
+
+
+def prepare_frames(settings: Settings, frames: jax.Array) -> jax.Array:
     """uint8 [..., H, W, 3] -> float32 [..., H', W', 3], resized, scaled and normalised."""
     height, width = settings.output_size(*frames.shape[-3:-1])
-    pixels = resize_bilinear(frames, height, width).astype(jnp.float32) * np.float32(settings.factor)
+    pixels = resize(frames, height, width, settings.resample).astype(jnp.float32) * np.float32(settings.factor)
     return (pixels - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
 
 
-def resize_bilinear(frames: jax.Array, height: int, width: int) -> jax.Array:
-    """uint8 [..., H, W, C] -> uint8 [..., height, width, C], every bit as Pillow's `resize(..., BILINEAR)`.
+def see_in_parts(see: Callable[[jax.Array], jax.Array], videos: jax.Array, together: int, unit: int = 1) -> jax.Array:
+    """`see` of some frames of every clip at a time, side by side again: the batch stays cut over devices as it is.
+
+    Args:
+      see: [B, g, ...] -> [B, n, ...], where n grows with g.
+      videos: [B, f, ...].
+      together: most frames of a clip at once; at least `unit` are taken.
+      unit: g is a multiple of it, and f is too.
+    """
+    batch, frames = videos.shape[:2]
+    size = max([n for n in range(unit, together + 1, unit) if frames % n == 0], default=unit)
+    parts = videos.reshape(batch, frames // size, size, *videos.shape[2:]).swapaxes(0, 1)
+    seen = see(parts[0])[None] if len(parts) == 1 else jax.lax.map(see, parts)
+    return seen.swapaxes(0, 1).reshape(batch, -1, *seen.shape[3:])
+
+
+def resize(frames: jax.Array, height: int, width: int, resample: int = BILINEAR) -> jax.Array:
+    """uint8 [..., H, W, C] -> uint8 [..., height, width, C], every bit as Pillow's `resize(..., resample)`.
 
     Pillow smooths when it shrinks, has weights of 22 bits, and rounds to uint8 after each of its two passes:
     integers, so that no order of summation and no precision of products can differ. The horizontal pass is the
@@ -87,14 +177,14 @@ def resize_bilinear(frames: jax.Array, height: int, width: int) -> jax.Array:
     if height < rows and rows - height > 2 * (columns - width):
         passes.reverse()
     for axis, size in passes:
-        frames = _resize_axis(frames, axis, size)
+        frames = _resize_axis(frames, axis, size, resample)
     return frames
 
 
-def _resize_axis(frames: jax.Array, axis: int, size: int) -> jax.Array:
+def _resize_axis(frames: jax.Array, axis: int, size: int, resample: int) -> jax.Array:
     if frames.shape[axis] == size:
         return frames
-    indices, weights = bilinear_taps(frames.shape[axis], size)
+    indices, weights = resize_taps(frames.shape[axis], size, resample)
     shape = [1] * frames.ndim
     shape[axis] = size
     total = jnp.full((), 1 << (_PRECISION - 1), jnp.int32)
@@ -103,13 +193,15 @@ def _resize_axis(frames: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.clip(total >> _PRECISION, 0, 255).astype(jnp.uint8)
 
 
-def bilinear_taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+def resize_taps(old: int, new: int, resample: int = BILINEAR) -> tuple[np.ndarray, np.ndarray]:
     """Which of `old` values make each of `new` ones, and with which weights: int32 [taps, new] both.
 
     Weights are in units of 2^-22; a place that has fewer taps than others has zeros.
     """
     scale = old / new
-    support = max(scale, 1.0)  # a triangle of one old pixel, or of one new pixel where those are larger
+    stretch = max(scale, 1.0)  # the filter is of old pixels, or of new pixels where those are larger
+    reach, curve = {BILINEAR: (1.0, _triangle), BICUBIC: (2.0, _cubic)}[resample]
+    support = reach * stretch
     taps = math.ceil(support) * 2 + 1
     indices, weights = np.zeros((taps, new), np.int32), np.zeros((taps, new), np.int32)
     for place in range(new):
@@ -117,12 +209,23 @@ def bilinear_taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
         first = max(int(centre - support + 0.5), 0)
         last = min(int(centre + support + 0.5), old)
         near = np.arange(first, last)
-        triangle = np.maximum(0.0, 1.0 - np.abs((near - centre + 0.5) * (1.0 / support)))
-        share = triangle / triangle.sum()
+        share = curve(np.abs((near - centre + 0.5) * (1.0 / stretch)))
+        share = share / np.cumsum(share)[-1]  # summed from the first to the last, as Pillow does
         indices[: len(near), place] = near
-        weights[: len(near), place] = (share * (1 << _PRECISION) + 0.5).astype(np.int32)
+        weights[: len(near), place] = (share * (1 << _PRECISION) + np.copysign(0.5, share)).astype(np.int32)
     used = weights.any(1)
     return indices[used], weights[used]
+
+
+def _triangle(x: np.ndarray) -> np.ndarray:
+    return np.maximum(0.0, 1.0 - x)
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+    a = -0.5  # Keys' cubic convolution
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
 
 
 def _channels(field: str, value: Any, default: tuple[float, float, float]) -> tuple[float, float, float]:

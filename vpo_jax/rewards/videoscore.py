@@ -13,7 +13,7 @@ import numpy as np
 from vpo_jax.checkpoints.videoscore import QUERY_FILE, read_query, read_videoscore
 from vpo_jax.models.config_fields import require, require_int
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
-from vpo_jax.rewards.frames import FrameSettings, prepare_frames
+from vpo_jax.rewards.frames import FrameSettings, prepare_frames, see_in_parts
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.rewards.query import OWN_INSTRUCTION, QueryEncoder
 from vpo_jax.runtime.errors import UserError
@@ -101,19 +101,15 @@ class VideoScoreReward:
         return jnp.asarray(self.model.apply(variables, ids, mask, images, before, method="judge"))
 
     def _see(self, variables: Any, videos: jax.Array) -> jax.Array:
-        """Tokens of all frames, [B, f, T, C], some frames of every clip at a time: the batch stays cut as it is."""
-        batch, frames = videos.shape[:2]
-        together = max(n for n in range(1, self.options.frames_at_a_time + 1) if frames % n == 0)
+        """Tokens of all frames, [B, f, T, C]."""
 
         def of_some(part: jax.Array) -> jax.Array:  # [B, g, H, W, 3]
             pixels = prepare_frames(self.frames, part)
             pixels = constrain(pixels.reshape(-1, *pixels.shape[2:]), BATCH)
             images = constrain(jnp.asarray(self.model.apply(variables, pixels, method="see")), BATCH)
-            return images.reshape(batch, together, *images.shape[1:])
+            return images.reshape(*part.shape[:2], *images.shape[1:])
 
-        parts = videos.reshape(batch, frames // together, together, *videos.shape[2:]).swapaxes(0, 1)
-        images = of_some(parts[0])[None] if len(parts) == 1 else jax.lax.map(of_some, parts)
-        return images.swapaxes(0, 1).reshape(batch, frames, *images.shape[3:])
+        return see_in_parts(of_some, videos, self.options.frames_at_a_time)
 
     def _check(self, videos: jax.Array, prompts: int) -> None:
         if videos.ndim != 5 or videos.shape[-1] != 3 or videos.dtype != jnp.uint8 or 0 in videos.shape:
@@ -155,7 +151,8 @@ def load_videoscore(
     """The VideoScore of a folder, v1 or v1.1, in float32 or bfloat16 as it is stored.
 
     Its training's instruction is REGRESSION_QUERY_PROMPT in examples/run_videoscore.py of its authors' repository,
-    TIGER-AI-Lab/VideoScore. Without it scores leave the published scale, and a warning says so.
+    TIGER-AI-Lab/VideoScore. Without it scores leave the published scale, and a warning says so. v1 nearly ignores the
+    prompt: take v1.1. Frames under 240 pixels score low. docs/scorers.md says for which models it is the right one.
 
     Args:
       folder: saved as `Idefics2ForSequenceClassification`, with tokenizer.json and preprocessor_config.json.
