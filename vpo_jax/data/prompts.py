@@ -1,74 +1,65 @@
-"""Prompts from a file, or the embedded world's captions."""
+"""Prompts from a file, a data set, or the embedded world's captions: lists of any length in little memory."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from vpo_jax.data.sources import Prompts, read_file, read_hub, read_tfds
 from vpo_jax.runtime.errors import UserError
 
 SPLITS = ("train", "tune", "held_out")
+_MOST_HELD_OUT = 10_000
 
 
-def load_prompts(source: str, field: str = "data.prompts") -> list[str]:
+def load_prompts(source: str, field: str = "data.prompts") -> Sequence[str]:
     """Prompts in the order in which they stand.
 
     Args:
-      source: "shapes:train", "shapes:tune" or "shapes:held_out"; a .jsonl file of objects with a "prompt"; or a text
-        file, one prompt a line, whose blank lines are skipped. Only .jsonl can hold the empty prompt.
+      source: "shapes:train", "shapes:tune" or "shapes:held_out"; "tfds:FOLDER[:SPLIT]"; "hub:OWNER/NAME/FILE"; a
+        .jsonl file of objects with a "prompt"; or a text file, one prompt a line.
       field: the config key to name in errors.
 
     Raises:
-      UserError: no such split or file, not UTF-8, nothing in it, or a line that is not an object with a "prompt".
+      UserError: nothing there, nothing in it, or something else than prompts; see `sources`.
     """
-    world, colon, split = source.partition(":")
-    if colon and world == "shapes":
-        from vpo_jax.shapes.world import captions
-
-        if split not in SPLITS:
-            raise UserError(f"{field}: the shapes world has no split {split!r}; choose one of {', '.join(SPLITS)}")
-        return list(captions(split))
-    path = Path(source)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{field}: there is no file {source!r}; give one prompt a line, or shapes:train") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{field}: {source!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{field}: {source!r} cannot be read: {error.strerror}; give a text or .jsonl file") from None
-    # Not splitlines(): it would also cut at rare separators that may stand inside a prompt.
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
-        raise UserError(f"{field}: {source!r} holds no prompt; write one a line")
-    if path.suffix != ".jsonl":
-        return [line for _, line in lines]
-    return [_prompt_of(line, f"{field}: {source!r} line {number}") for number, line in lines]
+    kind, colon, rest = source.partition(":")
+    read = {"shapes:": _captions, "tfds:": read_tfds, "hub:": read_hub}.get(kind + colon)
+    return read(rest, field) if read is not None else read_file(Path(source), field)
 
 
-def set_apart(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+def _captions(split: str, field: str) -> list[str]:
+    from vpo_jax.shapes.world import captions
+
+    if split not in SPLITS:
+        raise UserError(f"{field}: the shapes world has no split {split!r}; choose one of {', '.join(SPLITS)}")
+    return list(captions(split))
+
+
+def set_apart(prompts: Sequence[str]) -> tuple[Sequence[str], list[str]]:
     """(training prompts, held-out prompts): every tenth different prompt, and one at least, is never trained on.
 
-    Raises UserError where there is but one.
+    Of very many the first 10,000 such are enough. Raises UserError where there is but one.
     """
-    different = list(dict.fromkeys(prompts))
-    if len(different) < 2:
+    marks = np.fromiter((_mark(prompt) for prompt in prompts), np.int64, len(prompts))
+    first = np.sort(np.unique(marks, return_index=True)[1])  # where each different prompt stands first
+    if len(first) < 2:
         raise UserError("data.held_out: data.prompts has nothing to set apart for the comparison; name other prompts")
-    held_out = different[9::10] or different[-1:]
-    apart = set(held_out)
-    return [prompt for prompt in prompts if prompt not in apart], held_out
+    apart = (first[9::10] if len(first) >= 10 else first[-1:])[:_MOST_HELD_OUT]
+    training = np.flatnonzero(~np.isin(marks, marks[apart]))
+    read: Callable[[int], str] = prompts.__getitem__
+    return Prompts(read, training), [prompts[int(place)] for place in apart]
 
 
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f'{where} is not JSON ({error.msg}); write {{"prompt": "..."}}') from None
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise UserError(f'{where} has no text under "prompt"; write {{"prompt": "..."}}')
-    return record["prompt"]
+def _mark(prompt: str) -> int:
+    return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def fingerprint(prompts: Sequence[str]) -> str:
     """SHA-256 of a prompt list, by which a resumed run knows that its prompts are still the same."""
-    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(prompt).encode() + b"\n")
+    return digest.hexdigest()
