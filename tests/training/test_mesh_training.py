@@ -1,4 +1,4 @@
-"""One device and eight give the same videos, scores, pairs and gradients."""
+"""One device and eight, cut along any axis, give the same videos, scores, pairs and gradients."""
 
 import json
 import os
@@ -13,14 +13,22 @@ import importlib.util, json, sys
 import jax, jax.numpy as jnp, numpy as np
 spec = importlib.util.spec_from_file_location("tiny", sys.argv[1])
 tiny = importlib.util.module_from_spec(spec); spec.loader.exec_module(tiny)
+from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime.mesh import make_mesh
 from vpo_jax.training.stages import Stages
 from vpo_jax.training.step import make_gradients
 
-def step(mesh, rank, chunk):
+# Every kind of layer of the real denoiser: what the axes cut differs from one to the next.
+UNET = UNet3DConditionModel(UNet3DConfig.from_dict(dict(
+    in_channels=4, out_channels=4, sample_size=4, block_out_channels=[8, 8], layers_per_block=1, attention_head_dim=4,
+    norm_num_groups=4, cross_attention_dim=8, down_block_types=["DownBlock3D", "CrossAttnDownBlock3D"],
+    up_block_types=["CrossAttnUpBlock3D", "UpBlock3D"],
+)))
+
+def step(mesh, rank, chunk, unet):
     config = tiny.make_config(lora__rank=rank, rollout__microbatch=4 * chunk, train__microbatch=chunk)
     with jax.set_mesh(mesh):
-        stages = Stages(config, tiny.make_pipeline(), [tiny.ToyReward()], mesh)
+        stages = Stages(config, tiny.make_pipeline(unet), [tiny.ToyReward()], mesh)
         state = stages.fresh_state()
         prompts = [tiny.PROMPTS[i % 5] for i in range(8)]
         text = stages.encode(prompts)
@@ -45,12 +53,18 @@ def step(mesh, rank, chunk):
                    policy=jax.flatten_util.ravel_pytree(jax.device_get(second.policy))[0])
         return jax.device_get(out), sharded, latents_spread
 
-one, _, _ = step(make_mesh(1, devices=jax.devices()[:1]), int(sys.argv[2]), 0)
+kind = sys.argv[2]
+meshes = {
+    "lora": [("data", make_mesh(8), 0)],
+    "full": [("fsdp", make_mesh(4, 2), 0), ("chunks", make_mesh(2, 2, devices=jax.devices()[:4]), 4)],
+    "denoiser": [("context", make_mesh(2, 1, 4), 0), ("tensor", make_mesh(4, 1, 1, 2), 0),
+                 ("all", make_mesh(1, 2, 2, 2), 0)],
+}[kind]
+rank, unet = (0 if kind == "full" else 2), (UNET if kind == "denoiser" else None)
+one, _, _ = step(make_mesh(1, devices=jax.devices()[:1]), rank, 0, unet)
 found = {}
-lora = [("data", make_mesh(8), 0)]
-full = [("fsdp", make_mesh(4, 2), 0), ("chunks", make_mesh(2, 2, devices=jax.devices()[:4]), 4)]
-for name, mesh, chunk in full if sys.argv[2] == "0" else lora:
-    many, sharded, spread = step(mesh, int(sys.argv[2]), chunk)
+for name, mesh, chunk in meshes:
+    many, sharded, spread = step(mesh, rank, chunk, unet)
     found[name] = dict(
         sharded=sharded, spread=spread,
         latents=float(np.abs(one["latents"] - many["latents"]).max()),
@@ -67,18 +81,16 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("rank", [2, 0], ids=["lora", "full"])
-def test_one_device_and_eight_give_the_same_videos_scores_pairs_and_gradients(rank):
+@pytest.mark.parametrize("kind", ["lora", "full", "denoiser"])
+def test_one_device_and_eight_give_the_same_videos_scores_pairs_and_gradients(kind):
     root = Path(__file__).resolve().parents[2]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).with_name("conftest.py")), str(rank)]
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).with_name("conftest.py")), kind]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    if rank:
-        assert found["data"]["spread"] == 8 and found["data"]["sharded"] == 0
-    else:
-        assert found["fsdp"]["spread"] == 8 and found["fsdp"]["sharded"] > 0 and found["chunks"]["spread"] == 4
+    assert all(run["spread"] == (4 if name == "chunks" else 8) for name, run in found.items()), found
+    assert all((run["sharded"] > 0) == (kind == "full") for run in found.values()), found  # adapters stay whole
     for name, difference in found.items():
         # float32 rounding through three sampler steps: sums are split differently between devices.
         assert difference["latents"] < 2e-5, (name, difference)

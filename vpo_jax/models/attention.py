@@ -5,18 +5,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from vpo_jax.runtime.mesh import frames_are_split
+
 Backend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 def _xla(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
     scale = query.shape[-1] ** -0.5
-    if query.shape[2] != key.shape[2]:
+    if query.shape[-2] != key.shape[-2]:
         return _grouped(query * scale, key, value, mask)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("...qhd,...khd->...hqk", query * scale, key, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    return jnp.einsum("...hqk,...khd->...qhd", weights, value)
 
 
 def _grouped(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -48,7 +50,7 @@ def attention(
     """Softmax(query key^T / sqrt(D)) value, with scores and softmax in float32.
 
     Args:
-      query: [B, Q, H, D].
+      query: [B, Q, H, D]; or [B, N, Q, H, D] with keys and values alike, each of N attending by itself.
       key: [B, K, G, D]; G divides H, and query heads h * H/G to (h + 1) * H/G - 1 share head h of the keys.
       value: [B, K, G, D].
       mask: bool, broadcastable to [B, H, Q, K]; True where a query may look at a key.
@@ -56,6 +58,12 @@ def attention(
         most 128; a TPU kernel finds its place in the same table.
 
     Returns:
-      [B, Q, H, D] in the dtype of `value`.
+      As `query`, in the dtype of `value`.
     """
-    return BACKENDS[backend](query, key, value, mask)
+    if query.ndim == 4:
+        return BACKENDS[backend](query, key, value, mask)
+    assert mask is None
+    if frames_are_split():  # the two axes cannot become one; see there
+        return _xla(query, key, value, None)
+    one = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    return BACKENDS[backend](one(query), one(key), one(value), None).reshape(query.shape)

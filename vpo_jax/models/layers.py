@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import frames_are_split
 
 # PyTorch's default for Linear and Conv: uniform within 1 / sqrt(fan_in).
 default_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -46,6 +47,17 @@ def adapter(module: nn.Module, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return down.astype(dtype), up.astype(dtype)
 
 
+def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., C] times a matrix [C, D], with all leading axes as one unless the mesh cuts two of them.
+
+    The gradient of the matrix is then one plain product too; over several axes XLA transposes their contraction by
+    copying, which takes five times as long on a CPU.
+    """
+    if frames_are_split():
+        return x @ kernel
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class Dense(nn.Module):
     """y = x W + b, and + scale * (x A) B where an adapter is given.
 
@@ -66,17 +78,20 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = multiply(x, kernel.astype(self.dtype))
         if self.has_variable("lora", "lora_A"):
             down, up = adapter(self, self.dtype)  # [in, r], [r, out]
-            y = y + self.lora_scale * ((x @ down) @ up)
+            y = y + self.lora_scale * multiply(multiply(x, down), up)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
 
 
 class Conv(nn.Module):
-    """Convolution over the axes between the first and the last, with an adapter where one is given.
+    """Convolution over the last axes but the channels', with an adapter where one is given.
+
+    What stands before them is batch: [B, H, W, C] and [B, F, H, W, C] are both convolved frame by frame with a kernel
+    of two sizes.
 
     Attributes:
       features: output channels.
@@ -102,48 +117,58 @@ class Conv(nn.Module):
         y = self._convolve(x, kernel)
         if self.has_variable("lora", "lora_A"):
             down, up = adapter(self, self.dtype)  # [*kernel_size, in, r], [r, out]
-            y = y + self.lora_scale * (self._convolve(x, down) @ up)
+            y = y + self.lora_scale * multiply(self._convolve(x, down), up)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
 
     def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        axes = "DHW"[-len(self.kernel_size) :]
+        lead = x.shape[: x.ndim - len(self.kernel_size) - 1]
+        strides = tuple(self.strides or (1,) * len(self.kernel_size))
         padding = self.padding
         if isinstance(padding, int):
             padding = [(padding, padding)] * len(self.kernel_size)
-        return jax.lax.conv_general_dilated(
+        if len(lead) == 2 and frames_are_split():
+            # The second axis of the batch as one that is convolved, with a kernel of size 1: it stays cut as it is.
+            kernel, strides, padding = kernel[None], (1, *strides), [(0, 0), *padding]
+        else:
+            x = x.reshape(-1, *x.shape[len(lead) :])
+        axes = "DHW"[-len(strides) :]
+        y = jax.lax.conv_general_dilated(
             x,
             kernel.astype(self.dtype),
-            window_strides=self.strides or (1,) * len(self.kernel_size),
+            window_strides=strides,
             padding=padding,
             dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
         )
+        return y.reshape(*lead, *y.shape[y.ndim - len(self.kernel_size) - 1 :])
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over every axis but the first and, within a group, the last; statistics in float32.
+    """Group normalisation over every axis but the batch's and, within a group, the last; statistics in float32.
 
-    What the axes mean is the caller's choice: [B*F, H, W, C] normalises each frame, [B, F, H, W, C] all frames
-    of a video jointly.
+    [B, F, H, W, C] is normalised frame by frame with two axes of batch, all frames of a video jointly with one.
     """
 
     num_groups: int
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
+    batch_axes: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        flat = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
-        # Channels stay the last axis throughout: reducing them within a group first is ten times slower on a CPU.
-        spread = lambda y: jnp.repeat(  # noqa: E731
-            y.reshape(-1, self.num_groups, channels // self.num_groups).mean(-1), channels // self.num_groups, -1
-        )[:, None]
-        centred = flat - spread(flat.mean(1))
-        factor = jax.lax.rsqrt(spread(jnp.square(centred).mean(1)) + self.epsilon) * scale
+        flat = x.astype(jnp.float32).reshape(*x.shape[: self.batch_axes], -1, channels)
+
+        def spread(y: jax.Array) -> jax.Array:
+            # Channels stay the last axis throughout: reducing them within a group first is ten times slower on a CPU.
+            groups = y.reshape(*y.shape[:-1], self.num_groups, -1).mean(-1)
+            return jnp.repeat(groups, channels // self.num_groups, -1)[..., None, :]
+
+        centred = flat - spread(flat.mean(-2))
+        factor = jax.lax.rsqrt(spread(jnp.square(centred).mean(-2)) + self.epsilon) * scale
         return (centred * factor + bias).reshape(x.shape).astype(self.dtype)
 
 

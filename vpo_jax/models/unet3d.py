@@ -16,11 +16,11 @@ from vpo_jax.models.unet3d_layers import (
     TimestepEmbedding,
     Transformer2DModel,
     TransformerTemporalModel,
-    per_frame,
     resize_nearest,
     timestep_embedding,
 )
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import VIDEO, constrain
 
 __all__ = ["UNet3DConditionModel", "UNet3DConfig"]
 
@@ -38,7 +38,7 @@ class _Layers(nn.Module):
 
     def convolve(self, i: int, x: jax.Array, embedding: jax.Array, output_scale: float = 1.0) -> jax.Array:
         x = self.part(ResnetBlock2D, self.features, output_scale=output_scale, name=f"resnets.{i}")(x, embedding)
-        return self.part(TemporalConvLayer, name=f"temp_convs.{i}")(x)
+        return self.part(TemporalConvLayer, name=f"temp_convs.{i}")(constrain(x, VIDEO))
 
     def attend(self, i: int, x: jax.Array, text: jax.Array) -> jax.Array:
         heads = self.features // self.config.attention_head_dim
@@ -63,7 +63,7 @@ class DownBlock3D(_Layers):
         if self.downsample:
             pad = self.config.downsample_padding
             padding = ((0, 1), (0, 1)) if pad == 0 else pad  # diffusers pads low by hand where the padding is 0
-            x = per_frame(self.compute.conv(self.features, "downsamplers.0.conv", stride=2, padding=padding), x)
+            x = self.compute.conv(self.features, "downsamplers.0.conv", stride=2, padding=padding)(x)
             skips.append(x)
         return x, skips
 
@@ -99,7 +99,7 @@ class UpBlock3D(_Layers):
                 x = self.attend(i, x, text)
         if size is not None:
             x = resize_nearest(x, *size)
-            x = per_frame(self.compute.conv(self.features, "upsamplers.0.conv"), x)
+            x = self.compute.conv(self.features, "upsamplers.0.conv")(x)
         return x
 
 
@@ -156,7 +156,7 @@ class UNet3DConditionModel(nn.Module):
             rates = TimestepEmbedding(4 * first, "silu", compute, name="fps_embedding")
             embedding = embedding + rates(timestep_embedding(rate, first))
 
-        x = per_frame(compute.conv(first, "conv_in"), sample.astype(self.dtype))
+        x = compute.conv(first, "conv_in")(constrain(sample.astype(self.dtype), VIDEO))
         x = TransformerTemporalModel(8, cfg, compute, name="transformer_in")(x)
 
         skips = [x]
@@ -177,5 +177,5 @@ class UNet3DConditionModel(nn.Module):
             up_block = UpBlock3D(features, cfg, compute, kind == "CrossAttnUpBlock3D", name=f"up_blocks.{i}")
             x = up_block(x, mine, embedding, text, size)
 
-        x = nn.silu(per_frame(GroupNorm(cfg.norm_num_groups, cfg.norm_eps, self.dtype, name="conv_norm_out"), x))
-        return per_frame(compute.conv(cfg.out_channels, "conv_out"), x).astype(jnp.float32)
+        x = GroupNorm(cfg.norm_num_groups, cfg.norm_eps, self.dtype, batch_axes=2, name="conv_norm_out")(x)
+        return compute.conv(cfg.out_channels, "conv_out")(nn.silu(x)).astype(jnp.float32)

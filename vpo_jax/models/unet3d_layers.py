@@ -1,7 +1,7 @@
 """The layers that UNet3DConditionModel is made of.
 
-Videos stay [B, F, H, W, C] throughout. "Per frame" means that a layer sees [B*F, H, W, C]; temporal layers see
-all frames of a video. Text keys and values are computed once a video, not once a frame.
+Videos stay [B, F, H, W, C] throughout, so that a mesh may cut them along their frames. Text keys and values are
+computed once a video, not once a frame.
 """
 
 import dataclasses
@@ -14,8 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.models.attention import attention
-from vpo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, activation, adapter, default_kernel_init
+from vpo_jax.models.layers import (
+    Conv,
+    Dense,
+    GroupNorm,
+    LayerNorm,
+    activation,
+    adapter,
+    default_kernel_init,
+    multiply,
+)
 from vpo_jax.models.unet3d_config import UNet3DConfig
+from vpo_jax.runtime.mesh import PLACES, VIDEO, constrain
 
 _TRANSFORMER_NORM_EPS = 1e-6  # Transformer2DModel and TransformerTemporalModel
 _TEMPORAL_CONV_EPS = 1e-5  # TemporalConvLayer, whatever norm_eps says
@@ -48,13 +58,6 @@ def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     frequencies = np.exp(-np.log(10000.0) * np.arange(half, dtype=np.float32) / half).astype(np.float32)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies
     return jnp.pad(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1), ((0, 0), (0, dim % 2)))
-
-
-def per_frame(layer: Any, x: jax.Array) -> jax.Array:
-    """`layer` on [B*F, H, W, C], back to [B, F, H', W', C']."""
-    batch, frames = x.shape[:2]
-    y = layer(x.reshape(batch * frames, *x.shape[2:]))
-    return y.reshape(batch, frames, *y.shape[1:])
 
 
 def resize_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
@@ -91,14 +94,14 @@ class ResnetBlock2D(nn.Module):
     def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
         cfg, compute = self.config, self.compute
         act = activation(cfg.act_fn)
-        norm = partial(GroupNorm, cfg.norm_num_groups, cfg.norm_eps, compute.dtype)
-        y = per_frame(norm(name="norm1"), x)
-        y = per_frame(compute.conv(self.features, "conv1"), act(y))
+        norm = partial(GroupNorm, cfg.norm_num_groups, cfg.norm_eps, compute.dtype, batch_axes=2)
+        y = norm(name="norm1")(x)
+        y = compute.conv(self.features, "conv1")(act(y))
         y = y + compute.dense(self.features, "time_emb_proj")(act(embedding))[:, None, None, None]
-        y = per_frame(norm(name="norm2"), y)
-        y = per_frame(compute.conv(self.features, "conv2"), act(y))
+        y = norm(name="norm2")(y)
+        y = compute.conv(self.features, "conv2")(act(y))
         if x.shape[-1] != self.features:
-            x = per_frame(compute.conv(self.features, "conv_shortcut", kernel=1, padding=0), x)
+            x = compute.conv(self.features, "conv_shortcut", kernel=1, padding=0)(x)
         return (x + y) / self.output_scale
 
 
@@ -122,7 +125,7 @@ class TemporalConv(nn.Module):
         padded = jnp.pad(x.astype(dtype), ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
         frames = x.shape[1]
         window = jnp.concatenate([padded[:, i : i + frames] for i in range(3)], -1)  # [B, F, H, W, 3C]
-        y = window @ kernel.astype(dtype).reshape(3 * channels, self.features)
+        y = multiply(window, kernel.astype(dtype).reshape(3 * channels, self.features))
         if self.has_variable("lora", "lora_A"):
             down, up = adapter(self, dtype)  # [3, 1, 1, C, r], [r, C']
             y = y + self.compute.lora_scale * ((window @ down.reshape(3 * channels, -1)) @ up)
@@ -159,7 +162,7 @@ class TemporalConvLayer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of [N, Q, C] over itself or over a context [N, K, D]."""
+    """Multi-head attention of [..., Q, C] over itself or over a context [..., K, D]."""
 
     heads: int
     head_dim: int
@@ -201,19 +204,18 @@ class Transformer2DModel(nn.Module):
         cfg, compute = self.config, self.compute
         batch, frames, height, width, channels = x.shape
         inner = self.heads * cfg.attention_head_dim
-        y = per_frame(GroupNorm(cfg.norm_num_groups, _TRANSFORMER_NORM_EPS, compute.dtype, name="norm"), x)
-        y = compute.dense(inner, "proj_in")(y).reshape(batch * frames, height * width, inner)
-        y = SpatialBlock(self.heads, cfg.attention_head_dim, frames, compute, name="transformer_blocks.0")(y, text)
+        y = GroupNorm(cfg.norm_num_groups, _TRANSFORMER_NORM_EPS, compute.dtype, batch_axes=2, name="norm")(x)
+        y = compute.dense(inner, "proj_in")(y).reshape(batch, frames, height * width, inner)
+        y = SpatialBlock(self.heads, cfg.attention_head_dim, compute, name="transformer_blocks.0")(y, text)
         y = compute.dense(channels, "proj_out")(y.reshape(batch, frames, height, width, inner))
         return x + y
 
 
 class SpatialBlock(nn.Module):
-    """BasicTransformerBlock on [B*F, H*W, C] with text [B, L, D]."""
+    """BasicTransformerBlock on [B, F, H*W, C] with text [B, L, D]."""
 
     heads: int
     head_dim: int
-    frames: int
     compute: Compute
 
     @nn.compact
@@ -221,7 +223,7 @@ class SpatialBlock(nn.Module):
         compute = self.compute
         x = x + Attention(self.heads, self.head_dim, compute, name="attn1")(compute.layer_norm("norm1")(x))
         y = compute.layer_norm("norm2")(x)
-        y = y.reshape(text.shape[0], -1, x.shape[-1])  # all positions of a video ask the same text
+        y = y.reshape(x.shape[0], -1, x.shape[-1])  # all positions of a video ask the same text
         y = Attention(self.heads, self.head_dim, compute, name="attn2")(y, text)
         x = x + y.reshape(x.shape)
         return x + FeedForward(compute, name="ff")(compute.layer_norm("norm3")(x))
@@ -240,15 +242,15 @@ class TransformerTemporalModel(nn.Module):
         batch, frames, height, width, channels = x.shape
         inner = self.heads * cfg.attention_head_dim
         y = GroupNorm(cfg.norm_num_groups, _TRANSFORMER_NORM_EPS, compute.dtype, name="norm")(x)
-        y = y.reshape(batch, frames, height * width, channels).swapaxes(1, 2)
-        y = compute.dense(inner, "proj_in")(y).reshape(batch * height * width, frames, inner)
+        y = constrain(y.reshape(batch, frames, height * width, channels).swapaxes(1, 2), PLACES)
+        y = compute.dense(inner, "proj_in")(y)
         y = TemporalBlock(self.heads, cfg.attention_head_dim, compute, name="transformer_blocks.0")(y)
-        y = compute.dense(channels, "proj_out")(y).reshape(batch, height * width, frames, channels)
-        return x + y.swapaxes(1, 2).reshape(x.shape)
+        y = compute.dense(channels, "proj_out")(y)
+        return x + constrain(y.swapaxes(1, 2).reshape(x.shape), VIDEO)
 
 
 class TemporalBlock(nn.Module):
-    """BasicTransformerBlock with two self-attentions, on [B*H*W, F, C]."""
+    """BasicTransformerBlock with two self-attentions, on [B, H*W, F, C]."""
 
     heads: int
     head_dim: int

@@ -13,6 +13,9 @@ from vpo_jax.runtime.trees import path_of
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
+VIDEO = PartitionSpec(("data", "fsdp"), "context")  # [B, F, ...]
+PLACES = PartitionSpec(("data", "fsdp"), "context")  # [B, H*W, F, ...]: frames together, places apart
+CLIPS = PartitionSpec(("data", "fsdp", "context"))  # [B, ...] where every clip or frame is its own work
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -91,7 +94,7 @@ def infer_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     fitted = []
     for size, axes in zip(shape, spec, strict=False):
         names = (axes,) if isinstance(axes, str) else tuple(axes or ())
@@ -116,7 +119,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """`x` with its sharding pinned to `spec` inside a jit under `jax.set_mesh`; `x` itself outside a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """`x` with its sharding pinned to `spec` inside a jit under `jax.set_mesh`; `x` itself outside a mesh.
+
+    A dimension that its axes do not divide is replicated.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, _fit(spec, x.shape, mesh))
+
+
+def frames_are_split() -> bool:
+    """Whether the mesh of `jax.set_mesh` cuts videos along their frames.
+
+    [B, F] then must not become one axis [B * F]: no device holds neighbours of it, and all frames would be gathered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["context"] > 1

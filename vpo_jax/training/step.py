@@ -15,7 +15,7 @@ import optax
 
 from vpo_jax.diffusion.schedules import Schedule, add_noise, training_target
 from vpo_jax.runtime.keys import stream_key
-from vpo_jax.runtime.mesh import BATCH, constrain
+from vpo_jax.runtime.mesh import VIDEO, constrain
 from vpo_jax.runtime.trees import select
 from vpo_jax.training import losses
 from vpo_jax.training.losses import PairCoefficients, PairErrors
@@ -72,7 +72,7 @@ def make_draw(schedule: Schedule, seed: int, updates_per_step: int, caption_drop
             return timestep, noise, drop
 
         timesteps, noise, drop = jax.vmap(of_pair)(jnp.maximum(pairs.step, 0), pairs.slot)
-        noise = constrain(noise, BATCH)
+        noise = constrain(noise, VIDEO)
         text = jnp.where(drop[:, None, None], empty_text, pairs.text) if caption_dropout > 0.0 else pairs.text
         return Noised(
             winner=add_noise(schedule, pairs.winner, noise, timesteps),
@@ -110,7 +110,7 @@ def predict_pairs(denoise: Denoise, frozen: Tree, adapters: Tree, noised: Noised
     Winner and loser of a pair stand side by side, so that a device that holds the pair holds both.
     """
     both = jnp.stack([noised.winner, noised.loser], axis=1)
-    latents = constrain(both.reshape(-1, *both.shape[2:]), BATCH)
+    latents = constrain(both.reshape(-1, *both.shape[2:]), VIDEO)
     prediction = denoise(frozen, adapters, latents, jnp.repeat(noised.timesteps, 2), jnp.repeat(noised.text, 2, axis=0))
     prediction = prediction.reshape(both.shape)
     return prediction[:, 0], prediction[:, 1]
