@@ -54,7 +54,7 @@ UNET = {
     "up_block_types": ["CrossAttnUpBlock3D", "UpBlock3D"],
     "block_out_channels": [32, 64],
     "layers_per_block": 1,
-    "attention_head_dim": 16,
+    "attention_head_dim": 8,  # transformer_in is eight heads wide at full resolution: most of the cost, were they 16
     "norm_num_groups": 8,
     "cross_attention_dim": 64,
 }
@@ -100,6 +100,7 @@ _KL_WEIGHT = 1e-6
 _LOG_VARIANCE_AT_START = -6.0  # else the first thousand steps are spent on learning to drown out the noise
 _EDGE_WEIGHT = 1.0
 _CAPTION_DROPOUT = 0.1
+_TOKEN_SPREAD = 50.0  # times CLIP's 0.02: else all captions look alike, and colours wait for 1,400 steps
 _POOL = 12288  # clips encoded at a time
 _POOL_PASSES = 4  # times that a pool is gone through before the next
 
@@ -277,6 +278,8 @@ def train_denoiser(
     def init() -> Tree:
         text = text_encoder.init(init_key, ids[:1])
         hidden = text_encoder.apply(text, ids[:1])
+        tokens = text["params"]["embeddings"]["token_embedding"]
+        tokens["embedding"] = _TOKEN_SPREAD * tokens["embedding"]
         latents = jnp.zeros((1, world.NUM_FRAMES, side, side, _LATENT_CHANNELS))
         return {"unet": unet.init(init_key, latents, jnp.zeros(1), hidden)["params"], "text_encoder": text["params"]}
 
@@ -320,25 +323,31 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="with --start another one: other clips and noise")
     parser.add_argument("--vae_steps", type=int, default=2200)
     parser.add_argument("--vae_learning_rate", type=float, default=2e-3)
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seconds", type=float, default=None, help="stop each stage after this long, saved")
-    parser.add_argument("--start", type=Path, default=None, help="a base to train further; its autoencoder is kept")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--autoencoder", type=Path, default=None, help="a base whose autoencoder is kept")
+    kept.add_argument("--start", type=Path, default=None, help="a base to train further; its autoencoder is kept")
     flags = parser.parse(argv)
-    start = None
-    if flags.start is None:
+    start, before = None, flags.start or flags.autoencoder
+    if before is None:
         vae_params = train_vae(flags.seed, flags.vae_steps, flags.vae_learning_rate, flags.workdir, flags.seconds)
     else:
-        kept = read_pipeline(flags.start).params
-        vae_params, start = kept["vae"], {name: kept[name] for name in ("unet", "text_encoder")}
+        vae_params = read_pipeline(before).params["vae"]
+    if flags.start is not None:
+        start = {name: read_pipeline(flags.start).params[name] for name in ("unet", "text_encoder")}
     denoiser = train_denoiser(
         flags.seed, flags.steps, flags.batch, flags.learning_rate, vae_params, flags.workdir, flags.seconds, start
     )
     names = ("seed", "vae_steps", "vae_learning_rate", "steps", "batch", "learning_rate")
-    command = " ".join(["python -m vpo_jax.shapes.train_base", *(f"--{n}={getattr(flags, n)}" for n in names)])
-    before = [] if flags.start is None else json.loads((flags.start / "recipe.json").read_text())["commands"]
-    write_base(flags.output, vae_params, denoiser, {"commands": [*before, command]})
+    words = [f"--{name}={getattr(flags, name)}" for name in names]
+    if before is not None:
+        words.append("--start=THE_BASE_ABOVE" if flags.start else "--autoencoder=THE_BASE_ABOVE")
+    command = " ".join(["python -m vpo_jax.shapes.train_base", *words])
+    earlier = [] if before is None else json.loads((before / "recipe.json").read_text())["commands"]
+    write_base(flags.output, vae_params, denoiser, {"commands": [*earlier, command]})
     print(f"wrote {flags.output}")
 
 
