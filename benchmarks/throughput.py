@@ -50,7 +50,7 @@ def measure(config: Any, repeats: int) -> dict[str, Any]:
     """Seconds of each stage: {"first": {...}, "median": {...}, "videos_per_second": ..., ...}."""
     mesh = make_mesh(**config.mesh)
     pipeline = load_pipeline(config.model.path)
-    rewards = load_rewards(config.reward.scorers, training=True)
+    rewards = load_rewards(config.reward.scorers, training=True, settings=config.reward)
     check_inputs(config, pipeline, rewards)
     every = load_prompts(config.data.prompts)
     prompts = [every[i % len(every)] for i in range(config.train.prompts_per_step)]

@@ -45,11 +45,22 @@ def _shapes() -> ConfigDict:
     config.data.text_cache = ""  # a folder: encode all prompts once to a file there and drop the text encoder
 
     config.reward = ConfigDict()
-    config.reward.scorers = "shapes"  # comma-separated names or folders
+    config.reward.scorers = "shapes"  # comma-separated: shapes, videoscore, videoreward, a folder, MODULE:FUNCTION
     config.reward.weights = ""  # comma-separated scorer/dimension=weight; absent = 1
+    config.reward.offload = False  # scorers' weights wait in host memory; costs their transfer every step
+    config.reward.timeout = 600.0  # seconds for your own function on the host, then the run stops; 0 = no limit
+    config.reward.videoscore = ConfigDict()  # where scorers name videoscore; docs/scorers.md says when to take it
+    config.reward.videoscore.path = ""  # the folder of its weights
+    config.reward.videoscore.query_prompt = ""  # a file; "" takes query_prompt.txt of the folder
+    config.reward.videoscore.frame_choice = "arange"  # or "linspace", as its authors' benchmark
+    config.reward.videoscore.max_frames = 16  # up to 48 for v1.1
+    config.reward.videoreward = ConfigDict()  # where scorers name videoreward
+    config.reward.videoreward.path = ""
+    config.reward.videoreward.query_prompt = ""
+    config.reward.videoreward.video_fps = 8.0  # frames a second of the videos that the model makes
 
     config.held_out = ConfigDict()
-    config.held_out.scorers = "judge"  # judge the result, never the loss
+    config.held_out.scorers = "judge"  # judge the result, never the loss; classical reads any videos
 
     config.rollout = ConfigDict()
     config.rollout.candidates = 4

@@ -23,6 +23,9 @@ class StandInPipeline:
         self.gain = 2 if "tuned" in path else 1
         self.arguments: list[dict[str, Any]] = []
 
+    def on_device(self) -> "StandInPipeline":
+        return self
+
     def latent_shape(self, num_frames: int, height: int | None, width: int | None) -> tuple[int, ...]:
         return (num_frames, 4, 4, 3)
 
@@ -59,7 +62,7 @@ def loaded(monkeypatch):
 
     monkeypatch.setattr(evaluate, "load_pipeline", load)
     monkeypatch.setattr(
-        evaluate, "load_rewards", lambda names: tuple(Brightness(n, n != "judge") for n in names.split(",") if n)
+        evaluate, "load_rewards", lambda names, **_: tuple(Brightness(n, n != "judge") for n in names.split(",") if n)
     )
     return pipelines
 
@@ -103,6 +106,18 @@ def test_a_run_beside_the_export_says_which_scorer_trained_it(loaded, tmp_path):
         "judge": "held out",
     }
     assert evaluate.roles_of(str(tmp_path / "elsewhere" / "export"), rewards) == {"judge": "held out"}
+
+
+def test_roles_hold_for_scorers_of_the_config_and_of_ones_own_under_any_of_their_names(tmp_path):
+    config = {
+        "reward": {"scorers": "videoscore,mine:sharp,mine:thing", "videoscore": {"path": "/models/VideoScore-v1.1"}},
+        "held_out": {"scorers": "classical"},
+        "eval": {"every": 5},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rewards = [Brightness(name, name != "classical") for name in ("VideoScore-v1.1", "sharp", "Thing", "classical")]
+    roles = evaluate.roles_of(str(tmp_path / "export"), rewards, "dir/VideoScore-v1.1,mine:sharp,mine:thing,classical")
+    assert roles == dict.fromkeys(("VideoScore-v1.1", "sharp", "Thing"), "trained") | {"classical": "held out"}
 
 
 @pytest.mark.parametrize(

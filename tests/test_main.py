@@ -131,7 +131,7 @@ def test_the_default_workdir_is_named_by_config_and_preset(monkeypatch):
 )
 def test_an_idle_accelerator_is_told(monkeypatch, nvidia, tpu, platforms, said):
     monkeypatch.setattr(backend, "_has_nvidia", lambda: nvidia)
-    monkeypatch.setattr(backend, "_has_tpu", lambda: tpu)
+    monkeypatch.setattr(backend, "has_tpu", lambda: tpu)
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     assert said in backend.unused_accelerator() if said else backend.unused_accelerator() == ""
 

@@ -86,3 +86,59 @@ def test_wrong_input_is_one_line_exit_code_2_and_nothing_written(folder, capsys,
     assert error.count("\n") == 1
     assert re.search(message, error), error
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "mine_for_scores.py").write_text(
+        "def same(videos, prompts): return {'same': [1.5] * len(videos)}\n"
+        "def broken(videos, prompts): return {'x': videos[100]}\n"
+        "broken.dimensions, broken.ranges = ('x',), ((0, 1),)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_videos_of_any_kind_are_scored_without_prompts_and_equal_scores_are_scores(mine):
+    rng = np.random.default_rng(0)
+    np.save(mine / "a.npy", rng.uniform(size=(5, 40, 32, 3)).astype(np.float32))  # floats in [0, 1]
+    np.save(mine / "b.npy", rng.integers(0, 256, (1, 32, 64, 3), np.uint8))  # one frame
+    np.save(mine / "c.npy", rng.integers(0, 256, (5, 40, 32, 3), np.uint8))  # another size than its neighbour
+    assert run("--scorer=mine_for_scores:same", f"--videos={mine}/*.npy", f"--output={mine}/scores.json") == 0
+    assert [row["same"] for row in json.loads((mine / "scores.json").read_text())] == [1.5] * 3
+
+
+def test_the_classical_measures_read_what_the_judge_cannot(mine):
+    video = np.random.default_rng(0).integers(0, 256, (1, 32, 45, 3), np.uint8)
+    np.save(mine / "noise.npy", video)
+    assert run("--scorer=classical", f"--videos={mine}/noise.npy", f"--output={mine}/scores.json") == 0
+    (row,) = json.loads((mine / "scores.json").read_text())
+    assert row["dynamic_degree"] == 0 and row["naturalness"] < -10
+
+
+@pytest.mark.parametrize(
+    ("video", "scorer", "message"),
+    [
+        (np.full((2, 32, 32, 3), 1.5, np.float32), "mine_for_scores:same", "save uint8, or floats between 0 and 1"),
+        (np.zeros((2, 32, 32), np.uint8), "mine_for_scores:same", r"save an array \[frames, height, width, 3\]"),
+        (np.zeros((0, 32, 32, 3), np.uint8), "mine_for_scores:same", "is not a video"),
+        (np.zeros((2, 31, 32, 3), np.uint8), "classical", "need 32 on each side"),
+        (
+            np.zeros((2, 32, 32, 3), np.uint8),
+            "mine_for_scores:broken",
+            "raised IndexError in mine_for_scores.py, line 2",
+        ),
+        (np.zeros((2, 32, 32, 3), np.uint8), "mine_for_scores:none", "--scorer: mine_for_scores:none is missing"),
+        (
+            np.zeros((2, 32, 32, 3), np.uint8),
+            "videoscore",
+            "--scorer: videoscore has its folder in a run's config only",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_one_line_and_nothing_is_written(mine, capsys, video, scorer, message):
+    np.save(mine / "video.npy", video)
+    assert run(f"--scorer={scorer}", f"--videos={mine}/video.npy", f"--output={mine}/scores.json") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error), error
+    assert not (mine / "scores.json").exists()

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     prompts = load_prompts(flags.prompts, "--prompts")
     # The judge reads captions of the embedded world only.
     scorers = flags.scorers or ("shapes,judge" if flags.prompts.startswith("shapes:") else "shapes")
-    rewards = load_rewards(scorers)
+    rewards = load_rewards(scorers, field="--scorers")
     if not rewards:
         raise UserError("--scorers: is empty; name at least one scorer, as shapes")
     base, tuned = load_pipeline(flags.base), load_pipeline(flags.tuned)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
             prompts[: flags.limit],
             rewards,
             sampling,
-            roles_of(flags.tuned, rewards),
+            roles_of(flags.tuned, rewards, scorers),
             keep=flags.keep,
             progress=lambda what, done, total: status.update(f"{what}: {done} of {total} clips"),
         )
@@ -72,7 +72,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--base", required=True, help="diffusers folder that training started from")
     parser.add_argument("--tuned", required=True, help="diffusers folder to compare with it")
     parser.add_argument("--prompts", default=PROMPTS, help="text file, .jsonl or shapes:SPLIT (default: %(default)s)")
-    parser.add_argument("--scorers", default="", help="comma-separated names or folders (default: shapes, judge)")
+    parser.add_argument(
+        "--scorers", default="", help="comma-separated: names, folders, MODULE:FUNCTION (default: shapes, judge)"
+    )
     parser.add_argument("--output", required=True, help="folder for evaluation.json, report.html and videos/")
     parser.add_argument("--limit", type=int, default=None, help="first so many prompts (default: all)")
     parser.add_argument("--samples", type=int, default=1, help="clips a prompt (default: %(default)s)")
@@ -117,8 +119,11 @@ def folder_for(path: str) -> Path:
     return folder
 
 
-def roles_of(tuned: str, rewards: Sequence[Any]) -> dict[str, str]:
-    """What each scorer had to do with the tuned model, where it is the export of a run with its config beside it."""
+def roles_of(tuned: str, rewards: Sequence[Any], scorers: str = "") -> dict[str, str]:
+    """What each scorer had to do with the tuned model, where it is the export of a run with its config beside it.
+
+    `scorers` names the rewards, in their order: an object of one's own may have another name than its module says.
+    """
     roles = {reward.name: "held out" for reward in rewards if not reward.trains}
     try:
         config = json.loads((Path(tuned).resolve().parent / "config.json").read_text(encoding="utf-8"))
@@ -126,13 +131,24 @@ def roles_of(tuned: str, rewards: Sequence[Any]) -> dict[str, str]:
         steering = config["eval"]["every"] > 0
     except (OSError, ValueError, KeyError, TypeError):
         return roles
-    of_run = dict.fromkeys(_names(judged), "steered" if steering else "held out")
-    of_run |= dict.fromkeys(_names(trained), "trained")
-    return {reward.name: of_run.get(reward.name, "held out") for reward in rewards} | roles
+    of_run = dict.fromkeys(_names(judged, config), "steered" if steering else "held out")
+    of_run |= dict.fromkeys(_names(trained, config), "trained")
+    given = [name.strip() for name in scorers.split(",") if name.strip()] or [reward.name for reward in rewards]
+    found = {
+        reward.name: of_run.get(name, of_run.get(reward.name, "held out"))
+        for reward, name in zip(rewards, given, strict=True)
+    }
+    return found | roles
 
 
-def _names(scorers: str) -> list[str]:
-    return [Path(name.strip()).name for name in scorers.split(",") if name.strip()]
+def _names(scorers: str, config: dict[str, Any]) -> list[str]:
+    """What the scorers of a config may be called elsewhere: as they stand, by their folders, by their functions."""
+    names: list[str] = []
+    for name in (part.strip() for part in scorers.split(",")):
+        settings = config["reward"].get(name)
+        folder = settings.get("path", "") if isinstance(settings, dict) else ""
+        names += [name, Path(name).name, name.rpartition(":")[2], Path(folder).name]
+    return [name for name in names if name]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, unused_accelerator
 from vpo_jax.runtime.mesh import make_mesh
 from vpo_jax.runtime.metrics import read_metrics
+from vpo_jax.runtime.processes import is_main, join_processes, main_first
 from vpo_jax.runtime.signals import Stop, catch_signals
 from vpo_jax.runtime.workdir import Workdir, completed_steps, open_workdir
 from vpo_jax.training.check import check, check_inputs, check_mesh
@@ -54,14 +55,15 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
 
     Raises UserError for wrong input, before anything is written; Interrupted after saving.
     """
-    console = console or Console()
     check(config)
+    join_processes()
+    console = console or Console(quiet=not is_main())
     if completed_steps(workdir, config.to_dict()) == config.train.steps:
         console.print(f"complete: {config.train.steps} steps are done in {workdir}", soft_wrap=True)
         console.print(f"look at {Path(workdir) / 'report.html'}", soft_wrap=True)
         return None
     keep_compiled_programs()
-    if idle := unused_accelerator():
+    if is_main() and (idle := unused_accelerator()):
         print(f"warning: {idle}", file=sys.stderr)
     mesh = make_mesh(**config.mesh)
     check_mesh(config, mesh)
@@ -70,10 +72,10 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
         held_out_prompts = load_prompts(config.data.held_out, "data.held_out")
     else:
         prompts, held_out_prompts = set_apart(prompts)
-    rewards = load_rewards(config.reward.scorers, training=True)
-    judges = load_rewards(config.held_out.scorers)
+    rewards = load_rewards(config.reward.scorers, training=True, settings=config.reward)
+    judges = load_rewards(config.held_out.scorers, settings=config.reward)
     pipeline = load_pipeline(config.model.path)
-    check_inputs(config, pipeline, rewards)
+    check_inputs(config, pipeline, rewards, judges)
     adapters = read_start(config, pipeline.params["unet"])
     with open_workdir(workdir, config.to_dict()) as opened, catch_signals() as stop:
         result = train(
@@ -120,7 +122,7 @@ def finish(
 
     `judges` may repeat `rewards`. Interrupted, it starts over at the next call.
     """
-    tuned.save_pretrained(workdir.export)
+    main_first(lambda: tuned.save_pretrained(workdir.export))
     rollout = config.rollout
     num_frames, height, width = tuned.video_size(rollout.num_frames, rollout.height, rollout.width)
     sampling = Sampling(
@@ -155,11 +157,7 @@ def finish(
             roles,
             progress=show,
         )
-    write_json(workdir.path / "evaluation.json", comparison)
-    weights = "ema" if config.ema.decay > 0 else "policy"
-    write_card(workdir.export, model_card(config, workdir.path, config.train.steps, weights))
-    write_clips(workdir.samples / "final", comparison)
-    write_report(workdir.report, comparison, read_metrics(workdir.path), workdir.config)
+    main_first(lambda: write_result(config, workdir, comparison))
     console.print(table(comparison))
     console.print(f"look at  {workdir.report}", soft_wrap=True, highlight=False)
     console.print("load it:\n", soft_wrap=True, highlight=False)
@@ -167,8 +165,17 @@ def finish(
         console.print(f"    {line}", soft_wrap=True, highlight=False, markup=False)
     if missing := beyond_diffusers(tuned.configs):
         console.print(f"diffusers has no {' and no '.join(missing)}: its videos are others", soft_wrap=True)
-    workdir.complete(config.train.steps)
+    main_first(lambda: workdir.complete(config.train.steps))
     return comparison
+
+
+def write_result(config: Any, workdir: Workdir, comparison: Comparison) -> None:
+    """evaluation.json, the export's card, the videos and the page."""
+    write_json(workdir.path / "evaluation.json", comparison)
+    weights = "ema" if config.ema.decay > 0 else "policy"
+    write_card(workdir.export, model_card(config, workdir.path, config.train.steps, weights))
+    write_clips(workdir.samples / "final", comparison)
+    write_report(workdir.report, comparison, read_metrics(workdir.path), workdir.config)
 
 
 def loading_lines(export: Path, comparison: Comparison) -> list[str]:

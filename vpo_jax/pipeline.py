@@ -20,6 +20,7 @@ from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import CLIPS, constrain
 
 Tree = Any
 
@@ -96,6 +97,10 @@ class Pipeline:
         factor = self.vae.config.scale_factor
         return frames, height // factor, width // factor, self.unet.config.in_channels
 
+    def on_device(self) -> "Pipeline":
+        """The same pipeline with its parameters on the device already: each call would copy them from the host."""
+        return dataclasses.replace(self, params=jax.device_put(self.params))
+
     # Pure parts.
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
@@ -119,7 +124,7 @@ class Pipeline:
         if frame_indices is not None and tuple(frame_indices) != tuple(range(latents.shape[1])):
             latents = latents[:, np.asarray(frame_indices)]
         batch, frames = latents.shape[:2]
-        flat = latents.reshape(batch * frames, *latents.shape[2:]) / self.vae.config.scaling_factor
+        flat = constrain(latents.reshape(batch * frames, *latents.shape[2:]), CLIPS) / self.vae.config.scaling_factor
         images: Any = self.vae.apply({"params": params}, flat, method=AutoencoderKL.decode)
         images = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
         return images.reshape(batch, frames, *images.shape[1:])

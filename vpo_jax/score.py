@@ -28,7 +28,7 @@ BATCH = 32  # videos in memory at a time
 def main(argv: Sequence[str]) -> None:
     """Scores what the flags name."""
     parser = cli.Parser("vpo_jax.score", (__doc__ or "").partition("\n")[0])
-    parser.add_argument("--scorer", required=True, help='"shapes", "judge" or a folder')
+    parser.add_argument("--scorer", required=True, help="shapes, classical, judge, a folder, or MODULE:FUNCTION")
     parser.add_argument("--videos", required=True, help="pattern of files, quoted; ** goes into folders")
     parser.add_argument("--prompts", default="", help="a prompt for each video, in the order of their sorted names")
     parser.add_argument("--output", required=True, help="a .json, .jsonl or .csv file")
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     prompts = load_prompts(flags.prompts, "--prompts") if flags.prompts else [""] * len(paths)
     if len(prompts) != len(paths):
         raise UserError(f"--prompts: {len(prompts)} prompts for {len(paths)} videos; give one to each, in their order")
-    scorer = load_scorer(flags.scorer)
+    scorer = load_scorer(flags.scorer, "--scorer")
     keep_compiled_programs()
     rows = score_files(scorer, paths, prompts, flags.every_pixel)
     write_rows(output, rows)

@@ -21,6 +21,9 @@ class FakePipeline:
         self.gain = gain
         self.batches: list[tuple[int, dict[str, Any]]] = []
 
+    def on_device(self):
+        return self
+
     def latent_shape(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, ...]:
         return (num_frames or 4, 3, 2, 3)
 

@@ -4,6 +4,7 @@ import pytest
 
 from vpo_jax.planning.cost import measure
 from vpo_jax.planning.job import read_scorers, read_shapes
+from vpo_jax.runtime import cli
 
 
 def array(*shape, dtype=jnp.float32):
@@ -90,7 +91,7 @@ def test_modelscopes_autoencoder_costs_what_pytorchs_counter_says(modelscope):
 
 def test_videoscore_costs_what_pytorchs_counter_says():
     pytest.importorskip("vpo_jax.rewards.videoscore")
-    (reward,) = read_scorers("videoscore")
+    (reward,) = read_scorers("videoscore", cli.load_config("configs/vpo.py").reward)
     tokens = {"input_ids": array(1, 376, dtype=jnp.int32), "mask": array(1, 376, dtype=jnp.bool_)}
     cost = measure(reward.score, reward.params, array(1, 16, 256, 256, 3, dtype=jnp.uint8), tokens)
     assert cost.flops / 1e12 == pytest.approx(35.4, abs=0.05)

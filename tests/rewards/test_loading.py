@@ -38,8 +38,41 @@ def _videos(count, frames=8, size=32):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"'videoscroe' is no scorer; known names are judge, shapes"):
+    with pytest.raises(
+        UserError, match=r"'videoscroe' is no scorer; known names are classical, judge, shapes, videoreward, videoscore"
+    ):
         load_reward("videoscroe")
+
+
+def test_a_scorer_of_the_config_without_its_folder_names_the_field_and_the_fix(folder):
+    settings = {"timeout": 0.0, "videoscore": {"path": "", "query_prompt": ""}}
+    with pytest.raises(UserError, match=r"reward\.videoscore\.path: is empty, but reward\.scorers names videoscore"):
+        load_rewards("videoscore", training=True, settings=settings)
+    with pytest.raises(
+        UserError, match=r"but held_out\.scorers names videoscore.*--config\.reward\.videoscore\.path=DIR"
+    ):
+        load_rewards("videoscore", settings=settings)
+    for change, message in [
+        ({"path": "nowhere"}, "reward.videoscore.path: nowhere: no such folder"),
+        ({"path": str(folder)}, "reward.videoscore.path: .* holds 'VideoScorer' and no Idefics2"),
+        (
+            {"path": str(folder), "query_prompt": "none.txt"},
+            "reward.videoscore.query_prompt: there is no file none.txt",
+        ),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load_reward("videoscore", settings | {"videoscore": settings["videoscore"] | change})
+    with pytest.raises(
+        UserError, match="--scorers: videoreward has its folder in a run's config only; give the folder"
+    ):
+        load_rewards("videoreward", field="--scorers")
+
+
+def test_errors_name_the_field_that_named_the_scorer():
+    with pytest.raises(UserError, match=r"^held_out\.scorers: 'nobody' is no scorer"):
+        load_rewards("nobody")
+    with pytest.raises(UserError, match=r"^--scorer: 'nobody' is no scorer"):
+        load_scorer("nobody", "--scorer")
 
 
 def test_a_written_folder_is_read_back(folder, parts):

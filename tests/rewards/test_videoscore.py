@@ -117,6 +117,18 @@ def noise(batch, frames=4, height=20, width=24):
     return np.random.default_rng(1).integers(0, 256, (batch, frames, height, width, 3), np.uint8)
 
 
+def test_the_config_names_the_folder_the_query_and_the_frames(original, tmp_path):
+    (tmp_path / "query.txt").write_text("Judge {text_prompt}: ")
+    options = {"path": str(original), "query_prompt": str(tmp_path / "query.txt"), "frame_choice": "linspace"}
+    chosen = load_reward("videoscore", {"timeout": 0.0, "videoscore": options | {"max_frames": 3}})
+    assert chosen.name == "videoscore" and chosen.frame_indices(9) == (0, 4, 8)
+    assert not np.array_equal(
+        chosen.prepare(["a"])["input_ids"], load_reward(str(original)).prepare(["a"])["input_ids"]
+    )
+    with pytest.raises(UserError, match=r"reward\.videoreward\.path: .* holds 'Idefics2ForSequenceClassification'"):
+        load_reward("videoreward", {"videoreward": {"path": str(original), "query_prompt": "", "video_fps": 8.0}})
+
+
 def test_a_folder_is_recognised_by_its_architecture(reward):
     assert isinstance(reward, Reward)
     assert reward.name == "tiny" and reward.trains and reward.jittable

@@ -13,7 +13,7 @@ def test_a_signal_is_a_flag_until_it_is_looked_at(signum, code):
     with catch_signals() as stop:
         stop.check()
         os.kill(os.getpid(), signum)
-        assert stop.requested
+        assert stop.asked()
         with pytest.raises(Interrupted) as error:
             stop.check()
     assert error.value.exit_code == code

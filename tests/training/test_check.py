@@ -65,6 +65,10 @@ def test_an_adapter_cannot_start_full_fine_tuning():
         ("train.microbatch", 3, "train.microbatch: 3 does not divide train.prompts_per_step=16"),
         ("rollout.microbatch", 7, "rollout.microbatch: 7 does not divide the step's 64 videos"),
         ("train.stepz", 3, "train.stepz: unknown config key; did you mean train.steps?"),
+        ("reward.timeout", -1.0, "reward.timeout: -1.0 is not a number from 0 to 1e+08 seconds (0 = no limit)"),
+        ("reward.videoscore.frame_choice", "all", "'all' is not one of arange, linspace"),
+        ("reward.videoscore.max_frames", 0, "reward.videoscore.max_frames: 0 is not a whole number from 1 up"),
+        ("reward.videoreward.video_fps", 0.0, "reward.videoreward.video_fps: 0.0 is not a number above 0"),
         ("seed", -1, "seed: -1 is not a whole number from 0 up"),
     ],
 )

@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 
 from vpo_jax.diffusion.samplers import make_sampler, sample
+from vpo_jax.runtime.mesh import make_mesh
 from vpo_jax.training.policy import make_policy
-from vpo_jax.training.rollout import Scores, frames_to_decode, make_candidate_keys, make_decode, make_rollout
+from vpo_jax.training.rollout import Scores, Weights, frames_to_decode, make_candidate_keys, make_decode, make_rollout
 
 SHAPE = (4, 4, 4, 4)
+
+
+@pytest.fixture
+def weights():
+    return Weights(make_mesh(1, devices=jax.devices()[:1]))
 
 
 def setup(configure, pipeline, **options):
@@ -73,7 +79,7 @@ def test_a_guidance_scale_of_1_saves_the_unconditional_half(configure, pipeline)
     assert set(batches) == {6, 12}
 
 
-def test_only_the_union_of_the_scorers_frames_is_decoded_and_rounded_to_uint8(pipeline, toy_reward):
+def test_only_the_union_of_the_scorers_frames_is_decoded_and_rounded_to_uint8(pipeline, toy_reward, weights):
     class Ends(toy_reward):
         def frame_indices(self, num_frames):
             return (0, num_frames - 1)
@@ -86,19 +92,29 @@ def test_only_the_union_of_the_scorers_frames_is_decoded_and_rounded_to_uint8(pi
     assert videos.dtype == jnp.uint8 and videos.shape == (4, 3, 4, 4, 3)
     everything = make_decode(pipeline, range(4), microbatch=2)(pipeline.params["vae"], latents)
     np.testing.assert_array_equal(videos, everything[:, np.array(frames)])
-    scores = Scores(rewards, 4, frames)(videos, ["a"] * 4)
+    scores = Scores(rewards, weights, 4, frames)(videos, ["a"] * 4)
     assert scores.shape == (4, 4) and scores.dtype == jnp.float32
     pixels = np.asarray(everything, np.float32) / 255
     np.testing.assert_allclose(scores[:, 0], pixels[:, [0, 2]].mean((1, 2, 3, 4)), rtol=1e-5)
     np.testing.assert_allclose(scores[:, 2], pixels[:, [0, 3]].mean((1, 2, 3, 4)), rtol=1e-5)
 
 
-def test_a_scorer_on_the_host_gives_the_same_scores(pipeline, toy_reward):
+def test_a_scorer_on_the_host_gives_the_same_scores(toy_reward, weights):
     class OnHost(toy_reward):
         def score(self, params, videos, prepared):
             assert isinstance(videos, np.ndarray) and videos.dtype == np.uint8
             return np.asarray(super().score(params, videos, prepared))
 
     videos = np.random.default_rng(2).integers(0, 256, (4, 2, 4, 4, 3)).astype(np.uint8)
-    host = Scores([OnHost(jittable=False)], 4, (0, 2))(jnp.asarray(videos), ["a"] * 4)
-    np.testing.assert_allclose(host, Scores([toy_reward()], 4, (0, 2), 2)(jnp.asarray(videos), ["a"] * 4), rtol=1e-6)
+    host = Scores([OnHost(jittable=False)], weights, 4, (0, 2))(jnp.asarray(videos), ["a"] * 4)
+    traced = Scores([toy_reward()], weights, 4, (0, 2), 2)(jnp.asarray(videos), ["a"] * 4)
+    np.testing.assert_allclose(host, traced, rtol=1e-6)
+
+
+def test_weights_of_a_scorer_are_placed_once_or_with_offload_for_every_call(toy_reward):
+    mesh = make_mesh(1, devices=jax.devices()[:1])
+    reward = toy_reward(params={"kernel": np.ones((4, 4), np.float32)})
+    resident, offloaded = Weights(mesh), Weights(mesh, offload=True)
+    assert resident(reward)["kernel"] is resident(reward)["kernel"]
+    assert offloaded(reward)["kernel"] is not offloaded(reward)["kernel"]
+    np.testing.assert_array_equal(offloaded(reward)["kernel"], reward.params["kernel"])

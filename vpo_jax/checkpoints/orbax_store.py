@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.processes import agree, main_first
 from vpo_jax.runtime.trees import bytes_of
 
 _LOG = logging.getLogger(__name__)
@@ -139,17 +140,25 @@ class CheckpointStore:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
             try:
                 restored = self._manager.restore(step, args=items)
+                broken = False
             except _BROKEN as error:
                 self._reason = self._reason or str(error).strip().partition("\n")[0]
+                broken = True
+            if agree(broken):  # another process may have met the broken file
+                self._reason = self._reason or "a shard of another process"
                 continue
             yield step, restored["state"], restored["meta"]
 
     def _set_aside(self, step: int) -> None:
         aside = self.directory.with_name(self.directory.name + ".broken")
-        with _explained(aside):
-            aside.mkdir(exist_ok=True)
-            shutil.rmtree(aside / str(step), ignore_errors=True)
-            (self.directory / str(step)).rename(aside / str(step))
+
+        def move() -> None:
+            with _explained(aside):
+                aside.mkdir(exist_ok=True)
+                shutil.rmtree(aside / str(step), ignore_errors=True)
+                (self.directory / str(step)).rename(aside / str(step))
+
+        main_first(move)
         self._manager.reload()
         self.broken.append(step)
 

@@ -19,6 +19,7 @@ from vpo_jax.evaluation.win_rate import mean_difference, win_rate
 from vpo_jax.rewards.loading import Scorer
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
+from vpo_jax.runtime.processes import largest, share, unshare
 
 # What a scorer has had to do with the tuned model; only the last kind of number is evidence by itself.
 ROLES = ("trained", "steered", "held out", "measured", "unknown")
@@ -136,29 +137,38 @@ def evaluate(
 ) -> tuple[Scores, np.ndarray]:
     """Scores {"scorer/dimension": float32 [P, S]} of one pipeline, and its first `keep` prompts' clips.
 
+    Each process makes its share of the clips on its own first device, and all get everything.
     The noise of prompt i, sample s is `stream_key(seed, "eval", 0, i, s)`: it depends on neither batch nor model.
     """
     if not prompts:
         raise UserError("prompts: none to evaluate on; give at least one")
-    tasks = [(i, s) for i in range(len(prompts)) for s in range(sampling.samples)]
+    every = np.array([(i, s) for i in range(len(prompts)) for s in range(sampling.samples)])  # [T, 2]
+    tasks = share(every)
+    most = -(-len(every) // jax.process_count())  # as many batches in each process, whatever its share
     scorers = [_callable(reward) for reward in rewards]
+    pipeline = pipeline.on_device()
     parts: list[Scores] = []
-    kept: list[np.ndarray] = []
-    size = min(sampling.batch, len(tasks))
-    for start in range(0, len(tasks), size):
+    kept: np.ndarray | None = None
+    size = min(sampling.batch, most)
+    for start in range(0, most, size):
         chunk = tasks[start : start + size]
-        # The last batch is filled up with its own first clip, so that one compiled program serves all.
-        filled = chunk + chunk[:1] * (size - len(chunk))
+        # The last batch is filled up with clips that do not count, so that one compiled program serves all.
+        filled = np.concatenate([chunk, np.resize(every[:1], (size - len(chunk), 2))])
         texts = [prompts[i] for i, _ in filled]
         videos = np.asarray(pipeline(texts, latents=_noise(pipeline, filled, sampling), **sampling.arguments()))
         scores = _score(scorers, videos, texts)
         parts.append({name: values[: len(chunk)] for name, values in scores.items()})
-        kept += [video for video, (i, s) in zip(videos, chunk, strict=False) if i < keep and s == 0]
+        if kept is None:
+            kept = np.zeros((min(keep, len(prompts)), *videos.shape[1:]), np.uint8)
+        for video, (i, s) in zip(videos, chunk, strict=False):
+            if i < len(kept) and s == 0:
+                kept[i] = video
         if progress is not None:
-            progress(min(start + size, len(tasks)), len(tasks))
+            progress(min((start + size) * jax.process_count(), len(every)), len(every))
+    assert kept is not None
     shape = (len(prompts), sampling.samples)
-    together = {name: np.concatenate([part[name] for part in parts]).reshape(shape) for name in parts[0]}
-    return together, np.stack(kept) if kept else np.zeros((0, *videos.shape[1:]), np.uint8)
+    mine = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: unshare(rows, len(every)).reshape(shape) for name, rows in mine.items()}, largest(kept)
 
 
 def score_videos(rewards: Sequence[Any], videos: np.ndarray, prompts: Sequence[str]) -> Scores:
@@ -270,9 +280,9 @@ def _named(progress: Progress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(what, done, total)
 
 
-def _noise(pipeline: Any, tasks: Sequence[tuple[int, int]], sampling: Sampling) -> jax.Array:
+def _noise(pipeline: Any, tasks: np.ndarray, sampling: Sampling) -> jax.Array:
     shape = pipeline.latent_shape(sampling.num_frames, sampling.height, sampling.width)
-    slots, samples = (jnp.asarray(column) for column in zip(*tasks, strict=True))
+    slots, samples = jnp.asarray(tasks.T)
     keys = jax.vmap(lambda i, s: stream_key(sampling.seed, "eval", 0, i, s))(slots, samples)
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 

@@ -84,7 +84,7 @@ class Job:
             "training state": (self.state, "state"),
             "text encoder": (self.pipeline.params["text_encoder"], "rules"),
             "autoencoder": (self.pipeline.params["vae"], "rules"),
-            "scorers": (scorers, "whole"),
+            "scorers": (scorers, "rules"),
         }
 
 
@@ -115,10 +115,10 @@ def read_shapes(path: str) -> Pipeline:
     return make_pipeline(PipelineParts(configs, params, None, defaults))
 
 
-def read_scorers(names: str) -> list[Any]:
-    """Scorers of a comma-separated list; those in `specs.SCORERS` as shapes."""
+def read_scorers(names: str, settings: Any) -> list[Any]:
+    """Scorers of a comma-separated list; those in `specs.SCORERS` as shapes. `settings` is the config's `reward`."""
     return [
-        _videoscore(name) if name in SCORERS and not Path(name).is_dir() else load_reward(name)
+        _videoscore(name, settings) if name in SCORERS and not Path(name).is_dir() else load_reward(name, settings)
         for name in (part.strip() for part in names.split(","))
         if name
     ]
@@ -136,7 +136,7 @@ class _Queries:
         return {"input_ids": np.zeros(shape, np.int32), "mask": np.ones(shape, bool)}
 
 
-def _videoscore(name: str) -> Any:
+def _videoscore(name: str, settings: Any) -> Any:
     from vpo_jax.checkpoints.videoscore import videoscore_shapes
     from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
     from vpo_jax.models.idefics2_config import Idefics2Config
@@ -149,13 +149,14 @@ def _videoscore(name: str) -> Any:
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
     model = Idefics2ForSequenceClassification(config, len(DIMENSIONS), jnp.bfloat16)
     queries: Any = _Queries(config.perceiver.resampler_n_latents)
-    return VideoScoreReward(name, model, params, queries, FrameSettings(), VideoScoreOptions())
+    chosen = {key: settings[name][key] for key in ("frame_choice", "max_frames")}
+    return VideoScoreReward(name, model, params, queries, FrameSettings(), VideoScoreOptions(**chosen))
 
 
 def make_job(config: Any) -> Job:
     """The job of a config that `check` has passed."""
     pipeline = read_shapes(config.model.path)
-    rewards = read_scorers(config.reward.scorers)
+    rewards = read_scorers(config.reward.scorers, config.reward)
     rollout, train, preference = config.rollout, config.train, config.preference
     size = pipeline.video_size(rollout.num_frames, rollout.height, rollout.width)
     latent_shape = pipeline.latent_shape(*size)
@@ -226,7 +227,7 @@ def make_job(config: Any) -> Job:
               forwards=rollout.num_inference_steps),
         Stage("decode", decode, ("rules", "batch"), clips, rollout.microbatch, 1),
         *(
-            Stage(f"score {reward.name}", score(reward), ("whole", "batch", "batch"), clips, rollout.microbatch, 1)
+            Stage(f"score {reward.name}", score(reward), ("rules", "batch", "batch"), clips, rollout.microbatch, 1)
             for reward in rewards
             if reward.jittable
         ),

@@ -3,16 +3,20 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from vpo_jax.checkpoints import videoscore
+from vpo_jax.checkpoints import videoreward, videoscore
 from vpo_jax.checkpoints.scorers import CLASS, scorer_class
+from vpo_jax.rewards.classical import ClassicalReward
+from vpo_jax.rewards.custom import TIMEOUT, load_custom
 from vpo_jax.rewards.judge import JudgeReward
 from vpo_jax.rewards.protocol import Reward
 from vpo_jax.rewards.shapes import load_video_scorer
-from vpo_jax.rewards.videoscore import load_videoscore
+from vpo_jax.rewards.videoreward import VideoRewardOptions, load_videoreward
+from vpo_jax.rewards.videoscore import VideoScoreOptions, load_videoscore
 from vpo_jax.runtime.errors import UserError
 
 SHIPPED_SCORER = Path(__file__).resolve().parents[1] / "shapes" / "assets" / "scorer"
@@ -23,23 +27,41 @@ def _shipped() -> Reward:
     return load_video_scorer(SHIPPED_SCORER, "shapes")
 
 
-_BY_NAME: dict[str, Callable[[], Reward]] = {"shapes": _shipped, "judge": JudgeReward}
+_BY_NAME: dict[str, Callable[[], Reward]] = {"classical": ClassicalReward, "judge": JudgeReward, "shapes": _shipped}
 _BY_CLASS: dict[str, Callable[[str], Reward]] = {CLASS: load_video_scorer, videoscore.CLASS: load_videoscore}
+_BY_CLASS |= dict.fromkeys(videoreward.CLASSES, load_videoreward)
+# Names whose folder and options stand in the config, under reward.NAME.
+_BY_SETTINGS: dict[str, tuple[tuple[str, ...], Callable[..., Reward], Callable[..., Any]]] = {
+    "videoreward": (videoreward.CLASSES, load_videoreward, VideoRewardOptions),
+    "videoscore": ((videoscore.CLASS,), load_videoscore, VideoScoreOptions),
+}
 
 
-def load_reward(name_or_path: str) -> Reward:
-    """The scorer called "shapes" (it ships with the package) or "judge" (analytic, never trains), or a folder.
+def load_reward(name_or_path: str, settings: Any = None, field: str = "reward.scorers") -> Reward:
+    """A scorer by its name, its folder, or as MODULE:ATTRIBUTE.
+
+    "shapes" ships with the package; "classical" and "judge" (analytic, of the shapes world) never train; "videoscore"
+    and "videoreward" take their folder from `settings`; see `rewards.custom` for one of your own.
+
+    Args:
+      name_or_path: any of those.
+      settings: a config's `reward`, where there is a config.
+      field: what an error names.
 
     Raises:
-      UserError: neither a known name nor a folder that holds a scorer.
+      UserError: nothing that is a scorer, or one that cannot be loaded.
     """
     if name_or_path in _BY_NAME:
         return _BY_NAME[name_or_path]()
+    if name_or_path in _BY_SETTINGS and (settings is not None or not Path(name_or_path).is_dir()):
+        return _by_settings(name_or_path, settings, field)
     if not Path(name_or_path).is_dir():
-        known = ", ".join(sorted(_BY_NAME))
+        if ":" in name_or_path:
+            return load_custom(name_or_path, field, TIMEOUT if settings is None else settings["timeout"])
+        known = ", ".join(sorted([*_BY_NAME, *_BY_SETTINGS]))
         raise UserError(
-            f"reward.scorers: {str(name_or_path)!r} is no scorer; known names are {known}, and a folder with "
-            "config.json and model.safetensors is one too"
+            f"{field}: {str(name_or_path)!r} is no scorer; known names are {known}, a folder with "
+            "config.json and model.safetensors is one too, and so is your own MODULE:FUNCTION"
         )
     kind = scorer_class(name_or_path)
     if kind not in _BY_CLASS:
@@ -49,13 +71,41 @@ def load_reward(name_or_path: str) -> Reward:
     return _BY_CLASS[kind](name_or_path)
 
 
-def load_rewards(names: str, training: bool = False) -> tuple[Reward, ...]:
+def _by_settings(name: str, settings: Any, field: str) -> Reward:
+    classes, load, options = _BY_SETTINGS[name]
+    if settings is None:
+        raise UserError(f"{field}: {name} has its folder in a run's config only; give the folder itself here")
+    values = dict(settings[name].items())
+    path, query = values.pop("path"), values["query_prompt"]
+    if not path:
+        raise UserError(
+            f"reward.{name}.path: is empty, but {field} names {name}; give the folder of its weights with "
+            f"--config.reward.{name}.path=DIR"
+        )
+    if not Path(path).is_dir():
+        raise UserError(f"reward.{name}.path: {path}: no such folder; give the folder of its weights")
+    if query and not Path(query).is_file():
+        raise UserError(f"reward.{name}.query_prompt: there is no file {query}; give a text file, or nothing")
+    kind = scorer_class(path)
+    if kind not in classes:
+        raise UserError(
+            f"reward.{name}.path: {path} holds {kind!r} and no {' or '.join(classes)}; name it in {field} itself"
+        )
+    return load(path, name, options(**values))
+
+
+def load_rewards(
+    names: str, training: bool = False, settings: Any = None, field: str | None = None
+) -> tuple[Reward, ...]:
     """Scorers of a comma-separated list; with `training`, those that may only judge are refused.
+
+    `settings` is a config's `reward`; `field` is what errors name, reward.scorers or held_out.scorers if left out.
 
     Raises:
       UserError: as `load_reward`; an empty list for training; the judge for training.
     """
-    rewards = tuple(load_reward(name.strip()) for name in names.split(",") if name.strip())
+    field = field or ("reward.scorers" if training else "held_out.scorers")
+    rewards = tuple(load_reward(name.strip(), settings, field) for name in names.split(",") if name.strip())
     if training and not rewards:
         raise UserError("reward.scorers: is empty; name at least one scorer, as shapes")
     for reward in rewards:
@@ -98,11 +148,11 @@ class Scorer:
         return {name: scores[:, i] for i, name in enumerate(self.reward.dimensions)}
 
 
-def load_scorer(name_or_path: str) -> Scorer:
+def load_scorer(name_or_path: str, field: str = "scorer") -> Scorer:
     """A scorer to call: `load_scorer("shapes")(videos, prompts)` -> {dimension: float32 [B]}.
 
     Raises:
-      UserError: as `load_reward`.
+      UserError: as `load_reward`; its message names `field`.
     """
-    reward = load_reward(str(name_or_path))
+    reward = load_reward(str(name_or_path), field=field)
     return Scorer(reward, jax.jit(reward.score) if reward.jittable else reward.score)

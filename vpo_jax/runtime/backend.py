@@ -28,7 +28,7 @@ def unused_accelerator() -> str:
         return ""
     if _has_nvidia():
         what, requirements = "an NVIDIA GPU", "requirements-cuda12.txt"
-    elif _has_tpu():
+    elif has_tpu():
         what, requirements = "a TPU", "requirements-tpu.txt"
     else:
         return ""
@@ -49,7 +49,8 @@ def _has_nvidia() -> bool:
     return listed.returncode == 0 and b"GPU" in listed.stdout
 
 
-def _has_tpu() -> bool:
+def has_tpu() -> bool:
+    """Whether this machine has a TPU, whatever JAX runs on."""
     if any(Path("/dev").glob("accel[0-9]*")):
         return True
     # From v5e on the chips are bound to vfio; 0x1ae0 is Google.

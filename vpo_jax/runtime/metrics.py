@@ -17,16 +17,19 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and to TensorBoard's event files in a directory."""
+    """Appends to metrics.jsonl and to TensorBoard's event files in a directory; a silent one writes nothing."""
 
-    def __init__(self, directory: str | Path, tensorboard: bool = True) -> None:
+    def __init__(self, directory: str | Path, tensorboard: bool = True, silent: bool = False) -> None:
         self._directory = Path(directory)
         self._lines = self._directory / "metrics.jsonl"
-        self._tensorboard = tensorboard
+        self._tensorboard = tensorboard and not silent
+        self._silent = silent
         self._events: EventsWriter | None = None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the step's line, {"step": step, name: value, ...}, on the disk on return; NaN and inf become null."""
+        if self._silent:
+            return
         values = {name: float(value) for name, value in metrics.items()}
         line = {"step": int(step)} | {k: v if math.isfinite(v) else None for k, v in values.items()}
         with self._lines.open("a", encoding="utf-8") as file:
@@ -43,6 +46,8 @@ class MetricsWriter:
     def cut(self, step: int) -> None:
         """Removes what was written after `step` (the restored one), and a line or event that a kill cut short."""
         self.close()
+        if self._silent:
+            return
         if self._lines.exists():
             _replace(self._lines, "".join(_lines_until(self._lines, step)).encode())
         for path in self._directory.glob("events.out.tfevents.*"):

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from vpo_jax.runtime.processes import agree
+
 
 class Interrupted(Exception):
     """The run stopped because a signal asked for it; what was done is saved. Exit code 128 + signal: 130 or 143."""
@@ -16,19 +18,23 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Whether a signal asked to stop."""
+    """Whether a signal asked to stop, in this process or in another of the run.
+
+    Attributes:
+      signum: of the signal that came, 0 where none did.
+    """
 
     def __init__(self) -> None:
         self.signum = 0
 
-    @property
-    def requested(self) -> bool:
-        """True once SIGINT or SIGTERM came."""
+    def asked(self) -> bool:
+        """True once SIGINT or SIGTERM came to any process of the run; all of them have to call it, and all agree."""
+        self.signum = agree(self.signum)
         return self.signum != 0
 
     def check(self) -> None:
-        """Raises Interrupted when a signal came."""
-        if self.signum:
+        """Raises Interrupted when a signal came; all processes have to call it."""
+        if self.asked():
             raise Interrupted(self.signum)
 
 

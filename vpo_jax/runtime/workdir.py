@@ -17,9 +17,10 @@ from typing import Any
 import jax
 
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.processes import agree, is_main
 
 # On resume these may differ; train.steps may also, upwards.
-_FREE = re.compile(r"^mesh\.|\.every$|^log\.|^eval\.on_alarm$")
+_FREE = re.compile(r"^mesh\.|\.every$|^log\.|^eval\.on_alarm$|^reward\.timeout$")
 _OURS = ("metrics.jsonl", "checkpoints", "samples", "export", "report.html", "environment.json")
 _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy", "safetensors", "transformers",
@@ -28,9 +29,9 @@ _PACKAGES = (
 
 
 class Workdir:
-    """A run's directory, held by this process until `close` or the process's end."""
+    """A run's directory, held by the run's main process until `close` or the process's end."""
 
-    def __init__(self, path: Path, config: dict[str, Any], resumed: bool, lock: int) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], resumed: bool, lock: int | None) -> None:
         self.path = path
         self.config = config
         self.resumed = resumed  # a run of this config was here before
@@ -72,7 +73,8 @@ class Workdir:
 
     def close(self) -> None:
         """Lets another process take the directory."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def __enter__(self) -> "Workdir":
         return self
@@ -104,12 +106,29 @@ def completed_steps(path: str | Path, config: Mapping[str, Any]) -> int | None:
 def open_workdir(path: str | Path, config: Mapping[str, Any]) -> Workdir:
     """The run's directory, made where it is missing, locked, with config.json and environment.json in it.
 
+    Of several processes the main one does all that, and the others wait for it; all have to see the same directory.
     `config` is the resolved config as nested dicts. Raises UserError, before anything is written, when the path
     is no directory, may not be written, is held by another run, or belongs to another config: mesh.*, log.*,
-    *.every and a higher train.steps are the only differences that a resumed run may have.
+    *.every, reward.timeout and a higher train.steps are the only differences that a resumed run may have.
     """
     path = Path(path)
     resolved: dict[str, Any] = json.loads(json.dumps(config))
+    opened, failure = Workdir(path, resolved, False, None), None
+    if is_main():
+        try:
+            opened = _open(path, resolved)
+        except UserError as error:
+            failure = error
+    if agree(failure is not None):
+        raise failure or UserError("--workdir: the main process refused it; its message says why")
+    if agree(not (path / "config.json").is_file()):
+        opened.close()
+        raise UserError(f"--workdir: {path} is not the same directory for all processes; choose one that they share")
+    opened.resumed = bool(agree(opened.resumed))
+    return opened
+
+
+def _open(path: Path, resolved: dict[str, Any]) -> Workdir:
     with writing(path):
         if path.exists() and not path.is_dir():
             raise UserError(f"--workdir: {path} is a file; give a directory")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vpo_jax.diffusion.samplers import make_sampler
@@ -60,6 +61,15 @@ FIELDS: Mapping[str, Field] = {
     "data.text_cache": _TEXT,
     "reward.scorers": _named("at least one scorer, comma-separated"),
     "reward.weights": _TEXT,
+    "reward.offload": _FLAG,
+    "reward.timeout": _number(0, 1e8, extra=" seconds (0 = no limit)"),
+    "reward.videoscore.path": _TEXT,
+    "reward.videoscore.query_prompt": _TEXT,
+    "reward.videoscore.frame_choice": _one_of("arange", "linspace"),
+    "reward.videoscore.max_frames": _whole(1),
+    "reward.videoreward.path": _TEXT,
+    "reward.videoreward.query_prompt": _TEXT,
+    "reward.videoreward.video_fps": _POSITIVE,
     "held_out.scorers": _TEXT,
     "rollout.candidates": _whole(2, extra=" (a pair needs two)"),
     "rollout.num_inference_steps": _whole(1),
@@ -164,10 +174,15 @@ def check_mesh(config: Any, mesh: Mesh) -> None:
             )
 
 
-def check_inputs(config: Any, pipeline: Any, rewards: Sequence[Any]) -> None:
+def check_inputs(config: Any, pipeline: Any, rewards: Sequence[Any], judges: Sequence[Any] = ()) -> None:
     """Raises UserError where the config does not fit the model or the scorers; computes nothing."""
     rollout = config.rollout
-    pipeline.video_size(rollout.num_frames, rollout.height, rollout.width)
+    num_frames, height, width = pipeline.video_size(rollout.num_frames, rollout.height, rollout.width)
     make_sampler(pipeline.scheduler_config, rollout.num_inference_steps, rollout.sampler or None, rollout.eta)
     parse_weights(config.reward.weights, rewards)
+    for scorer in (*rewards, *judges):
+        frames = scorer.frame_indices(num_frames)
+        if scorer.jittable and not scorer.trains:  # it would meet its first video after the training
+            videos = jax.ShapeDtypeStruct((1, len(frames), height, width, 3), jnp.uint8)
+            jax.eval_shape(scorer.score, scorer.params, videos, scorer.prepare(["a"]))
     jax.eval_shape(lambda: make_policy(config, pipeline.unet, pipeline.params["unet"]).start)

@@ -10,19 +10,21 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere a line a step, so that a log file stays readable.
+    """A progress bar on a terminal; elsewhere a line a step, so that a log file stays readable; silent, nothing.
 
     Attributes:
       total: steps of the whole run.
       completed: steps done, those before a restart included.
     """
 
-    def __init__(self, total: int, completed: int = 0, every: int = 1, console: Console | None = None) -> None:
+    def __init__(
+        self, total: int, completed: int = 0, every: int = 1, console: Console | None = None, silent: bool = False
+    ) -> None:
         self.total, self.completed, self.every = total, completed, max(1, every)
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, quiet=silent)
         self._began, self._from = time.perf_counter(), completed
         self._bar: Bar | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and not silent:
             self._bar = Bar(
                 TextColumn("step"),
                 MofNCompleteColumn(),

@@ -5,16 +5,20 @@ so the same clip comes out of any batch, split or mesh.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from vpo_jax.diffusion.guidance import guide
 from vpo_jax.diffusion.samplers import Sampler, sample
 from vpo_jax.runtime.keys import stream_key
-from vpo_jax.runtime.mesh import BATCH, constrain
+from vpo_jax.runtime.mesh import BATCH, CLIPS, VIDEO, constrain, infer_shardings
+from vpo_jax.runtime.processes import fetch, place, share, unshare
+from vpo_jax.training.state import PARAMETER_RULES
 from vpo_jax.training.step import Denoise, join_batch, split_batch
 
 Tree = Any
@@ -56,7 +60,7 @@ def make_rollout(
         text, keys = chunk
         split = jax.vmap(jax.random.split)(keys)  # [B, 2]
         noise = jax.vmap(lambda key: jax.random.normal(key, latent_shape, jnp.float32))(split[:, 0])
-        noise = constrain(noise, BATCH)
+        noise = constrain(noise, VIDEO)
         if guidance_scale <= 1.0:
             guided = lambda latents, timestep: denoise(  # noqa: E731
                 frozen, adapters, latents, jnp.full(latents.shape[0], timestep), text
@@ -66,12 +70,12 @@ def make_rollout(
             both_text = constrain(both_text.reshape(-1, *text.shape[1:]), BATCH)
 
             def guided(latents: jax.Array, timestep: jax.Array) -> jax.Array:
-                twice = constrain(jnp.repeat(latents, 2, axis=0), BATCH)
+                twice = constrain(jnp.repeat(latents, 2, axis=0), VIDEO)
                 both = denoise(frozen, adapters, twice, jnp.full(twice.shape[0], timestep), both_text)
                 both = both.reshape(-1, 2, *latents.shape[1:])
                 return guide(both[:, 0], both[:, 1], guidance_scale, guidance_rescale)
 
-        return constrain(sample(sampler, guided, noise, split[:, 1]), BATCH)
+        return constrain(sample(sampler, guided, noise, split[:, 1]), VIDEO)
 
     def rollout(frozen: Tree, adapters: Tree, text: jax.Array, negative: jax.Array, keys: jax.Array) -> jax.Array:
         return in_microbatches(lambda chunk: of_chunk(frozen, adapters, negative, chunk), (text, keys), microbatch)
@@ -94,14 +98,38 @@ def frames_to_decode(rewards: Sequence[Any], num_frames: int) -> tuple[int, ...]
     return tuple(sorted({i for reward in rewards for i in reward.frame_indices(num_frames)}))
 
 
+class Weights:
+    """Scorers' parameters where they are computed with: cut over the mesh by the rules, once for all who score.
+
+    With `offload` they lie in host memory between calls, and every call copies them to the devices.
+    """
+
+    def __init__(self, mesh: Mesh, offload: bool = False) -> None:
+        self._mesh, self._offload = mesh, offload
+        self._placed: dict[int, Tree] = {}
+
+    def __call__(self, reward: Any) -> Tree:
+        """The parameters of one scorer, as its `score` takes them."""
+        if not reward.jittable:
+            return reward.params
+        placed = self._placed.get(id(reward))
+        if placed is None:
+            placed = place(reward.params, infer_shardings(reward.params, self._mesh, PARAMETER_RULES))
+            if not self._offload:
+                self._placed[id(reward)] = placed
+        return placed
+
+
 class Scores:
     """All scorers on one batch of videos; built once, called for every batch.
 
     A scorer that is not jittable gets numpy arrays on the host, and the device waits for it.
     """
 
-    def __init__(self, rewards: Sequence[Any], num_frames: int, frames: Sequence[int], microbatch: int = 0) -> None:
-        self.rewards = tuple(rewards)
+    def __init__(
+        self, rewards: Sequence[Any], weights: Weights, num_frames: int, frames: Sequence[int], microbatch: int = 0
+    ) -> None:
+        self.rewards, self._weights = tuple(rewards), weights
         places = {frame: place for place, frame in enumerate(frames)}
         self._score = [
             self._one(reward, tuple(places[i] for i in reward.frame_indices(num_frames)), microbatch)
@@ -114,10 +142,12 @@ class Scores:
             return reward.score(params, videos[:, np.array(places)], prepared)
 
         if not reward.jittable:
-            return lambda params, videos, prepared: jnp.asarray(score(params, np.asarray(videos), prepared))
+            return lambda params, videos, prepared: jnp.asarray(_on_hosts(partial(score, params), videos, prepared))
 
         def in_chunks(params: Tree, videos: jax.Array, prepared: Tree) -> jax.Array:
-            return in_microbatches(lambda chunk: score(params, *chunk), (videos, prepared), microbatch)
+            # Clips are scored by themselves: every device but the tensor axis's takes its share of them.
+            spread = lambda tree: jax.tree.map(lambda x: constrain(x, CLIPS), tree)  # noqa: E731
+            return in_microbatches(lambda chunk: score(params, *spread(chunk)), (videos, prepared), microbatch)
 
         return jax.jit(in_chunks)
 
@@ -129,7 +159,14 @@ class Scores:
           prompts: B of them.
         """
         columns = [
-            score(reward.params, videos, reward.prepare(prompts))
+            score(self._weights(reward), videos, reward.prepare(prompts))
             for reward, score in zip(self.rewards, self._score, strict=True)
         ]
         return jnp.concatenate([jnp.asarray(column, jnp.float32) for column in columns], axis=-1)
+
+
+def _on_hosts(score: Callable[[np.ndarray, Tree], Any], videos: jax.Array, prepared: Tree) -> np.ndarray:
+    """Each process scores its share of the videos, once; all get the scores of all."""
+    whole = fetch(videos)
+    scores = np.asarray(score(share(whole), jax.tree.map(lambda x: share(np.asarray(x)), prepared)), np.float32)
+    return unshare(scores, len(whole))

@@ -14,12 +14,14 @@ from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.rewards.combine import dimension_names
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import BATCH, constrain, infer_shardings, replicated
+from vpo_jax.runtime.processes import place
 from vpo_jax.training.check import check_mesh
 from vpo_jax.training.optimizer import make_optimizer
 from vpo_jax.training.pairs import Pairs, make_pairing, push
 from vpo_jax.training.policy import make_policy
 from vpo_jax.training.rollout import (
     Scores,
+    Weights,
     frames_to_decode,
     make_candidate_keys,
     make_decode,
@@ -39,6 +41,7 @@ class Stages:
       size: prompts a step.
       clips: prompts x candidates.
       num_frames: of a video.
+      weights: of the scorers, for others who score.
       abstract_state: the state's shapes, dtypes and shardings: what a checkpoint is restored into.
     """
 
@@ -54,12 +57,17 @@ class Stages:
         self.num_frames, height, width = pipeline.video_size(
             config.rollout.num_frames, config.rollout.height, config.rollout.width
         )
+        if self.num_frames % mesh.shape["context"]:
+            raise UserError(
+                f"mesh.context: {mesh.shape['context']} does not divide the {self.num_frames} frames of a video"
+                f" (rollout.num_frames); choose a divisor"
+            )
         latent_shape = pipeline.latent_shape(self.num_frames, height, width)
 
         # Policy, reference and start share one frozen backbone.
         self.policy = make_policy(config, pipeline.unet, pipeline.params["unet"], adapters)
         self.frozen, self.start, self._text_params, self._vae_params = (
-            jax.device_put(tree, infer_shardings(tree, mesh, PARAMETER_RULES))
+            place(tree, infer_shardings(tree, mesh, PARAMETER_RULES))
             for tree in (
                 self.policy.frozen,
                 self.policy.start,
@@ -93,7 +101,8 @@ class Stages:
         every = tuple(range(self.num_frames))
         self._decode = make_decode(pipeline, frames, chunk)
         self._decode_all = self._decode if frames == every else make_decode(pipeline, every, chunk)
-        self._score = Scores(rewards, self.num_frames, frames, chunk)
+        self.weights = Weights(mesh, config.reward.offload)
+        self._score = Scores(rewards, self.weights, self.num_frames, frames, chunk)
 
         optimizer = make_optimizer(config.optimizer)
         pairs = abstract_pairs(self.size, latent_shape, self.empty_text)

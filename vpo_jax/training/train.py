@@ -21,6 +21,7 @@ from vpo_jax.rewards.combine import motion_columns
 from vpo_jax.runtime.clock import Stopwatch
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.metrics import MetricsWriter
+from vpo_jax.runtime.processes import fetch, is_main, main_first
 from vpo_jax.runtime.signals import Stop
 from vpo_jax.runtime.workdir import Workdir, write_json
 from vpo_jax.training.policy import Policy
@@ -106,8 +107,8 @@ def train(
         follow = make_reference(config.reference.schedule, config.reference.every, config.reference.decay)
         looks = config.eval.every > 0 and len(tuning_prompts) > 0
         watch = Watch(
-            tuning_prompts[: config.eval.prompts], rewards, held_out, stages.generate, stages.clips,
-            stages.num_frames, config.eval.seed, config.log.samples, config.rollout.microbatch,
+            tuning_prompts[: config.eval.prompts], rewards, held_out, stages.weights, stages.generate,
+            stages.clips, stages.num_frames, config.eval.seed, config.log.samples, config.rollout.microbatch,
         )  # fmt: skip
 
         # ==== State: fresh, or the newest checkpoint ==============================================================
@@ -122,13 +123,13 @@ def train(
                 raise UserError("data.prompts: not the prompts that this run began with; choose another --workdir")
             meta = restored
         began, precise = int(state.step), bool(state.precise)
-        writer = MetricsWriter(workdir.path, config.log.tensorboard)
+        writer = MetricsWriter(workdir.path, config.log.tensorboard, silent=not is_main())
         writer.cut(kept)
         clock = Stopwatch(meta["clock"])
 
         def finish(line: Line) -> None:
             """Fetches a step's metrics, one step late, so that the device has the next rollout to work on."""
-            values = fetch(line.metrics) | line.looked
+            values = mean_of(line.metrics) | line.looked
             values |= (times := clock.lap()) | {"time/videos_per_second": stages.clips / times["time/step"]}
             writer.write(line.step, values)
             bar.update(line.step, values)
@@ -141,7 +142,7 @@ def train(
         with (
             contextlib.closing(store),
             contextlib.closing(writer),
-            progress or Progress(config.train.steps, began, config.log.every) as bar,
+            progress or Progress(config.train.steps, began, config.log.every, silent=not is_main()) as bar,
         ):
             if began:
                 bar.say(f"continuing from step {began}")
@@ -155,7 +156,7 @@ def train(
             line: Line | None = None
 
             for step in range(began, config.train.steps):
-                if stop.requested:
+                if stop.asked():
                     break
                 # ==== Sample: N candidates a prompt from the policy as it is now ==================================
                 chosen = [prompts[i] for i in index(step)]
@@ -167,13 +168,13 @@ def train(
                     line = None
                 with clock.phase("rollout"):
                     jax.block_until_ready(latents)
-                if stop.requested:
+                if stop.asked():
                     break
 
                 # ==== Score: frames as people will see them =======================================================
                 with clock.phase("score"):
                     scores = jax.block_until_ready(stages.score(latents, chosen))
-                if stop.requested:
+                if stop.asked():
                     break
 
                 # ==== Pair: the best against the worst, where the difference is real ==============================
@@ -224,7 +225,7 @@ def train(
 
             if line is not None:
                 finish(line)
-            if stop.requested:
+            if stop.asked():
                 save()
         stop.check()
         return Result(tuned(pipeline, stages.policy, state), stages.policy, state)
@@ -235,7 +236,7 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def fetch(metrics: Sequence[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:
+def mean_of(metrics: Sequence[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:
     """Means by name of the (sum, count) pairs of a step and its updates; NaN where nothing was counted."""
     totals: dict[str, np.ndarray] = {}
     for part in jax.device_get(list(metrics)):
@@ -246,7 +247,7 @@ def fetch(metrics: Sequence[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:
 
 def tuned(pipeline: Any, policy: Policy, state: TrainState) -> Any:
     """The pipeline with the trained weights in it."""
-    unet = policy.merged(pipeline.params["unet"], jax.device_get(state.weights()))
+    unet = policy.merged(pipeline.params["unet"], fetch(state.weights()))
     return dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
 
 
@@ -255,20 +256,18 @@ def save_failure(
 ) -> None:
     """Leaves the last finite state and what met it under failure/step_N, and raises NonFinite."""
     folder = workdir.failure / f"step_{line.step}"
-    folder.mkdir(parents=True, exist_ok=True)
+    main_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     store = CheckpointStore(folder / "checkpoints", keep=1)
     store.save(int(state.step), state, dict(meta))
     store.close()
-    write_json(
-        folder / "step.json",
-        {
-            "step": line.step,
-            "seed": config.seed,
-            "keys": "stream_key(seed, stream, step - 1, slot, candidate or update)",
-            "prompts": line.prompts,
-            "scores": [[float(s) if np.isfinite(s) else str(s) for s in row] for row in np.asarray(line.scores)],
-            "metrics": {name: value if np.isfinite(value) else str(value) for name, value in values.items()},
-        },
-    )
+    report = {
+        "step": line.step,
+        "seed": config.seed,
+        "keys": "stream_key(seed, stream, step - 1, slot, candidate or update)",
+        "prompts": line.prompts,
+        "scores": [[float(s) if np.isfinite(s) else str(s) for s in row] for row in fetch(line.scores)],
+        "metrics": {name: value if np.isfinite(value) else str(value) for name, value in values.items()},
+    }
+    main_first(lambda: write_json(folder / "step.json", report))
     what = "every score" if values["reward/all_non_finite"] else "the loss or its gradient"
     raise NonFinite(f"step {line.step}: {what} was not finite; the last finite state and its inputs are in {folder}")

@@ -11,8 +11,9 @@ from vpo_jax.evaluation.alarms import Alarm, check_alarms
 from vpo_jax.rewards.combine import MOTION, dimension_names
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.metrics import MetricsWriter
+from vpo_jax.runtime.processes import fetch, is_main
 from vpo_jax.runtime.video import write_webp
-from vpo_jax.training.rollout import Scores
+from vpo_jax.training.rollout import Scores, Weights
 
 Tree = Any
 
@@ -44,6 +45,7 @@ class Watch:
         prompts: Sequence[str],
         rewards: Sequence[Any],
         held_out: Sequence[Any],
+        weights: Weights,
         generate: Callable[[Tree, Sequence[str], jax.Array], jax.Array],
         clips: int,
         num_frames: int,
@@ -55,7 +57,7 @@ class Watch:
         self.prompts = tuple(prompts)
         self.trained, self.held_out = dimension_names(rewards), dimension_names(held_out)
         self._generate, self._clips, self._keep, self._seed = generate, clips, keep_videos, seed
-        self._score = Scores((*rewards, *held_out), num_frames, range(num_frames), microbatch)
+        self._score = Scores((*rewards, *held_out), weights, num_frames, range(num_frames), microbatch)
         self._keys = jax.jit(jax.vmap(lambda slot: stream_key(seed, "eval", 0, slot)))
 
     def look(self, adapters: Tree) -> Look:
@@ -66,9 +68,9 @@ class Watch:
             # The last batch is filled up with what is there, so that one compiled program serves all.
             prompts = [self.prompts[slot % len(self.prompts)] for slot in slots]
             clips = self._generate(adapters, prompts, self._keys(slots))
-            scores.append(np.asarray(self._score(clips, prompts)))
+            scores.append(fetch(self._score(clips, prompts)))
             if first < self._keep:
-                videos.append(np.asarray(clips[: self._keep - first]))
+                videos.append(fetch(clips[: self._keep - first]))
         table = np.concatenate(scores)[: len(self.prompts)]
         names = (*self.trained, *self.held_out)
         kept = np.concatenate(videos)[: len(self.prompts)] if videos else np.zeros((0,), np.uint8)
@@ -110,6 +112,8 @@ def gain(base: Mapping[str, Sequence[float]], now: Mapping[str, np.ndarray], nam
 
 def save_samples(folder: Path, writer: MetricsWriter, step: int, videos: np.ndarray) -> None:
     """Writes a look's videos, uint8 [B, F, H, W, 3], as folder/step_NNNNNN/II.webp and to the event files."""
+    if not is_main():
+        return
     target = folder / f"step_{step:06d}"
     target.mkdir(parents=True, exist_ok=True)
     for i, video in enumerate(videos):

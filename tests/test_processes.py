@@ -1,0 +1,91 @@
+"""The main job as several processes, which start, stop and go on together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.running import ROOT, lines, wait_for_step
+
+STEPS, PROMPTS = 3, 4
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_together(job, workdir, processes, devices=1):
+    """Starts the same run as so many processes of so many fake devices each."""
+    port, started = free_port(), []
+    more = [f"--config.train.steps={STEPS}", f"--config.train.prompts_per_step={PROMPTS}", f"--workdir={workdir}"]
+    for number in range(processes):
+        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        if processes > 1:
+            environment |= {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(number),
+            }
+        command = [sys.executable, "-m", "vpo_jax.main", *job, *more]
+        started.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    return started
+
+
+def ends(started):
+    """(exit code, stdout, stderr) of each."""
+    try:
+        said = [process.communicate(timeout=600) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def alone(job, tmp_path_factory):
+    """A run of one process with four devices, to its end."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    ((code, _, stderr),) = ends(start_together(job, workdir, 1, devices=4))
+    assert code == 0, stderr
+    return workdir
+
+
+def test_two_processes_stop_together_and_four_go_on_to_what_one_process_makes(job, alone, tmp_path):
+    workdir = tmp_path / "run"
+    two = start_together(job, workdir, 2, devices=2)
+    wait_for_step(two[0], workdir, 1)
+    two[1].send_signal(signal.SIGTERM)  # a preemption notice that one host alone gets
+    ended = ends(two)
+    assert [code for code, _, _ in ended] == [143, 143], ended
+    done = len(lines(workdir))
+    assert 1 <= done < STEPS and (workdir / "checkpoints" / str(done)).is_dir()
+
+    ended = ends(start_together(job, workdir, 4))
+    assert [code for code, _, _ in ended] == [0] * 4, ended
+    # One of them speaks.
+    assert "win rate" in ended[0][1] and not any(stdout.strip() for _, stdout, _ in ended[1:])
+    assert f"continuing from step {done}" in ended[0][2]
+
+    # The same prompts in the same order: other ones would change the rewards by far more than rounding does.
+    ours, theirs = lines(workdir), lines(alone)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3]
+    for a, b in zip(ours, theirs, strict=True):
+        for name, value in a.items():
+            if name.startswith(("reward/", "pair/")):
+                assert value == pytest.approx(b[name], abs=1e-4), (a["step"], name)
+    # Sums are split differently between two, four and one process: float32 rounding, through AdamW's division.
+    mine, whole = (load_file(w / "export/unet/diffusion_pytorch_model.safetensors") for w in (workdir, alone))
+    for name, tensor in whole.items():
+        np.testing.assert_allclose(mine[name], tensor, atol=2e-5, err_msg=name)
+    assert (workdir / "evaluation.json").is_file() and (workdir / "report.html").is_file()
