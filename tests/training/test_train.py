@@ -13,7 +13,7 @@ from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.signals import Interrupted, Stop
 from vpo_jax.runtime.trees import flatten
 from vpo_jax.training.policy import lora_config, read_start
-from vpo_jax.training.train import NonFinite, due, fetch
+from vpo_jax.training.train import NonFinite, due, mean_of
 
 
 def stopping_reward(toy_reward, stop, at_call):
@@ -188,7 +188,7 @@ def test_what_is_due_every_so_many_steps_is_also_due_at_the_end():
 
 
 def test_metrics_are_means_over_updates_weighted_by_their_counts():
-    found = fetch([{"a": (np.float32(3), np.float32(1)), "b": (0.0, 0.0)}, {"a": (np.float32(1), np.float32(3))}])
+    found = mean_of([{"a": (np.float32(3), np.float32(1)), "b": (0.0, 0.0)}, {"a": (np.float32(1), np.float32(3))}])
     assert found["a"] == 1.0 and np.isnan(found["b"])
 
 
