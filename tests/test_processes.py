@@ -73,8 +73,9 @@ def test_two_processes_stop_together_and_four_go_on_to_what_one_process_makes(jo
 
     ended = ends(start_together(job, workdir, 4))
     assert [code for code, _, _ in ended] == [0] * 4, ended
-    # One of them speaks.
-    assert "win rate" in ended[0][1] and not any(stdout.strip() for _, stdout, _ in ended[1:])
+    # One of them speaks; what the CPU's collectives print of themselves is not ours.
+    said = ["".join(line for line in stdout.splitlines() if "[Gloo]" not in line) for _, stdout, _ in ended]
+    assert "win rate" in said[0] and not any(said[1:])
     assert f"continuing from step {done}" in ended[0][2]
 
     # The same prompts in the same order: other ones would change the rewards by far more than rounding does.
