@@ -1,11 +1,12 @@
 """The renderer: captions, splits, degradations, randomness."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.shapes import world
+from vpo_jax.shapes import judge, world
 
 
 def test_splits_are_disjoint_and_cover_all_captions():
@@ -75,3 +76,13 @@ def test_frozen_clips_have_no_true_speed():
     still = clips.degradations._replace(freeze=np.ones(4, np.float32))
     np.testing.assert_array_equal(np.asarray(world.true_speed(clips.scenes, still)), 0.0)
     assert (np.asarray(world.true_speed(clips.scenes, clips.degradations)) >= 1.39).all()
+
+
+def test_crossings_go_straight_through_the_middle_at_one_speed() -> None:
+    rows = world.caption_indices("train")[:16]
+    clips = world.render_crossings(jax.random.key(0), jnp.asarray(rows))
+    captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in rows]
+    measures = judge.measure(np.asarray(world.to_uint8(clips.frames)), captions)
+    np.testing.assert_allclose(measures["speed"], sum(world.SPEED_RANGE) / 2, atol=0.12)
+    assert measures["direction"].max() < 0.1
+    assert float(jnp.stack(clips.degradations).max()) == 0.0

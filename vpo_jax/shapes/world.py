@@ -287,3 +287,18 @@ def render_clips(key: jax.Array, indices: jax.Array, probability: float | jax.Ar
         return Clips(render(scene, degradation, render_key), scene, degradation)
 
     return jax.vmap(one)(jnp.arange(indices.shape[0]), indices)
+
+
+@jax.jit
+def render_crossings(key: jax.Array, indices: jax.Array) -> Clips:
+    """Clean clips that cross the middle of the frame straight and at one speed; arguments as `render_clips`."""
+
+    def one(index: jax.Array, row: jax.Array) -> Clips:
+        scene_key, render_key = jax.random.split(jax.random.fold_in(key, index))
+        scene = sample_scene(scene_key, Attributes(*jnp.asarray(ALL_ATTRIBUTES)[row]))
+        along = jnp.asarray(MOTION_VECTORS)[scene.attributes.motion]
+        scene = scene._replace(center=jnp.full(2, SIZE / 2), velocity=sum(SPEED_RANGE) / 2 * along)
+        degradation = jax.tree.map(jnp.asarray, Degradation())
+        return Clips(render(scene, degradation, render_key), scene, degradation)
+
+    return jax.vmap(one)(jnp.arange(indices.shape[0]), indices)
