@@ -93,11 +93,3 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named_with_one_that_it_does():
         check_mesh(changed("train.prompts_per_step", 12), Mesh())
     with pytest.raises(UserError, match=r"train\.microbatch: 4 is not a multiple of 8"):
         check_mesh(changed("train.microbatch", 4), Mesh())
-
-
-def test_frames_and_batch_are_not_cut_at_once():
-    class Mesh:
-        shape = {"data": 2, "fsdp": 1, "context": 2, "tensor": 1}  # noqa: RUF012
-
-    with pytest.raises(UserError, match=r"mesh\.context: 2 beside mesh\.data=2 .* set mesh\.context=1"):
-        check_mesh(changed("train.prompts_per_step", 16), Mesh())

@@ -25,7 +25,7 @@ from vpo_jax.models.layers import (
     multiply,
 )
 from vpo_jax.models.unet3d_config import UNet3DConfig
-from vpo_jax.runtime.mesh import PLACES, VIDEO, constrain
+from vpo_jax.runtime.mesh import CLIPS, VIDEO, constrain
 
 _TRANSFORMER_NORM_EPS = 1e-6  # Transformer2DModel and TransformerTemporalModel
 _TEMPORAL_CONV_EPS = 1e-5  # TemporalConvLayer, whatever norm_eps says
@@ -242,15 +242,18 @@ class TransformerTemporalModel(nn.Module):
         batch, frames, height, width, channels = x.shape
         inner = self.heads * cfg.attention_head_dim
         y = GroupNorm(cfg.norm_num_groups, _TRANSFORMER_NORM_EPS, compute.dtype, name="norm")(x)
-        y = constrain(y.reshape(batch, frames, height * width, channels).swapaxes(1, 2), PLACES)
+        # Places of all videos as one axis: with two, both cut, XLA's partitioner got gradients wrong.
+        y = y.reshape(batch, frames, height * width, channels).swapaxes(1, 2)
+        y = constrain(y.reshape(-1, frames, channels), CLIPS)
         y = compute.dense(inner, "proj_in")(y)
         y = TemporalBlock(self.heads, cfg.attention_head_dim, compute, name="transformer_blocks.0")(y)
         y = compute.dense(channels, "proj_out")(y)
-        return x + constrain(y.swapaxes(1, 2).reshape(x.shape), VIDEO)
+        y = y.reshape(batch, height * width, frames, channels).swapaxes(1, 2)
+        return x + constrain(y.reshape(x.shape), VIDEO)
 
 
 class TemporalBlock(nn.Module):
-    """BasicTransformerBlock with two self-attentions, on [B, H*W, F, C]."""
+    """BasicTransformerBlock with two self-attentions, on [B*H*W, F, C]."""
 
     heads: int
     head_dim: int

@@ -14,8 +14,7 @@ from vpo_jax.runtime.trees import path_of
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 VIDEO = PartitionSpec(("data", "fsdp"), "context")  # [B, F, ...]
-PLACES = PartitionSpec(("data", "fsdp"), "context")  # [B, H*W, F, ...]: frames together, places apart
-CLIPS = PartitionSpec(("data", "fsdp", "context"))  # [B, ...] where every clip or frame is its own work
+CLIPS = PartitionSpec(("data", "fsdp", "context"))  # [B, ...] where every clip, frame or place is its own work
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 

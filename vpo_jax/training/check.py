@@ -163,14 +163,8 @@ def _check_value(key: str, value: Any, field: Field) -> None:
 
 
 def check_mesh(config: Any, mesh: Mesh) -> None:
-    """Raises UserError where the mesh does not divide the batch, or cuts videos in two ways at once."""
+    """Raises UserError where the mesh does not divide the batch."""
     parts = batch_size(mesh)
-    if mesh.shape["context"] > 1 and parts > 1:
-        # Seen on 2 x 2 devices: gradients of a temporal attention came out wrong by half, the loss right.
-        raise UserError(
-            f"mesh.context: {mesh.shape['context']} beside mesh.data={mesh.shape['data']} and"
-            f" mesh.fsdp={mesh.shape['fsdp']} gives wrong gradients; set mesh.context=1, or both of the others to 1"
-        )
     sizes = {"train.prompts_per_step": config.train.prompts_per_step, "train.microbatch": config.train.microbatch}
     for key, size in (sizes | {"rollout.microbatch": config.rollout.microbatch}).items():
         if size % parts:
