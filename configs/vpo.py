@@ -48,6 +48,7 @@ def _shapes() -> ConfigDict:
     config.reward.scorers = "shapes"  # comma-separated: shapes, videoscore, videoreward, a folder, MODULE:FUNCTION
     config.reward.weights = ""  # comma-separated scorer/dimension=weight; absent = 1
     config.reward.offload = False  # scorers' weights wait in host memory; costs their transfer every step
+    config.reward.devices = 0  # the last so many devices do nothing but score, while the next candidates are made
     config.reward.timeout = 600.0  # seconds for your own function on the host, then the run stops; 0 = no limit
     config.reward.videoscore = ConfigDict()  # where scorers name videoscore; docs/scorers.md says when to take it
     config.reward.videoscore.path = ""  # the folder of its weights

@@ -22,7 +22,7 @@ from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, unused_accelerator
-from vpo_jax.runtime.mesh import make_mesh
+from vpo_jax.runtime.mesh import make_mesh, split_devices
 from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.processes import is_main, join_processes, main_first
 from vpo_jax.runtime.signals import Stop, catch_signals
@@ -65,7 +65,8 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     keep_compiled_programs()
     if is_main() and (idle := unused_accelerator()):
         print(f"warning: {idle}", file=sys.stderr)
-    mesh = make_mesh(**config.mesh)
+    devices, scoring = split_devices(config.reward.devices)
+    mesh = make_mesh(**config.mesh, devices=devices)
     check_mesh(config, mesh)
     prompts = load_prompts(config.data.prompts, "data.prompts")
     if config.data.held_out:
@@ -84,6 +85,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
             rewards,
             opened,
             mesh=mesh,
+            score_mesh=make_mesh(devices=scoring) if scoring else None,
             prompts=prompts,
             tuning_prompts=tuning_prompts(config, prompts),
             # A judge that may not train may not steer either: it sees the result only.

@@ -93,3 +93,11 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named_with_one_that_it_does():
         check_mesh(changed("train.prompts_per_step", 12), Mesh())
     with pytest.raises(UserError, match=r"train\.microbatch: 4 is not a multiple of 8"):
         check_mesh(changed("train.microbatch", 4), Mesh())
+
+
+def test_scorers_apart_need_pairs_that_may_be_a_step_old():
+    config = changed("reward.devices", 2)
+    with pytest.raises(UserError, match=r"preference\.max_pair_age: .* give 1 or more, or set reward\.devices=0"):
+        check(config)
+    config.preference.max_pair_age = 1
+    check(config)

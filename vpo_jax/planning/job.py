@@ -19,7 +19,7 @@ from vpo_jax.rewards.loading import load_reward
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.training.losses import PairCoefficients
 from vpo_jax.training.optimizer import make_optimizer
-from vpo_jax.training.pairs import Pairs
+from vpo_jax.training.pairs import Pairs, steps_kept
 from vpo_jax.training.policy import Policy, make_policy
 from vpo_jax.training.rollout import frames_to_decode, make_decode, make_rollout
 from vpo_jax.training.stages import abstract_pairs
@@ -168,7 +168,7 @@ def make_job(config: Any) -> Job:
         lambda p: pipeline.encode_text(p, jnp.zeros((1, length), jnp.int32)), pipeline.params["text_encoder"]
     )
     prompts, updates = train.prompts_per_step, train.updates_per_step
-    clips, pairs = prompts * rollout.candidates, prompts * (preference.max_pair_age + 1)
+    clips, pairs = prompts * rollout.candidates, prompts * (steps_kept(config) + 1)
     frames = frames_to_decode(rewards, size[0])
     sampler = make_sampler(pipeline.scheduler_config, rollout.num_inference_steps, rollout.sampler or None, rollout.eta)
 
@@ -242,7 +242,7 @@ def make_job(config: Any) -> Job:
             make_optimizer(config.optimizer),
             one_pair,
             len(dimension_names(rewards)),
-            preference.max_pair_age,
+            steps_kept(config),
             with_ema=config.ema.decay > 0.0,
         ),
         policy.start,

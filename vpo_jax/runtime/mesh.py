@@ -44,6 +44,21 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:fixed])
 
 
+def split_devices(count: int, devices: Sequence[jax.Device] | None = None) -> tuple[list[jax.Device], list[jax.Device]]:
+    """All devices but the last `count`, and those.
+
+    Raises UserError where none would be left, or where the run has several processes.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if count and jax.process_count() > 1:
+        raise UserError("reward.devices: a run of several processes scores on all of its devices; set reward.devices=0")
+    if count >= len(devices):
+        raise UserError(
+            f"reward.devices: {count} of {len(devices)} devices leave none to train on; give at most {len(devices) - 1}"
+        )
+    return devices[: len(devices) - count], devices[len(devices) - count :]
+
+
 def mesh_sizes(count: int, data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> dict[str, int]:
     """Sizes of the four axes on `count` devices; at most one may be -1 and takes the rest.
 

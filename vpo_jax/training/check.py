@@ -62,6 +62,7 @@ FIELDS: Mapping[str, Field] = {
     "reward.scorers": _named("at least one scorer, comma-separated"),
     "reward.weights": _TEXT,
     "reward.offload": _FLAG,
+    "reward.devices": _whole(0, extra=" (0 = all devices do everything)"),
     "reward.timeout": _number(0, 1e8, extra=" seconds (0 = no limit)"),
     "reward.videoscore.path": _TEXT,
     "reward.videoscore.query_prompt": _TEXT,
@@ -138,6 +139,11 @@ def check(config: Mapping[str, Any]) -> None:
         if key not in values:
             raise UserError(f"{key}: missing in the config; give {field.words}")
         _check_value(key, values[key], field)
+    if values["reward.devices"] and not values["preference.max_pair_age"]:
+        raise UserError(
+            "preference.max_pair_age: with reward.devices, candidates are one step old when they are scored;"
+            " give 1 or more, or set reward.devices=0"
+        )
     microbatch, pairs = values["train.microbatch"], values["train.prompts_per_step"]
     if microbatch and pairs % microbatch:
         raise UserError(

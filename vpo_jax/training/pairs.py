@@ -166,6 +166,14 @@ def push(buffer: Pairs, pairs: Pairs, step: jax.Array) -> Pairs:
     return jax.tree.map(write, buffer, pairs)
 
 
+def steps_kept(config: Any) -> int:
+    """Steps after its own in which a pair is learnt from, so that none is older than preference.max_pair_age.
+
+    Where scorers have devices of their own, its candidates are one step old when they are paired.
+    """
+    return config.preference.max_pair_age - (config.reward.devices > 0)
+
+
 def drop_older(buffer: Pairs, step: jax.Array, max_age: int) -> Pairs:
     """The buffer with pairs masked that were made more than max_age steps before `step`."""
     young = (buffer.step >= 0) & (step - buffer.step <= max_age)

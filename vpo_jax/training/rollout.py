@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from vpo_jax.diffusion.guidance import guide
 from vpo_jax.diffusion.samplers import Sampler, sample
 from vpo_jax.runtime.keys import stream_key
-from vpo_jax.runtime.mesh import BATCH, CLIPS, VIDEO, constrain, infer_shardings
+from vpo_jax.runtime.mesh import BATCH, CLIPS, VIDEO, batch_sharding, constrain, infer_shardings
 from vpo_jax.runtime.processes import fetch, place, share, unshare
 from vpo_jax.training.state import PARAMETER_RULES
 from vpo_jax.training.step import Denoise, join_batch, split_batch
@@ -99,13 +99,13 @@ def frames_to_decode(rewards: Sequence[Any], num_frames: int) -> tuple[int, ...]
 
 
 class Weights:
-    """Scorers' parameters where they are computed with: cut over the mesh by the rules, once for all who score.
+    """Scorers' parameters on the mesh that they are computed on: cut over it by the rules, once for all who score.
 
     With `offload` they lie in host memory between calls, and every call copies them to the devices.
     """
 
     def __init__(self, mesh: Mesh, offload: bool = False) -> None:
-        self._mesh, self._offload = mesh, offload
+        self.mesh, self._offload = mesh, offload
         self._placed: dict[int, Tree] = {}
 
     def __call__(self, reward: Any) -> Tree:
@@ -114,7 +114,7 @@ class Weights:
             return reward.params
         placed = self._placed.get(id(reward))
         if placed is None:
-            placed = place(reward.params, infer_shardings(reward.params, self._mesh, PARAMETER_RULES))
+            placed = place(reward.params, infer_shardings(reward.params, self.mesh, PARAMETER_RULES))
             if not self._offload:
                 self._placed[id(reward)] = placed
         return placed
@@ -158,11 +158,20 @@ class Scores:
           videos: uint8 [B, f, H, W, 3], the frames given at construction.
           prompts: B of them.
         """
-        columns = [
-            score(self._weights(reward), videos, reward.prepare(prompts))
-            for reward, score in zip(self.rewards, self._score, strict=True)
-        ]
-        return jnp.concatenate([jnp.asarray(column, jnp.float32) for column in columns], axis=-1)
+        with jax.set_mesh(self._weights.mesh):
+            videos = bring(videos, self._weights.mesh)
+            columns = [
+                score(self._weights(reward), videos, reward.prepare(prompts))
+                for reward, score in zip(self.rewards, self._score, strict=True)
+            ]
+            return jnp.concatenate([jnp.asarray(column, jnp.float32) for column in columns], axis=-1)
+
+
+def bring(batch: jax.Array, mesh: Mesh) -> jax.Array:
+    """A batch on the devices of `mesh`: as it is if it is there, else copied and cut along its first axis."""
+    if batch.sharding.device_set == set(mesh.devices.flat):
+        return batch
+    return jax.device_put(batch, batch_sharding(mesh))
 
 
 def _on_hosts(score: Callable[[np.ndarray, Tree], Any], videos: jax.Array, prepared: Tree) -> np.ndarray:

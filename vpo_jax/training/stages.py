@@ -17,11 +17,12 @@ from vpo_jax.runtime.mesh import BATCH, constrain, infer_shardings, replicated
 from vpo_jax.runtime.processes import place
 from vpo_jax.training.check import check_mesh
 from vpo_jax.training.optimizer import make_optimizer
-from vpo_jax.training.pairs import Pairs, make_pairing, push
+from vpo_jax.training.pairs import Pairs, make_pairing, push, steps_kept
 from vpo_jax.training.policy import make_policy
 from vpo_jax.training.rollout import (
     Scores,
     Weights,
+    bring,
     frames_to_decode,
     make_candidate_keys,
     make_decode,
@@ -40,13 +41,20 @@ class Stages:
       policy: see `Policy`.
       size: prompts a step.
       clips: prompts x candidates.
+      ahead: whether scorers have devices of their own and the next candidates are made while they score.
       num_frames: of a video.
       weights: of the scorers, for others who score.
       abstract_state: the state's shapes, dtypes and shardings: what a checkpoint is restored into.
     """
 
     def __init__(
-        self, config: Any, pipeline: Any, rewards: Sequence[Any], mesh: Mesh, adapters: Tree | None = None
+        self,
+        config: Any,
+        pipeline: Any,
+        rewards: Sequence[Any],
+        mesh: Mesh,
+        adapters: Tree | None = None,
+        score_mesh: Mesh | None = None,
     ) -> None:
         self.size, candidates = config.train.prompts_per_step, config.rollout.candidates
         self.clips, chunk = self.size * candidates, config.rollout.microbatch
@@ -101,7 +109,12 @@ class Stages:
         every = tuple(range(self.num_frames))
         self._decode = make_decode(pipeline, frames, chunk)
         self._decode_all = self._decode if frames == every else make_decode(pipeline, every, chunk)
-        self.weights = Weights(mesh, config.reward.offload)
+        self.ahead, self._mesh = score_mesh is not None, mesh
+        self.weights = Weights(score_mesh or mesh, config.reward.offload)
+        self._vae_params_to_score = self._vae_params
+        if score_mesh is not None:
+            shardings = infer_shardings(pipeline.params["vae"], score_mesh, PARAMETER_RULES)
+            self._vae_params_to_score = place(pipeline.params["vae"], shardings)
         self._score = Scores(rewards, self.weights, self.num_frames, frames, chunk)
 
         optimizer = make_optimizer(config.optimizer)
@@ -113,8 +126,9 @@ class Stages:
                 optimizer,
                 pairs,
                 len(dimension_names(rewards)),
-                config.preference.max_pair_age,
+                steps_kept(config),
                 with_ema=config.ema.decay > 0.0,
+                waiting=jax.ShapeDtypeStruct((self.clips, *latent_shape), jnp.float32) if self.ahead else None,
             )
 
         shapes = jax.eval_shape(fresh)
@@ -166,8 +180,10 @@ class Stages:
     def score(self, latents: jax.Array, prompts: Sequence[str]) -> jax.Array:
         """Scores [P * N, D] of the candidates of P prompts; only the frames that a scorer reads are decoded."""
         candidates = self.clips // self.size
-        videos = self._decode(self._vae_params, latents)
-        return self._score(videos, [prompt for prompt in prompts for _ in range(candidates)])
+        with jax.set_mesh(self.weights.mesh):
+            videos = self._decode(self._vae_params_to_score, bring(latents, self.weights.mesh))
+        scores = self._score(videos, [prompt for prompt in prompts for _ in range(candidates)])
+        return jax.device_put(scores, replicated(self._mesh)) if self.ahead else scores
 
     def pair(
         self, state: TrainState, latents: jax.Array, text: jax.Array, scores: jax.Array

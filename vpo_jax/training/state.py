@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vpo_jax.rewards.combine import RewardStatistics, init_statistics
-from vpo_jax.runtime.mesh import Rules, batch_sharding, infer_shardings, replicated
+from vpo_jax.runtime.mesh import VIDEO, Rules, batch_sharding, infer_shardings, replicated
 from vpo_jax.training.pairs import Pairs, empty_buffer
 from vpo_jax.training.reference import Curriculum, init_curriculum
 
@@ -36,7 +36,8 @@ class TrainState(NamedTuple):
       optimizer: optax's state.
       statistics: the rewards' pooled variance.
       curriculum: what decides when the reference is refreshed.
-      buffer: pairs of the last max_pair_age + 1 steps.
+      buffer: pairs of the last steps_kept + 1 steps.
+      waiting: the next step's candidates where they are made while this step's are scored, else {}.
       watched: the first step's pairs, on which P(e_w rises) is measured.
       finite: bool scalar; False once a loss or gradient was not finite, and nothing is updated from then on.
       precise: bool scalar; True once rounding in u was seen to be too large and errors are taken in float32.
@@ -50,6 +51,7 @@ class TrainState(NamedTuple):
     statistics: RewardStatistics
     curriculum: Curriculum
     buffer: Pairs
+    waiting: Tree
     watched: Pairs
     finite: jax.Array
     precise: jax.Array
@@ -64,12 +66,14 @@ def init_state(
     optimizer: optax.GradientTransformation,
     pairs: Pairs,
     num_dimensions: int,
-    max_pair_age: int = 0,
+    steps_kept: int = 0,
     with_ema: bool = False,
+    waiting: Tree | None = None,
 ) -> TrainState:
     """The state before the first step; policy, reference and average are copies of `start`, in buffers of their own.
 
-    `pairs` gives the shapes and dtypes of a step's pairs (arrays or ShapeDtypeStruct).
+    `pairs` gives the shapes and dtypes of a step's pairs (arrays or ShapeDtypeStruct), `waiting` those of a step's
+    candidates where they are made ahead.
     """
 
     def copy() -> Tree:
@@ -83,7 +87,8 @@ def init_state(
         optimizer=optimizer.init(start),
         statistics=init_statistics(num_dimensions),
         curriculum=init_curriculum(),
-        buffer=empty_buffer(pairs, max_pair_age),
+        buffer=empty_buffer(pairs, steps_kept),
+        waiting=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), waiting or {}),
         watched=empty_buffer(pairs, 0),
         finite=jnp.array(True),
         precise=jnp.array(False),
@@ -100,4 +105,5 @@ def infer_state_shardings(state: TrainState, mesh: Mesh, rules: Rules = PARAMETE
         name: infer_shardings(getattr(state, name), mesh, rules) for name in ("policy", "reference", "ema", "optimizer")
     }
     pairs = {name: jax.tree.map(lambda _: batch_sharding(mesh), getattr(state, name)) for name in ("buffer", "watched")}
+    pairs["waiting"] = jax.tree.map(lambda _: NamedSharding(mesh, VIDEO), state.waiting)
     return whole._replace(**by_rules, **pairs)

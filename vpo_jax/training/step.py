@@ -19,7 +19,7 @@ from vpo_jax.runtime.mesh import VIDEO, constrain
 from vpo_jax.runtime.trees import select
 from vpo_jax.training import losses
 from vpo_jax.training.losses import PairCoefficients, PairErrors
-from vpo_jax.training.pairs import Pairs, drop_older
+from vpo_jax.training.pairs import Pairs, drop_older, steps_kept
 from vpo_jax.training.state import TrainState
 
 Tree = Any
@@ -297,7 +297,7 @@ class Update:
         microbatch = config.train.microbatch
         self.beta = preference.beta
         self.seed = config.seed
-        self.max_pair_age = preference.max_pair_age
+        self.steps_kept = steps_kept(config)
         self.draw = make_draw(schedule, config.seed, config.train.updates_per_step, preference.caption_dropout)
         self.errors = make_errors(denoise, microbatch)
         rounds = config.model.dtype != "float32"
@@ -314,7 +314,7 @@ class Update:
     ) -> tuple[TrainState, Metrics]:
         """The state after one update with fresh noise on the buffer's pairs, and metrics as (sum, count)."""
         errors = self.errors_float32 if precise else self.errors
-        pairs = drop_older(state.buffer, state.step, self.max_pair_age)
+        pairs = drop_older(state.buffer, state.step, self.steps_kept)
         noised = self.draw(pairs, empty_text, state.step, update)
         coefficients, loss, metrics = self.weigh(
             pairs, errors(frozen, state.policy, noised), errors(frozen, state.reference, noised)

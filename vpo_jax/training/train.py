@@ -69,6 +69,7 @@ def train(
     workdir: Workdir,
     *,
     mesh: Mesh,
+    score_mesh: Mesh | None = None,
     prompts: Sequence[str],
     tuning_prompts: Sequence[str] = (),
     held_out: Sequence[Any] = (),
@@ -84,6 +85,7 @@ def train(
       rewards: the training scorers.
       workdir: open and locked.
       mesh: of all stages.
+      score_mesh: devices that score, where they do nothing else.
       prompts: what candidates are made for.
       tuning_prompts: for the looks at `eval.every`; other prompts than those that the result is reported on.
       held_out: judges at those looks. Their mean chooses the best checkpoint: they steer.
@@ -100,7 +102,7 @@ def train(
     with jax.set_mesh(mesh):
         # ==== Stages, each compiled once ==========================================================================
         stop = stop or Stop()
-        stages = Stages(config, pipeline, rewards, mesh, adapters)
+        stages = Stages(config, pipeline, rewards, mesh, adapters, score_mesh)
         if config.data.text_cache:
             stages.cache_text(config.data.text_cache, [*prompts, *tuning_prompts])
         index = PromptIndex(len(prompts), stages.size, config.seed, config.data.shuffle)
@@ -161,7 +163,12 @@ def train(
                 # ==== Sample: N candidates a prompt from the policy as it is now ==================================
                 chosen = [prompts[i] for i in index(step)]
                 text = stages.encode(chosen)
-                latents = stages.sample(state.policy, text, step)
+                made = stages.ahead and step > 0
+                latents = state.waiting if made else stages.sample(state.policy, text, step)
+                waiting = state.waiting
+                if stages.ahead:  # the next step's too, with the same policy, while this step's are scored
+                    following = stages.encode([prompts[i] for i in index(step + 1)])
+                    waiting = stages.sample(state.policy, following, step + 1)
                 if line is not None:
                     with clock.phase("update"):
                         finish(line)
@@ -192,7 +199,7 @@ def train(
                 for update in range(config.train.updates_per_step):
                     state, updated = stages.update(state, update, precise)
                     metrics.append(updated)
-                state = state._replace(step=state.step + 1)
+                state = state._replace(step=state.step + 1, waiting=waiting)
 
                 # ==== Reference: the curriculum ===================================================================
                 reference, curriculum = follow(
