@@ -109,9 +109,7 @@ def scorer_folder(tmp_path_factory) -> Path:
         hidden=8,
     )
     rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda leaf: rng.normal(scale=0.5, size=leaf.shape).astype(np.float32), scorer_shapes(config)
-    )
+    params = jax.tree.map(lambda leaf: rng.normal(scale=0.5, size=leaf.shape).astype(np.float32), scorer_shapes(config))
     folder = tmp_path_factory.mktemp("scorer") / "tiny"
     write_scorer(folder, ScorerParts(config, params, tokenizer))
     return folder

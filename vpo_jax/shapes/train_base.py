@@ -295,7 +295,7 @@ def train_denoiser(
     params = init() if start is None else jax.tree.map(jnp.asarray, start)
     if lessons:
         first = params["unet"]["down_blocks.0"]["temp_convs.0"]
-        wound = clock.wind(first, jax.random.fold_in(seed_key, 2), UNET["norm_num_groups"], world.NUM_FRAMES)
+        wound = clock.wind(first, jax.random.fold_in(seed_key, 2), unet.config.norm_num_groups, world.NUM_FRAMES)
         params["unet"]["down_blocks.0"]["temp_convs.0"] = wound
     print(f"unet: {count(params['unet']):,} parameters; text: {count(params['text_encoder']):,}", flush=True)
     optimizer = optax.chain(
