@@ -130,17 +130,20 @@ def make_clips(key: jax.Array, count: int, rows: jax.Array, disturbed: bool = Tr
 # The base model's samples, made worse in one known way.
 
 _SPOILS = 7
+_WEAKEST_ACROSS = 0.5
 _SPOILED = jnp.array([CONSISTENCY, CONSISTENCY, QUALITY, QUALITY, MOTION, FACTS, ALIGNMENT])
 
 
-def spoil(key: jax.Array, clip: jax.Array, kind: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A clip [F, H, W, 3] in [0, 1] with degradation `kind` of a strength in [0.2, 1] added, and that strength.
+def spoil(
+    key: jax.Array, clip: jax.Array, kind: jax.Array, weakest: jax.Array | float = 0.2
+) -> tuple[jax.Array, jax.Array]:
+    """A clip [F, H, W, 3] in [0, 1] with degradation `kind` of a strength in [weakest, 1] added, and that strength.
 
     In order: flicker, jitter, blur, noise, slower motion, drifting colours; the last (6) leaves the clip alone and
     means a wrong caption. `_SPOILED[kind]` is the dimension that must fall.
     """
     strength_key, key = jax.random.split(key)
-    strength = jax.random.uniform(strength_key, minval=0.2)
+    strength = jax.random.uniform(strength_key, minval=weakest)
     frames, size = clip.shape[0], world.SIZE
 
     def flicker(clip: jax.Array) -> jax.Array:
@@ -176,7 +179,7 @@ def spoil(key: jax.Array, clip: jax.Array, kind: jax.Array) -> tuple[jax.Array, 
 
 
 class Pairs(NamedTuple):
-    """Samples of the base model, and the same made worse in one dimension."""
+    """Samples of the base model, and the same or others made worse in one dimension."""
 
     better: jax.Array  # uint8 [B, F, H, W, 3]
     worse: jax.Array
@@ -187,16 +190,23 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(key: jax.Array, count: int, videos: jax.Array, rows: jax.Array) -> Pairs:
-    """Pairs from samples uint8 [N, F, H, W, 3] of the captions `rows`; every kind comes equally often; jittable."""
+    """Pairs from samples uint8 [N, F, H, W, 3] of the captions `rows`; every kind comes equally often; jittable.
+
+    In half of them the worse clip is another sample, made so much worse that the two samples' own difference is
+    small beside it: what a dimension means must not hang on colour, shape and size.
+    """
 
     def one(number: jax.Array) -> Pairs:
         pick, spoil_key, ask_key = jax.random.split(jax.random.fold_in(key, number), 3)
-        chosen = jax.random.randint(pick, (), 0, len(videos))
+        chosen, other = jax.random.randint(pick, (2,), 0, len(videos))
         kind = number % _SPOILS
-        clip, strength = spoil(spoil_key, videos[chosen].astype(jnp.float32) / 255.0, kind)
+        across = (number // _SPOILS) % 2 == 1
+        source = jnp.where(across & (kind != _SPOILS - 1), other, chosen)
+        weakest = jnp.where(across, _WEAKEST_ACROSS, 0.2)
+        clip, strength = spoil(spoil_key, videos[source].astype(jnp.float32) / 255.0, kind, weakest)
         # A sample may miss its caption in one attribute; with two or more exchanged it is still the better match.
         wrong, _ = ask(ask_key, rows[chosen], 0.0, fewest=2)
-        row = jnp.where(kind == _SPOILS - 1, wrong, rows[chosen])
+        row = jnp.where(kind == _SPOILS - 1, wrong, rows[source])
         return Pairs(videos[chosen], world.to_uint8(clip), rows[chosen], row, _SPOILED[kind], strength)
 
     return jax.vmap(one)(jnp.arange(count))

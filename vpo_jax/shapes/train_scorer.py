@@ -7,6 +7,7 @@ the base model, and the base model's samples against the same samples made worse
 never seen. The workdir keeps the carried clips and the checkpoints; interrupted, the same command goes on.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vpo_jax.checkpoints.scorers import ScorerParts, encode_captions, make_word_tokenizer, write_scorer
+from vpo_jax.checkpoints.scorers import ScorerParts, encode_captions, make_word_tokenizer, read_scorer, write_scorer
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.protocol import DIMENSIONS
@@ -57,7 +58,7 @@ class Batch(NamedTuple):
     pairs: int = 0
 
 
-WITH_BASE = Batch(fresh=24, round_trip=16, denoised=16, pairs=14)
+WITH_BASE = Batch(fresh=20, round_trip=8, denoised=12, pairs=28)
 
 
 class Fitted(NamedTuple):
@@ -165,9 +166,15 @@ def make_loss(
 
 
 def train(
-    seed: int, steps: int, rate: float, pools: Pools | None, workdir: Path, seconds: float | None = None
+    seed: int,
+    steps: int,
+    rate: float,
+    pools: Pools | None,
+    workdir: Path,
+    seconds: float | None = None,
+    start: Tree | None = None,
 ) -> ScorerParts:
-    """The scorer after `steps` updates; the moving average of its weights.
+    """The scorer after `steps` updates from the parameters `start` (None: fresh ones); the moving average.
 
     Raises:
       TimeoutError: `seconds` ran out; the same call goes on.
@@ -194,7 +201,8 @@ def train(
     @jax.jit
     def init() -> Fitted:
         videos = jnp.zeros((1, world.NUM_FRAMES, world.SIZE, world.SIZE, 3), jnp.uint8)
-        params = VideoScorer(config).init(stream_key(seed, "init"), videos, jnp.asarray(ids[:1]))["params"]
+        params = start or VideoScorer(config).init(stream_key(seed, "init"), videos, jnp.asarray(ids[:1]))["params"]
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
         return Fitted(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
     state = init()
@@ -214,6 +222,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--carried", type=int, default=4096, help="clips carried through the base model, each way")
     parser.add_argument("--samples", type=int, default=1024, help="samples of the base model")
+    parser.add_argument("--start", type=Path, default=None, help="a scorer to train further")
     parser.add_argument("--seconds", type=float, default=None, help="stop the training after this long, saved")
     flags = parser.parse(argv)
     if flags.output.resolve().is_relative_to(flags.workdir.resolve()):
@@ -221,11 +230,15 @@ def main(argv: Sequence[str]) -> None:
     pools = None
     if flags.base is not None:
         pools = make_pools(flags.base, flags.seed, flags.carried, flags.samples, flags.workdir / "pools")
-    parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, flags.seconds)
+    start = None if flags.start is None else read_scorer(flags.start).params
+    parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, flags.seconds, start)
     names = ("seed", "steps", "learning_rate", "carried", "samples")
     words = ["python -m vpo_jax.shapes.train_scorer", *(f"--{name}={getattr(flags, name)}" for name in names)]
-    recipe = {"command": " ".join(words)}
-    write_scorer(flags.output, parts, {"recipe.json": recipe})
+    earlier: list[str] = []
+    if flags.start is not None:
+        words.append("--start=THE_SCORER_ABOVE")
+        earlier = json.loads((flags.start / "recipe.json").read_text())["commands"]
+    write_scorer(flags.output, parts, {"recipe.json": {"commands": [*earlier, " ".join(words)]}})
     print(f"wrote {flags.output}")
 
 
