@@ -90,8 +90,7 @@ def completed_steps(path: str | Path, config: Mapping[str, Any]) -> int | None:
     """
     path = Path(path)
     with writing(path):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--workdir: {path} is a file; give a directory")
+        _refuse_other_places(path)
         _refuse_strangers(path)
         there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if not os.access(there, os.W_OK):
@@ -130,8 +129,7 @@ def open_workdir(path: str | Path, config: Mapping[str, Any]) -> Workdir:
 
 def _open(path: Path, resolved: dict[str, Any]) -> Workdir:
     with writing(path):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--workdir: {path} is a file; give a directory")
+        _refuse_other_places(path)
         _refuse_strangers(path)
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
@@ -147,6 +145,16 @@ def _open(path: Path, resolved: dict[str, Any]) -> Workdir:
         os.close(lock)
         raise
     return Workdir(path, resolved, before is not None, lock)
+
+
+def _refuse_other_places(path: Path) -> None:
+    if re.match(r"\w+:/", str(path)):
+        raise UserError(
+            f"--workdir: {path} is no directory; mount the bucket with gcsfuse, as the scripts in launch/ do, and give"
+            " the folder inside the mount"
+        )
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--workdir: {path} is a file; give a directory")
 
 
 @contextlib.contextmanager
