@@ -5,7 +5,7 @@
 #   bash launch/local.sh --config=configs/vpo.py:tiny --workdir=runs/try
 #
 # The same command again continues an interrupted run. Paths are seen from where you are. VPO_JAX_FLAGS names a file
-# of launch/flags (a GPU takes gpu.env by itself); what is set already stays.
+# of launch/flags (a GPU takes gpu.env by itself, a CPU cpu.env); what is set already stays.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/environment.sh
@@ -25,6 +25,7 @@ elif has_tpu; then
     requirements="requirements-tpu.txt"
 else
     requirements="requirements.txt"
+    flags="${flags:-launch/flags/cpu.env}"
 fi
 if [ "$dry_run" = 1 ]; then
     show make_environment "$root" "$requirements"
