@@ -358,7 +358,7 @@ def test_flag_files_are_plain_and_what_is_set_stays(path):
 
 def test_every_generation_has_its_flags():
     names = {path.stem for path in (LAUNCH / "flags").glob("*.env")}
-    assert names == {"gpu", "tpu_v4", "tpu_v5e", "tpu_v5p", "tpu_v6e", "tpu_7x"}
+    assert names == {"cpu", "gpu", "tpu_v4", "tpu_v5e", "tpu_v5p", "tpu_v6e", "tpu_7x"}
 
 
 def test_the_image_holds_what_a_run_needs():
