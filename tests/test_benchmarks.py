@@ -21,7 +21,7 @@ def learning():
 def scores_of(rng, gain=0.0, steadier=1.0, slower=1.0):
     """96 prompts, one sample: a scorer, the judge's grades, and its measures at ten times a clean clip's."""
     noise = rng.normal(size=(96, 1))
-    found = {name: noise + gain for name in ("shapes/visual_quality", "shapes/dynamic_degree", "judge/overall")}
+    found = dict.fromkeys(("shapes/visual_quality", "shapes/dynamic_degree", "judge/overall"), noise + gain)
     found |= {f"judge/{name}": noise + gain for name in judge.MEASURES}
     clean = {name: np.full((96, 1), 10 * judge.CLEAN_MEAN[name]) for name in judge.MEASURES}
     clean["flicker"], clean["jitter"] = clean["flicker"] * steadier, clean["jitter"] * steadier
