@@ -15,6 +15,7 @@ from vpo_jax.checkpoints.videoscore import QUERY_FILE, read_query
 from vpo_jax.models.config_fields import require, require_int
 from vpo_jax.models.qwen2_vl import Qwen2VLRewardModel, count_positions, grid_positions
 from vpo_jax.rewards.frames import SmartFrameSettings, prepare_frames, see_in_parts
+from vpo_jax.rewards.model_options import ModelOptions, check_videos
 from vpo_jax.rewards.query import OWN_REWARD_INSTRUCTION, VideoQueryEncoder
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import BATCH, constrain
@@ -27,33 +28,21 @@ _NORMALISED, _RAW = (-3.0, 3.0), (-4.0, 10.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoRewardOptions:
-    """How a VideoReward is run.
+class VideoRewardOptions(ModelOptions):
+    """How a VideoReward is run; more in `ModelOptions`. Its query prompt names each reward token once.
 
     Attributes:
-      query_prompt: a file with the question, `{text_prompt}` where the video's prompt goes and each reward token
-        once; "" takes query_prompt.txt of the scorer's folder, and without one a question of our own.
       positions: "count", as the published scorer was trained and is run, or "grid", Qwen2-VL's own of three axes.
       num_frames: that it looks at, even; 0 takes those of model_config.json, which may follow from frames a second.
       video_fps: frames a second of the clips that it is given.
       min_pixels: least pixels of a frame that the model sees; the most are in model_config.json.
-      max_prompt_tokens: longer prompts are cut; every text is padded to this, so that nothing is compiled twice.
-      frames_at_a_time: frames of each clip in the vision encoder at once.
-      clips_at_a_time: clips of a batch when it is called by itself; a rollout has `rollout.microbatch`.
-      dtype: "float32" or "bfloat16" of weights and computation; "" takes what is stored.
-      attention_backend: a name in `models.attention.BACKENDS`.
     """
 
-    query_prompt: str = ""
     positions: str = "count"
     num_frames: int = 0
     video_fps: float = 8.0
     min_pixels: int = 128 * 28 * 28
-    max_prompt_tokens: int = 128
     frames_at_a_time: int = 8
-    clips_at_a_time: int = 4
-    dtype: str = ""
-    attention_backend: str = "xla"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,10 +134,7 @@ class VideoRewardReward:
 
     def _check(self, videos: jax.Array, prompts: int) -> tuple[int, int, int]:
         """The grid of a video's tokens: times, rows, columns."""
-        if videos.ndim != 5 or videos.shape[-1] != 3 or videos.dtype != jnp.uint8 or 0 in videos.shape:
-            raise UserError(f"videos: must be uint8 [B, f, H, W, 3], found {videos.dtype} {list(videos.shape)}")
-        if len(videos) % prompts:
-            raise UserError(f"prompts: {prompts} for {len(videos)} videos; give each as many videos as the others")
+        check_videos(videos, prompts)
         frames, vision = videos.shape[1], self.model.config.vision
         if frames % vision.temporal_patch_size:
             raise UserError(

@@ -14,6 +14,7 @@ from vpo_jax.checkpoints.videoscore import QUERY_FILE, read_query, read_videosco
 from vpo_jax.models.config_fields import require, require_int
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
 from vpo_jax.rewards.frames import FrameSettings, prepare_frames, see_in_parts
+from vpo_jax.rewards.model_options import ModelOptions, check_videos
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.rewards.query import OWN_INSTRUCTION, QueryEncoder
 from vpo_jax.runtime.errors import UserError
@@ -21,30 +22,17 @@ from vpo_jax.runtime.mesh import BATCH, constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoScoreOptions:
-    """How a VideoScore is run.
+class VideoScoreOptions(ModelOptions):
+    """How a VideoScore is run; more in `ModelOptions`.
 
     Attributes:
-      query_prompt: a file with the instruction, `{text_prompt}` where the video's prompt goes; "" takes
-        query_prompt.txt of the scorer's folder, and without one an instruction of our own.
       frame_choice: "arange" as in its authors' example, "linspace" as in their benchmark (first to last frame, a
         short clip's frames more than once).
       max_frames: most frames that it looks at: 16 for v1, up to 48 for v1.1.
-      max_prompt_tokens: longer prompts are cut; every text is padded to this, so that nothing is compiled twice.
-      frames_at_a_time: frames of each clip in the vision encoder at once.
-      clips_at_a_time: clips of a batch when it is called by itself; a rollout has `rollout.microbatch`.
-      dtype: "float32" or "bfloat16" of weights and computation; "" takes what is stored.
-      attention_backend: a name in `models.attention.BACKENDS`.
     """
 
-    query_prompt: str = ""
     frame_choice: str = "arange"
     max_frames: int = 16
-    max_prompt_tokens: int = 128
-    frames_at_a_time: int = 4
-    clips_at_a_time: int = 4
-    dtype: str = ""
-    attention_backend: str = "xla"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,10 +100,7 @@ class VideoScoreReward:
         return see_in_parts(of_some, videos, self.options.frames_at_a_time)
 
     def _check(self, videos: jax.Array, prompts: int) -> None:
-        if videos.ndim != 5 or videos.shape[-1] != 3 or videos.dtype != jnp.uint8 or 0 in videos.shape:
-            raise UserError(f"videos: must be uint8 [B, f, H, W, 3], found {videos.dtype} {list(videos.shape)}")
-        if len(videos) % prompts:
-            raise UserError(f"prompts: {prompts} for {len(videos)} videos; give each as many videos as the others")
+        check_videos(videos, prompts)
         frames, most = videos.shape[1], self.options.max_frames
         if frames > most:
             raise UserError(
