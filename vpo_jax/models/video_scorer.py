@@ -220,14 +220,16 @@ class VideoScorer(nn.Module):
         self.frames = FrameEncoder(config)
         self.norms = [LayerNorm() for _ in range(6)]
         self.quality = [Dense(config.hidden), Dense(config.hidden), Dense(len(config.dimensions))]
+        # Speeds as they are: the norms, which share them out among the maps, leave little of their size.
+        self.direct = Dense(len(config.dimensions), use_bias=False, kernel_init=nn.initializers.zeros)
         self.shown = [Dense(config.hidden), Dense(config.text_width)]
         self.tokens = self.param("tokens", nn.initializers.normal(0.3), (config.vocab_size, config.text_width))
         self.context = Conv(config.text_width, (3,), padding=1)
         self.importance = Dense(1)
         self.verdict = self.param("verdict", nn.initializers.constant(2.0), (1,))
 
-    def see(self, videos: jax.Array) -> jax.Array:
-        """What a clip shows, whatever was asked for: uint8 [B, F, H, W, 3] -> [B, features]."""
+    def see(self, videos: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What a clip shows, whatever was asked for: uint8 [B, F, H, W, 3] -> features [B, C], paths [B, 2 K]."""
         batch, frames = videos.shape[:2]
         x = videos.astype(jnp.float32) / 127.5 - 1.0
         before = jnp.concatenate([x[:, :1], x[:, :-1]], 1)
@@ -236,20 +238,21 @@ class VideoScorer(nn.Module):
         moments = _moments(features.reshape(batch, frames, -1))
         paths = _paths(places.reshape(batch, frames, -1, 2))
         groups = [moments[:, i] for i in range(5)] + [paths]
-        return jnp.concatenate([norm(group) for norm, group in zip(self.norms, groups, strict=True)], -1)
+        return jnp.concatenate([norm(group) for norm, group in zip(self.norms, groups, strict=True)], -1), paths
 
-    def judge_quality(self, seen: jax.Array) -> jax.Array:
-        """Logits of all dimensions from the clip alone: [B, features] -> [B, D]."""
+    def judge_quality(self, seen: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Logits of all dimensions from the clip alone: what `see` gives -> [B, D]."""
         first, second, last = self.quality
-        return last(nn.silu(second(nn.silu(first(seen)))))
+        features, paths = seen
+        return last(nn.silu(second(nn.silu(first(features))))) + self.direct(paths)
 
-    def judge_match(self, seen: jax.Array, ids: jax.Array) -> jax.Array:
-        """Logits of the alignment: [B, features], int32 [B, N, L] (N captions a clip) -> [B, N].
+    def judge_match(self, seen: tuple[jax.Array, jax.Array], ids: jax.Array) -> jax.Array:
+        """Logits of the alignment: what `see` gives, int32 [B, N, L] (N captions a clip) -> [B, N].
 
         Every word, beside its neighbours, is looked for in the clip; each that is not found takes from the score.
         """
         first, second = self.shown
-        shown = second(nn.silu(first(seen)))  # [B, W]
+        shown = second(nn.silu(first(seen[0])))  # [B, W]
         mask = (ids != 0).astype(jnp.float32)
         words = self.tokens[ids] * mask[..., None]
         flat = words.reshape(-1, *words.shape[2:])

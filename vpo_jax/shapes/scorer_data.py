@@ -52,10 +52,7 @@ def sample_strengths(key: jax.Array) -> world.Degradation:
 
 def goodness_of(scene: world.Scene, strengths: world.Degradation) -> jax.Array:
     """[5] in [0, 1] from the strengths that a clip was made with, its natural unsteadiness included."""
-    sigma = world.BLUR_SIGMA * strengths.blur
-    sharpest, bluntest = _SHARP_EDGE, np.hypot(_SHARP_EDGE, world.BLUR_SIGMA)
-    blur = (jnp.sqrt(sharpest**2 + sigma**2) - sharpest) / (bluntest - sharpest)
-    quality = (1.0 - blur) * (1.0 - jnp.sqrt(strengths.noise))
+    quality = quality_of(strengths.blur, strengths.noise)
 
     # Uniform on [-1, 1] has a standard deviation of 1 / sqrt(3).
     exposure = jnp.hypot(strengths.flicker, scene.exposure * np.sqrt(3.0) / world.FLICKER_AMPLITUDE)
@@ -65,6 +62,29 @@ def goodness_of(scene: world.Scene, strengths: world.Degradation) -> jax.Array:
     motion = jnp.minimum(world.true_speed(scene, strengths) / _FASTEST, 1.0)
     facts = 1.0 - strengths.morph ** (2 / 3)
     return jnp.stack([quality, consistency, motion, jnp.ones_like(quality), facts])
+
+
+def quality_of(blur: world.Number, noise: world.Number) -> jax.Array:
+    """Visual quality in [0, 1] of a blur and a noise of these strengths."""
+    sigma = world.BLUR_SIGMA * blur
+    sharpest, bluntest = _SHARP_EDGE, np.hypot(_SHARP_EDGE, world.BLUR_SIGMA)
+    softer = (jnp.sqrt(sharpest**2 + sigma**2) - sharpest) / (bluntest - sharpest)
+    return (1.0 - softer) * (1.0 - jnp.sqrt(noise))
+
+
+def soften(key: jax.Array, clip: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A clip [F, H, W, 3] in [0, 1] that came out of the autoencoder, blurred and with grain; its visual quality.
+
+    The autoencoder makes all edges about equally soft and carries no grain, so both are put on afterwards.
+    """
+    which, blur_key, noise_key, grain_key = jax.random.split(key, 4)
+    present = jax.random.uniform(which, (2,)) < jnp.array([0.7, 0.25])
+    blur = jnp.where(present[0], jax.random.uniform(blur_key), 0.0)
+    noise = jnp.where(present[1], jax.random.uniform(noise_key) ** 2, 0.0)
+    kernel = world.blur_matrix(world.BLUR_SIGMA * blur)
+    clip = jnp.einsum("ij,fjkc,lk->filc", kernel, clip, kernel)
+    clip += world.NOISE_STD * noise * jax.random.normal(grain_key, clip.shape)
+    return jnp.clip(clip, 0.0, 1.0), quality_of(blur, noise)
 
 
 def ask(key: jax.Array, row: jax.Array, freeze: jax.Array | float, fewest: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -111,14 +131,19 @@ def disturb(key: jax.Array, clip: jax.Array) -> jax.Array:
     return jnp.clip(clip + 0.04 * size[0] * still + 0.015 * size[1] * moving, 0.0, 1.0)
 
 
-def make_clips(key: jax.Array, count: int, rows: jax.Array, disturbed: bool = True) -> Labelled:
-    """Freshly rendered clips of captions drawn from `rows`, with their labels; jittable."""
+def make_clips(key: jax.Array, count: int, rows: jax.Array, disturbed: bool = True, soft: bool = True) -> Labelled:
+    """Freshly rendered clips of captions drawn from `rows`, with their labels; jittable.
+
+    Without `soft` none is blurred or has grain.
+    """
 
     def one(key: jax.Array) -> Labelled:
         pick, scene_key, strength_key, render_key, disturb_key = jax.random.split(key, 5)
         row = rows[jax.random.randint(pick, (), 0, len(rows))]
         scene = world.sample_scene(scene_key, world.Attributes(*jnp.asarray(world.ALL_ATTRIBUTES)[row]))
         strengths = sample_strengths(strength_key)
+        if not soft:
+            strengths = strengths._replace(blur=jnp.zeros(()), noise=jnp.zeros(()))
         clip = world.render(scene, strengths, render_key)
         if disturbed:
             clip = disturb(disturb_key, clip)
@@ -259,11 +284,12 @@ def encode_videos(pipeline: Any, params: Any, videos: jax.Array) -> jax.Array:
 def carried_clips(pipeline: Any, way: str, seed: int, count: int, folder: Path) -> Labelled:
     """`count` labelled clips that went through the base model; chunks are kept in `folder` and made only once.
 
-    way: "round_trip" (the autoencoder alone) or "denoised". The labels are those of what went in.
+    way: "round_trip" (the autoencoder alone) or "denoised". The labels are those of what went in; blur and grain
+    would not come out as they went in, so they are left to `soften`.
     """
     carry = jax.jit({"round_trip": _round_trip, "denoised": _denoised}[way](pipeline))
     rows = jnp.asarray(world.caption_indices("train"))
-    make = jax.jit(lambda key: make_clips(key, _CHUNK, rows, disturbed=False))
+    make = jax.jit(lambda key: make_clips(key, _CHUNK, rows, disturbed=False, soft=False))
     encode_text = jax.jit(pipeline.encode_text)
 
     def chunk(number: int) -> dict[str, np.ndarray]:
