@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpo_jax.shapes import judge, world
+from vpo_jax.shapes import judge, measure, world
 from vpo_jax.shapes import scorer_data as data
 
 
@@ -113,3 +113,19 @@ def test_chunks_on_disk_are_not_made_again(tmp_path):
     np.testing.assert_array_equal(first["x"], [0, 0, 1, 1, 2, 2])
     np.testing.assert_array_equal(second["x"], first["x"])
     assert made == [0, 1, 2, 1]
+
+
+def test_softened_clips_are_softer_and_grainier_by_the_judge_the_lower_their_quality():
+    rows = jnp.asarray(world.caption_indices("train"))
+    clips = data.make_clips(jax.random.key(1), 96, rows, disturbed=False, soft=False)
+    assert float(jnp.abs(clips.goodness[:, data.QUALITY] - 1.0).max()) < 1e-6
+    frames = clips.videos.astype(jnp.float32) / 255.0
+    softened, quality = jax.vmap(data.soften)(jax.random.split(jax.random.key(2), 96), frames)
+    captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in np.asarray(clips.rows)]
+    videos = np.asarray(world.to_uint8(softened))
+    grain = judge.noise_level(videos)
+    plain = grain < 0.002
+    assert 0.5 < plain.mean() < 0.95 and np.asarray(quality).min() < 0.3
+    sharpness = judge.measure(videos, captions)["sharpness"]
+    assert measure.spearman(sharpness[plain], np.asarray(quality)[plain]) > 0.8
+    assert np.asarray(quality)[~plain].mean() < np.asarray(quality)[plain].mean()
