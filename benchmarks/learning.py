@@ -62,8 +62,9 @@ def measure(workdir: Path, samples: int) -> tuple[Scores, Scores]:
 def bars(base: Scores, tuned: Scores, trained: Sequence[str]) -> list[tuple[str, str, bool]]:
     """(what, value, cleared) for each bar of one run; `trained` are the dimensions of the training scorers."""
     found: list[tuple[str, str, bool]] = []
-    reward = win_rate(*(np.sum([scores[name] for name in trained], axis=0) for scores in (base, tuned)))
-    overall = win_rate(*(scores["judge/overall"] for scores in (base, tuned)))
+    summed = [np.sum([scores[name] for name in trained], axis=0) for scores in (base, tuned)]
+    reward = win_rate(summed[0], summed[1])
+    overall = win_rate(base["judge/overall"], tuned["judge/overall"])
     for name, rate, least in (("scorer's win rate", reward, 0.80), ("judge's win rate", overall, 0.65)):
         cleared = rate.rate >= least and rate.low > 0.55
         found.append(
