@@ -95,3 +95,11 @@ def test_videoscore_costs_what_pytorchs_counter_says():
     tokens = {"input_ids": array(1, 376, dtype=jnp.int32), "mask": array(1, 376, dtype=jnp.bool_)}
     cost = measure(reward.score, reward.params, array(1, 16, 256, 256, 3, dtype=jnp.uint8), tokens)
     assert cost.flops / 1e12 == pytest.approx(35.4, abs=0.05)
+
+
+@pytest.mark.parametrize(("frames", "side", "expected"), [(4, 336, 4.889), (8, 448, 11.549)])
+def test_videoreward_costs_what_pytorchs_counter_says(frames, side, expected):
+    (reward,) = read_scorers("videoreward", cli.load_config("configs/vpo.py").reward)
+    tokens = {"input_ids": array(1, 868, dtype=jnp.int32), "mask": array(1, 868, dtype=jnp.bool_)}
+    cost = measure(reward.score, reward.params, array(1, frames, side, side, 3, dtype=jnp.uint8), tokens)
+    assert cost.flops / 1e12 == pytest.approx(expected, rel=2e-3)
