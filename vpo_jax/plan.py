@@ -45,6 +45,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     topology = parse_topology(flags.topology) if flags.topology else None
     config = cli.load_config(flags.config)
     cli.override(config, overrides)
+    config.data.prompts = config.data.prompts or "shapes:train"  # what they say costs nothing
     check(config)
     sizes = mesh_sizes(topology.count, **config.mesh) if topology else {}
     if sizes:
