@@ -2,15 +2,15 @@
 
     python -m vpo_jax.main --config=configs/vpo.py
 
-Takes some minutes on two CPU cores and ends with a table of base against tuned, `report.html` and
+Takes about 12 minutes on two CPU cores and ends with a table of base against tuned, `report.html` and
 `export/`, a diffusers folder. The preset `tiny` walks through the same stages in seconds and learns nothing:
 
     python -m vpo_jax.main --config=configs/vpo.py:tiny
 
 Your own checkpoint, prompts and scorer:
 
-    python -m vpo_jax.main --config=configs/vpo.py --config.model.path=DIR --config.data.prompts=FILE \\
-        --config.reward.scorers=DIR --config.rollout.num_frames=16 --config.rollout.height=256 ...
+    python -m vpo_jax.main --config=configs/vpo.py:custom --config.model.path=DIR_OR_HUB_ID \\
+        --config.data.prompts=FILE --config.reward.scorers=DIR --config.rollout.num_frames=16 ...
 
 Three checkpoints of 1.4 billion parameters have presets; hardware, memory and time stand at each below:
 
@@ -84,7 +84,7 @@ def _shapes() -> ConfigDict:
     config.preference.winner_safeguard = False
     config.preference.winner_safeguard_mu = 0.9
     config.preference.winner_penalty = 0.0
-    config.preference.anchor = 0.0
+    config.preference.anchor = 0.0  # weight of the distance to the start's predictions; 0 = off
     config.preference.max_pair_age = 0  # steps; 0 = strictly online
     config.preference.caption_dropout = 0.0
 
@@ -143,9 +143,28 @@ def _shapes() -> ConfigDict:
 
 
 def _embedded(config: ConfigDict) -> None:
-    """Adapters on every layer: flicker and jitter live in the convolutions, which attention alone cannot reach."""
+    """About 12 minutes on two CPU cores.
+
+    Adapters lie on every layer: flicker and jitter live in the convolutions, which attention alone cannot reach. The
+    anchor holds what no scorer sees: without it colours drift a little further with every update. Weights follow what
+    the shipped scorer knows of the model's own samples (quality.json): most of steadiness, nothing of consistency.
+    """
     config.lora.targets = "."
     config.optimizer.learning_rate = 5e-4
+    config.train.updates_per_step = 10
+    config.preference.beta = 1000.0
+    config.preference.anchor = 75.0
+    config.ema.decay = 0.96
+    config.eval.every = 6
+    config.reward.weights = ",".join(
+        f"shapes/{dimension}={weight}"
+        for dimension, weight in {
+            "temporal_consistency": 5,
+            "text_to_video_alignment": 2,
+            "dynamic_degree": 0.25,
+            "factual_consistency": 0,
+        }.items()
+    )
 
 
 def _tiny(config: ConfigDict) -> None:
@@ -160,26 +179,21 @@ def _tiny(config: ConfigDict) -> None:
     config.log.samples = 2
 
 
-def _full_size(config: ConfigDict, num_frames: int, height: int, width: int, guidance_scale: float) -> None:
-    """What the three large models share: LoRA on a bfloat16 backbone, eight chips, one clip and one pair a chip.
+def _custom(config: ConfigDict) -> None:
+    """A checkpoint, prompts and scorers of your own, to be given; sizes are those that the model was made for.
 
-    Memory a chip, arithmetic: backbone 2.8 GB in bfloat16, text encoder 1.4 GB and autoencoder 0.3 GB in float32,
-    LoRA of 26.6 M parameters 0.5 GB (policy, reference, gradient and two moments in float32), a scorer of VideoScore's
-    size 16.5 GB; activations come on top. The host holds the float32 model as well, 7.3 GB.
-    On fewer chips than eight lower rollout.microbatch and train.microbatch to what fits; nothing else changes.
+    Diffusion-DPO's step size and strength, one clip and one pair at a time on each of eight chips; on fewer lower
+    rollout.microbatch and train.microbatch. `python -m vpo_jax.plan` says what fits.
     """
     config.model.path = ""  # a diffusers folder or a hub id
-    config.model.dtype = "bfloat16"
     config.data.prompts = ""  # a text file, one prompt a line, or .jsonl
     config.data.held_out = ""
     config.reward.scorers = ""  # a scorer's folder; several, comma-separated
     config.held_out.scorers = ""  # one that does not train makes the result believable
 
     config.rollout.num_inference_steps = 25
-    config.rollout.guidance_scale = guidance_scale
-    config.rollout.num_frames = num_frames
-    config.rollout.height = height
-    config.rollout.width = width
+    config.rollout.guidance_scale = 9.0
+    config.rollout.num_frames = config.rollout.height = config.rollout.width = 0
     config.rollout.microbatch = 8
 
     config.preference.beta = 5000.0  # with the 1/2 and mean errors: Diffusion-DPO's 2500
@@ -197,6 +211,22 @@ def _full_size(config: ConfigDict, num_frames: int, height: int, width: int, gui
     config.checkpoint.every = 20
     config.eval.every = 50
     config.eval.prompts = 32
+
+
+def _full_size(config: ConfigDict, num_frames: int, height: int, width: int, guidance_scale: float) -> None:
+    """What the three large models share: `_custom` on a bfloat16 backbone, eight chips, one clip and one pair a chip.
+
+    Memory a chip, arithmetic: backbone 2.8 GB in bfloat16, text encoder 1.4 GB and autoencoder 0.3 GB in float32,
+    LoRA of 26.6 M parameters 0.5 GB (policy, reference, gradient and two moments in float32), a scorer of VideoScore's
+    size 16.5 GB; activations come on top. The host holds the float32 model as well, 7.3 GB.
+    On fewer chips than eight lower rollout.microbatch and train.microbatch to what fits; nothing else changes.
+    """
+    _custom(config)
+    config.model.dtype = "bfloat16"
+    config.rollout.guidance_scale = guidance_scale
+    config.rollout.num_frames = num_frames
+    config.rollout.height = height
+    config.rollout.width = width
 
 
 def _modelscope(config: ConfigDict) -> None:
@@ -236,6 +266,7 @@ def _videocrafter2(config: ConfigDict) -> None:
 PRESETS = {
     "": _embedded,
     "tiny": _tiny,
+    "custom": _custom,
     "modelscope": _modelscope,
     "zeroscope": _zeroscope,
     "videocrafter2": _videocrafter2,

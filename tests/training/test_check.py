@@ -26,8 +26,8 @@ def test_the_shipped_configs_pass_and_hold_every_field(preset):
     assert {key for key, _ in flatten_config(config)} == set(FIELDS)
 
 
-@pytest.mark.parametrize("preset", ["modelscope", "zeroscope", "videocrafter2"])
-def test_a_full_size_preset_wants_a_model_prompts_and_a_scorer_and_nothing_else(preset):
+@pytest.mark.parametrize("preset", ["custom", "modelscope", "zeroscope", "videocrafter2"])
+def test_a_preset_of_no_model_wants_a_model_prompts_and_a_scorer_and_nothing_else(preset):
     config = load_config(f"configs/vpo.py:{preset}")
     for key in ("model.path", "data.prompts", "reward.scorers"):
         with pytest.raises(UserError, match=re.escape(key)):
@@ -35,7 +35,7 @@ def test_a_full_size_preset_wants_a_model_prompts_and_a_scorer_and_nothing_else(
         override(config, [(key, "given")])
     check(config)
     assert {key for key, _ in flatten_config(config)} == set(FIELDS)
-    assert config.train.remat and config.model.dtype == "bfloat16"
+    assert config.train.remat and config.model.dtype == ("float32" if preset == "custom" else "bfloat16")
 
 
 def test_an_adapter_cannot_start_full_fine_tuning():
