@@ -2,7 +2,7 @@
 
     python -m vpo_jax.main --config=configs/vpo.py
 
-Takes about 12 minutes on two CPU cores and ends with a table of base against tuned, `report.html` and
+Takes about 13 minutes on two CPU cores and ends with a table of base against tuned, `report.html` and
 `export/`, a diffusers folder. The preset `tiny` walks through the same stages in seconds and learns nothing:
 
     python -m vpo_jax.main --config=configs/vpo.py:tiny
@@ -143,7 +143,7 @@ def _shapes() -> ConfigDict:
 
 
 def _embedded(config: ConfigDict) -> None:
-    """About 12 minutes on two CPU cores.
+    """About 13 minutes on two CPU cores.
 
     Adapters lie on every layer: flicker and jitter live in the convolutions, which attention alone cannot reach. The
     anchor holds what no scorer sees: without it colours drift a little further with every update. Weights follow what
@@ -153,7 +153,7 @@ def _embedded(config: ConfigDict) -> None:
     config.optimizer.learning_rate = 5e-4
     config.train.updates_per_step = 10
     config.preference.beta = 1000.0
-    config.preference.anchor = 75.0
+    config.preference.anchor = 50.0
     config.ema.decay = 0.96
     config.eval.every = 6
     config.reward.weights = ",".join(
