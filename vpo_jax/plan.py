@@ -47,6 +47,11 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     cli.override(config, overrides)
     config.data.prompts = config.data.prompts or "shapes:train"  # what they say costs nothing
     check(config)
+    if config.reward.devices:
+        raise UserError(
+            f"reward.devices: {config.reward.devices} to score on, but a plan has scorers on the devices that train; "
+            "plan with reward.devices=0: without their share the others hold less"
+        )
     sizes = mesh_sizes(topology.count, **config.mesh) if topology else {}
     if sizes:
         check_mesh(config, abstract_mesh(sizes))

@@ -79,6 +79,15 @@ def test_the_flags_are_checked(job):
             run(*job, flag)
 
 
+def test_scorers_on_devices_of_their_own_are_refused(job):
+    with pytest.raises(UserError, match=r"reward\.devices: 2 to score on.*plan with reward\.devices=0"):
+        run(*job, "--config.reward.devices=2", "--config.preference.max_pair_age=1")
+
+
+def test_no_prompts_are_needed(job):
+    assert "smallest mesh" in run(*job, "--config.data.prompts=")
+
+
 def test_fsdp_cuts_weights_and_gathers_them_in_every_forward(planned):
     job, lines = planned
     topology = parse_topology("v5e:1x2")
