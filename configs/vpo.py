@@ -147,7 +147,7 @@ def _embedded(config: ConfigDict) -> None:
 
     Adapters lie on every layer: flicker and jitter live in the convolutions, which attention alone cannot reach. The
     anchor holds what no scorer sees: without it colours drift a little further with every update. Weights follow what
-    the shipped scorer knows of the model's own samples (quality.json): most of steadiness, nothing of consistency.
+    the shipped scorer knows of the model's own samples: most of steadiness, nothing of consistency (docs/tuning.md).
     """
     config.lora.targets = "."
     config.optimizer.learning_rate = 5e-4

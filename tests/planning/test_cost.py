@@ -98,7 +98,8 @@ def test_videoscore_costs_what_pytorchs_counter_says():
 
 
 @pytest.mark.parametrize(("frames", "side", "expected"), [(4, 336, 4.889), (8, 448, 11.549)])
-def test_videoreward_costs_what_pytorchs_counter_says(frames, side, expected):
+def test_videoreward_costs_what_pytorchs_counter_and_arithmetic_say(frames, side, expected):
+    # The language model by the counter; the vision blocks by 2 x weights x tokens and attention within two frames.
     (reward,) = read_scorers("videoreward", cli.load_config("configs/vpo.py").reward)
     tokens = {"input_ids": array(1, 868, dtype=jnp.int32), "mask": array(1, 868, dtype=jnp.bool_)}
     cost = measure(reward.score, reward.params, array(1, frames, side, side, 3, dtype=jnp.uint8), tokens)
