@@ -48,6 +48,7 @@ def test_carried_clips_keep_the_labels_of_what_went_in(way, model_folder, tmp_pa
     np.testing.assert_array_equal(np.asarray(carried.rows)[4:], np.asarray(clips.rows))
     np.testing.assert_allclose(np.asarray(carried.goodness)[4:], np.asarray(clips.goodness), atol=1e-6)
     assert not np.array_equal(np.asarray(carried.videos)[4:], np.asarray(clips.videos))
+    assert np.all(np.asarray(clips.blur) == 0.0) and np.all(np.isfinite(carried.blur))
     assert len(list(tmp_path.glob("*.npz"))) == 2
 
 

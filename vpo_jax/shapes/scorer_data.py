@@ -1,11 +1,11 @@
 """What the embedded world's scorer learns from: clips whose flaws are known because they were put there.
 
-No measurement labels anything here. Three sources: clips rendered with degradations of known strength; such clips
-carried through the base model, which keep their labels and get its artefacts; and the base model's own samples with
-one known degradation added, of which only the order is known.
+No judge labels anything here. Three sources: clips rendered with degradations of known strength; such clips carried
+through the base model, which keep their labels and get its artefacts, the softness by comparison with what went in;
+and the base model's own samples with one known degradation added, of which only the order is known.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ class Labelled(NamedTuple):
     goodness: jax.Array  # float32 [B, 5] in [0, 1]; the column of the alignment is still to be asked for
     rows: jax.Array  # int32 [B], row of world.ALL_ATTRIBUTES
     freeze: jax.Array  # float32 [B]
+    blur: jax.Array  # float32 [B], standard deviation in pixels of the blur that they have
 
 
 def labels(goodness: jax.Array) -> jax.Array:
@@ -41,18 +42,28 @@ def labels(goodness: jax.Array) -> jax.Array:
     return _LOWEST_LABEL + (_HIGHEST_LABEL - _LOWEST_LABEL) * goodness
 
 
-def sample_strengths(key: jax.Array) -> world.Degradation:
-    """Degradations to learn from: each often absent, with many weak ones, since fine differences matter most."""
+# How often a clip to learn from has flicker, jitter, blur, noise, freeze, morph; some clips have nothing at all.
+_PRESENCE = (0.45, 0.45, 0.4, 0.3, 0.4, 0.4)
+_NOTHING = 0.15
+
+
+def sample_strengths(key: jax.Array, presence: Sequence[float] | None = None) -> world.Degradation:
+    """Degradations to learn from: each often absent, with many weak ones, since fine differences matter most.
+
+    `presence` gives the odds of the six kinds, independent of each other.
+    """
     kinds, levels, clean = jax.random.split(key, 3)
-    present = jax.random.uniform(kinds, (6,)) < jnp.array([0.45, 0.45, 0.4, 0.3, 0.4, 0.4])
-    level = jnp.where(present & (jax.random.uniform(clean) > 0.15), jax.random.uniform(levels, (6,)), 0.0)
+    present = jax.random.uniform(kinds, (6,)) < jnp.array(presence or _PRESENCE)
+    if presence is None:
+        present &= jax.random.uniform(clean) > _NOTHING
+    level = jnp.where(present, jax.random.uniform(levels, (6,)), 0.0)
     flicker, jitter, blur, noise, freeze, morph = level
     return world.Degradation(flicker**2, jitter**2, blur, noise**2, freeze, morph**1.5)
 
 
 def goodness_of(scene: world.Scene, strengths: world.Degradation) -> jax.Array:
     """[5] in [0, 1] from the strengths that a clip was made with, its natural unsteadiness included."""
-    quality = quality_of(strengths.blur, strengths.noise)
+    quality = quality_of(world.BLUR_SIGMA * strengths.blur, strengths.noise)
 
     # Uniform on [-1, 1] has a standard deviation of 1 / sqrt(3).
     exposure = jnp.hypot(strengths.flicker, scene.exposure * np.sqrt(3.0) / world.FLICKER_AMPLITUDE)
@@ -65,26 +76,52 @@ def goodness_of(scene: world.Scene, strengths: world.Degradation) -> jax.Array:
 
 
 def quality_of(blur: world.Number, noise: world.Number) -> jax.Array:
-    """Visual quality in [0, 1] of a blur and a noise of these strengths."""
-    sigma = world.BLUR_SIGMA * blur
+    """Visual quality in [0, 1] of a blur of this standard deviation in pixels and a noise of this strength."""
     sharpest, bluntest = _SHARP_EDGE, np.hypot(_SHARP_EDGE, world.BLUR_SIGMA)
-    softer = (jnp.sqrt(sharpest**2 + sigma**2) - sharpest) / (bluntest - sharpest)
-    return (1.0 - softer) * (1.0 - jnp.sqrt(noise))
+    softer = (jnp.hypot(sharpest, blur) - sharpest) / (bluntest - sharpest)
+    return jnp.maximum(1.0 - softer, 0.0) * (1.0 - jnp.sqrt(noise))
 
 
-def soften(key: jax.Array, clip: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A clip [F, H, W, 3] in [0, 1] that came out of the autoencoder, blurred and with grain; its visual quality.
+def soften(key: jax.Array, clip: jax.Array, blur: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A clip [F, H, W, 3] in [0, 1] with blur and grain added; its visual quality.
 
-    The autoencoder makes all edges about equally soft and carries no grain, so both are put on afterwards.
+    `blur` is what the clip already has, in pixels: the autoencoder's, which leaves no grain.
     """
     which, blur_key, noise_key, grain_key = jax.random.split(key, 4)
-    present = jax.random.uniform(which, (2,)) < jnp.array([0.7, 0.25])
-    blur = jnp.where(present[0], jax.random.uniform(blur_key), 0.0)
+    present = jax.random.uniform(which, (2,)) < jnp.array([0.5, 0.25])
+    added = jnp.where(present[0], world.BLUR_SIGMA * jax.random.uniform(blur_key), 0.0)
     noise = jnp.where(present[1], jax.random.uniform(noise_key) ** 2, 0.0)
-    kernel = world.blur_matrix(world.BLUR_SIGMA * blur)
-    clip = jnp.einsum("ij,fjkc,lk->filc", kernel, clip, kernel)
+    clip = _blurred(clip, added)
     clip += world.NOISE_STD * noise * jax.random.normal(grain_key, clip.shape)
-    return jnp.clip(clip, 0.0, 1.0), quality_of(blur, noise)
+    return jnp.clip(clip, 0.0, 1.0), quality_of(jnp.hypot(blur, added), noise)
+
+
+_BLURS = np.linspace(0.0, 2.0, 41)
+_COARSE = 1.5  # blur in pixels that leaves the coarse gradients
+
+
+def equivalent_blur(source: jax.Array, clip: jax.Array) -> jax.Array:
+    """Blur in pixels after which `source` is as soft as `clip`, which was made of it: both [F, H, W, 3] -> scalar.
+
+    Softness is the ratio of all squared gradients to those that a wide blur leaves: it follows neither the place of
+    things nor their contrast, so that a clip that came back moved or tinted is not called soft for it.
+    """
+
+    def crispness(clip: jax.Array) -> jax.Array:
+        return _squared_gradients(clip) / (_squared_gradients(_blurred(clip, _COARSE)) + 1e-6)
+
+    blurs = jnp.asarray(_BLURS)
+    falling = jax.vmap(lambda blur: crispness(_blurred(source, blur)))(blurs)
+    return jnp.interp(crispness(clip), falling[::-1], blurs[::-1])
+
+
+def _squared_gradients(clip: jax.Array) -> jax.Array:
+    return jnp.square(jnp.diff(clip, axis=1)).sum() + jnp.square(jnp.diff(clip, axis=2)).sum()
+
+
+def _blurred(clip: jax.Array, sigma: world.Number) -> jax.Array:
+    kernel = world.blur_matrix(sigma)
+    return jnp.einsum("ij,fjkc,lk->filc", kernel, clip, kernel)
 
 
 def ask(key: jax.Array, row: jax.Array, freeze: jax.Array | float, fewest: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -131,23 +168,31 @@ def disturb(key: jax.Array, clip: jax.Array) -> jax.Array:
     return jnp.clip(clip + 0.04 * size[0] * still + 0.015 * size[1] * moving, 0.0, 1.0)
 
 
-def make_clips(key: jax.Array, count: int, rows: jax.Array, disturbed: bool = True, soft: bool = True) -> Labelled:
+def make_clips(
+    key: jax.Array,
+    count: int,
+    rows: jax.Array,
+    disturbed: bool = True,
+    soft: bool = True,
+    presence: Sequence[float] | None = None,
+) -> Labelled:
     """Freshly rendered clips of captions drawn from `rows`, with their labels; jittable.
 
-    Without `soft` none is blurred or has grain.
+    Without `soft` none is blurred or has grain. `presence` is that of `sample_strengths`.
     """
 
     def one(key: jax.Array) -> Labelled:
         pick, scene_key, strength_key, render_key, disturb_key = jax.random.split(key, 5)
         row = rows[jax.random.randint(pick, (), 0, len(rows))]
         scene = world.sample_scene(scene_key, world.Attributes(*jnp.asarray(world.ALL_ATTRIBUTES)[row]))
-        strengths = sample_strengths(strength_key)
+        strengths = sample_strengths(strength_key, presence)
         if not soft:
             strengths = strengths._replace(blur=jnp.zeros(()), noise=jnp.zeros(()))
         clip = world.render(scene, strengths, render_key)
         if disturbed:
             clip = disturb(disturb_key, clip)
-        return Labelled(world.to_uint8(clip), goodness_of(scene, strengths), row, jnp.asarray(strengths.freeze))
+        goodness, blur = goodness_of(scene, strengths), world.BLUR_SIGMA * jnp.asarray(strengths.blur)
+        return Labelled(world.to_uint8(clip), goodness, row, jnp.asarray(strengths.freeze), blur)
 
     return jax.vmap(one)(jax.random.split(key, count))
 
@@ -183,8 +228,7 @@ def spoil(
         return jnp.einsum("fij,fjkc,flk->filc", rows, clip, columns)
 
     def blur(clip: jax.Array) -> jax.Array:
-        kernel = world.blur_matrix(world.BLUR_SIGMA * strength)
-        return jnp.einsum("ij,fjkc,lk->filc", kernel, clip, kernel)
+        return _blurred(clip, world.BLUR_SIGMA * strength)
 
     def noise(clip: jax.Array) -> jax.Array:
         return clip + world.NOISE_STD * strength * jax.random.normal(key, clip.shape)
@@ -284,20 +328,26 @@ def encode_videos(pipeline: Any, params: Any, videos: jax.Array) -> jax.Array:
 def carried_clips(pipeline: Any, way: str, seed: int, count: int, folder: Path) -> Labelled:
     """`count` labelled clips that went through the base model; chunks are kept in `folder` and made only once.
 
-    way: "round_trip" (the autoencoder alone) or "denoised". The labels are those of what went in; blur and grain
-    would not come out as they went in, so they are left to `soften`.
+    way: "round_trip" (the autoencoder alone) or "denoised". The labels are those of what went in, which has neither
+    blur nor grain; the blur is what the clip caught on its way, and the visual quality is left to `soften`.
     """
     carry = jax.jit({"round_trip": _round_trip, "denoised": _denoised}[way](pipeline))
     rows = jnp.asarray(world.caption_indices("train"))
     make = jax.jit(lambda key: make_clips(key, _CHUNK, rows, disturbed=False, soft=False))
     encode_text = jax.jit(pipeline.encode_text)
 
+    @jax.jit
+    @jax.vmap
+    def caught(source: jax.Array, clip: jax.Array) -> jax.Array:
+        return equivalent_blur(source.astype(jnp.float32) / 255.0, clip.astype(jnp.float32) / 255.0)
+
     def chunk(number: int) -> dict[str, np.ndarray]:
         clip_key, carry_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
         clips = make(clip_key)
         captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in np.asarray(clips.rows)]
         text = encode_text(pipeline.params["text_encoder"], pipeline.tokenize(captions))
-        return clips._replace(videos=carry(pipeline.params, carry_key, clips.videos, text))._asdict()
+        videos = carry(pipeline.params, carry_key, clips.videos, text)
+        return clips._replace(videos=videos, blur=caught(clips.videos, videos))._asdict()
 
     found = _kept(chunk, -(-count // _CHUNK), folder, way)
     return Labelled(*(jnp.asarray(found[name]) for name in Labelled._fields))

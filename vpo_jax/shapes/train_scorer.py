@@ -35,7 +35,7 @@ Tree = Any
 _MAX_LENGTH = 16
 _MARGIN = 0.4  # by which a sample must beat itself made worse at full strength, on the scale of the scores
 _SOFTNESS = 0.15  # of the ranking loss, on the same scale
-_DIMENSION_WEIGHTS = (1.0, 1.0, 2.0, 1.0, 1.5)  # speeds differ least between samples
+_DIMENSION_WEIGHTS = (2.0, 1.0, 2.0, 1.0, 2.0)  # softness and speed differ least between samples
 _EMA = 0.995
 _CAPTIONS = 12  # captions asked of each clip a step
 
@@ -116,7 +116,7 @@ def make_loss(
         chosen = jax.tree.map(lambda x: x[pick], pool)
         frames = chosen.videos.astype(jnp.float32) / 255.0
         frames = jax.vmap(data.disturb)(jax.random.split(disturb_key, number), frames)
-        frames, quality = jax.vmap(data.soften)(jax.random.split(soften_key, number), frames)
+        frames, quality = jax.vmap(data.soften)(jax.random.split(soften_key, number), frames, chosen.blur)
         goodness = chosen.goodness.at[:, data.QUALITY].set(quality)
         return chosen._replace(videos=world.to_uint8(frames), goodness=goodness)
 
