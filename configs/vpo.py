@@ -154,6 +154,7 @@ def _embedded(config: ConfigDict) -> None:
     config.train.updates_per_step = 10
     config.preference.beta = 1000.0
     config.preference.anchor = 50.0
+    config.reference.schedule = "frozen"
     config.ema.decay = 0.96
     config.eval.every = 6
     config.reward.weights = ",".join(

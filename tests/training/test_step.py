@@ -151,8 +151,8 @@ def test_at_phi_equal_theta_u_is_exactly_0_and_the_loss_exactly_ln_2(configure, 
     moved = jax.tree.map(lambda x: x + 0.05 * jnp.sin(jnp.arange(x.size).reshape(x.shape)), policy.start)
     state = state._replace(policy=moved, reference=moved)
     noised = update.draw(state.buffer, jnp.zeros((6, 8)), 0, 0)
-    theta = update.errors(policy.frozen, state.policy, noised)
-    phi = update.errors(policy.frozen, jax.tree.map(jnp.array, state.reference), noised)
+    theta = update.errors(policy.frozen, state.policy, noised)[0]
+    phi = update.errors(policy.frozen, jax.tree.map(jnp.array, state.reference), noised)[0]
     logit = losses.preference_logit(theta, phi, 5000.0)
     np.testing.assert_array_equal(np.abs(logit), 0.0)
     _, loss, metrics = update.weigh(state.buffer, theta, phi)
@@ -167,10 +167,10 @@ def test_a_loss_in_one_program_with_the_reference_would_not_be_exact_but_the_gra
     policy, state, update = build(config, pipeline, pairs_like())
     moved = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), policy.start)
     noised = update.draw(state.buffer, jnp.zeros((6, 8)), 0, 0)
-    phi = update.errors(policy.frozen, policy.start, noised)
-    coefficients, _, _ = update.weigh(state.buffer, update.errors(policy.frozen, moved, noised), phi)
+    phi = update.errors(policy.frozen, policy.start, noised)[0]
+    coefficients, _, _ = update.weigh(state.buffer, update.errors(policy.frozen, moved, noised)[0], phi)
     split, _ = jax.jit(make_gradients(policy.denoise))(
-        policy.frozen, moved, policy.start, noised, coefficients, state.buffer.mask
+        policy.frozen, moved, None, noised, coefficients, state.buffer.mask
     )
 
     def direct(adapters):
@@ -203,10 +203,11 @@ def test_accumulated_gradients_are_the_whole_batchs_with_one_global_denominator(
     moved = jax.tree.map(lambda x: x * 1.05, policy.start)
     noised = update.draw(pairs, jnp.zeros((6, 8)), 0, 0)
     coefficients = losses.PairCoefficients(jnp.linspace(1, 2, 8), jnp.linspace(2, 1, 8))
+    _, first = update.errors(policy.frozen, policy.start, noised)
     found = []
     for microbatch in (0, 4, 2, 1):
         gradients = jax.jit(make_gradients(policy.denoise, microbatch, **options))
-        found.append(gradients(policy.frozen, moved, policy.start, noised, coefficients, pairs.mask))
+        found.append(gradients(policy.frozen, moved, first, noised, coefficients, pairs.mask))
     scale = float(optax.global_norm(found[0][0]))
     for gradient, metrics in found[1:]:
         # Sums in another order: float32 rounding of the gradient's size.
@@ -316,12 +317,13 @@ def test_the_anchor_pulls_towards_the_start(configure, pipeline):
     moved = jax.tree.map(lambda x: x * 1.2, policy.start)
     noised = update.draw(state.buffer, jnp.zeros((6, 8)), 0, 0)
     nothing = losses.PairCoefficients(jnp.zeros(4), jnp.zeros(4))
+    _, first = update.errors(policy.frozen, policy.start, noised)
     gradients = jax.jit(make_gradients(policy.denoise, anchor=2.0))
-    pull, metrics = gradients(policy.frozen, moved, policy.start, noised, nothing, state.buffer.mask)
+    pull, metrics = gradients(policy.frozen, moved, first, noised, nothing, state.buffer.mask)
     nearer = jax.tree.map(lambda x, g: x - 1e-3 * g, moved, pull)
-    closer = gradients(policy.frozen, nearer, policy.start, noised, nothing, state.buffer.mask)[1]
+    closer = gradients(policy.frozen, nearer, first, noised, nothing, state.buffer.mask)[1]
     assert mean(closer, "loss/anchor") < mean(metrics, "loss/anchor")
-    still, metrics = gradients(policy.frozen, policy.start, policy.start, noised, nothing, state.buffer.mask)
+    still, metrics = gradients(policy.frozen, policy.start, first, noised, nothing, state.buffer.mask)
     assert mean(metrics, "loss/anchor") == 0.0 and float(optax.global_norm(still)) == 0.0
 
 

@@ -24,7 +24,7 @@ from vpo_jax.training.policy import Policy, make_policy
 from vpo_jax.training.rollout import frames_to_decode, make_decode, make_rollout
 from vpo_jax.training.stages import abstract_pairs
 from vpo_jax.training.state import TrainState, init_state
-from vpo_jax.training.step import Noised, make_errors, make_gradients
+from vpo_jax.training.step import Noised, Predictions, make_errors, make_gradients
 
 Tree = Any
 
@@ -238,11 +238,15 @@ def make_job(config: Any) -> Job:
         made = make_gradients(denoise, micro, mu, preference.anchor)
         one = array(batch)
         fields = len(PairCoefficients._fields)
-        rest = (noised(batch), PairCoefficients(*(one,) * fields), array(batch, dtype=jnp.bool_))
-        return made, (policy.frozen, policy.start, policy.start, *rest)
+        seen = noised(batch)
+        first = Predictions(seen.winner, seen.loser)
+        rest = (seen, PairCoefficients(*(one,) * fields), array(batch, dtype=jnp.bool_))
+        return made, (policy.frozen, policy.start, first, *rest)
 
     of_pairs = ("rules", "rules", "batch")
     passes = 4 if train.remat else 3
+    # Of theta and phi, and of theta0 where an anchor holds the policy to it and phi may leave it.
+    adapters = 3 if preference.anchor > 0.0 and config.reference.schedule != "frozen" else 2
     stages = [
         Stage("encode", encode, ("rules", "batch"), prompts, 0, 1),
         Stage("rollout", sample, ("rules", "rules", "batch", "whole", "batch"), clips, rollout.microbatch, 1,
@@ -253,8 +257,8 @@ def make_job(config: Any) -> Job:
             for reward in rewards
             if reward.jittable
         ),
-        Stage("errors", errors, of_pairs, pairs, train.microbatch, 2 * updates, forwards=1),
-        Stage("update", update, ("rules", "rules", "rules", "batch", "batch", "batch"), pairs, train.microbatch,
+        Stage("errors", errors, of_pairs, pairs, train.microbatch, adapters * updates, forwards=1),
+        Stage("update", update, ("rules", "rules", "batch", "batch", "batch", "batch"), pairs, train.microbatch,
               updates, forwards=passes),
     ]  # fmt: skip
     one_pair: Pairs = abstract_pairs(prompts, latent_shape, array(*text.shape[1:], dtype=text.dtype))

@@ -1,7 +1,8 @@
 """One optimizer update, as four compiled programs whose borders keep the reference out of every gradient.
 
 draw     noise, timestep and caption dropout, once for a pair
-errors   e_w, e_l under given adapters: one program, called for theta and for phi, so that u = 0 at theta = phi
+errors   e_w, e_l and what was predicted under given adapters: one program, called for theta and for phi, so that
+         u = 0 at theta = phi
 weigh    u, the loss, and the two constants that a pair's gradient needs
 descend  gradients with those constants, clipping, AdamW, the average
 """
@@ -51,6 +52,13 @@ class Noised(NamedTuple):
     loser_target: jax.Array
     timesteps: jax.Array
     text: jax.Array
+
+
+class Predictions(NamedTuple):
+    """What a denoiser predicts for winners and losers, [P, F, h, w, C] each."""
+
+    winner: jax.Array
+    loser: jax.Array
 
 
 def make_draw(schedule: Schedule, seed: int, updates_per_step: int, caption_dropout: float = 0.0) -> Callable:
@@ -104,8 +112,8 @@ def join_batch(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def predict_pairs(denoise: Denoise, frozen: Tree, adapters: Tree, noised: Noised) -> tuple[jax.Array, jax.Array]:
-    """Predictions for winners and losers, each [P, F, h, w, C], in one forward pass.
+def predict_pairs(denoise: Denoise, frozen: Tree, adapters: Tree, noised: Noised) -> Predictions:
+    """Predictions for winners and losers in one forward pass.
 
     Winner and loser of a pair stand side by side, so that a device that holds the pair holds both.
     """
@@ -113,25 +121,29 @@ def predict_pairs(denoise: Denoise, frozen: Tree, adapters: Tree, noised: Noised
     latents = constrain(both.reshape(-1, *both.shape[2:]), VIDEO)
     prediction = denoise(frozen, adapters, latents, jnp.repeat(noised.timesteps, 2), jnp.repeat(noised.text, 2, axis=0))
     prediction = prediction.reshape(both.shape)
-    return prediction[:, 0], prediction[:, 1]
+    return Predictions(prediction[:, 0], prediction[:, 1])
 
 
-def pair_errors(denoise: Denoise, frozen: Tree, adapters: Tree, noised: Noised) -> PairErrors:
+def pair_errors(predictions: Predictions, noised: Noised) -> PairErrors:
     """e_w and e_l in float32, [P] each."""
-    winner, loser = predict_pairs(denoise, frozen, adapters, noised)
     return PairErrors(
-        losses.squared_error(winner, noised.winner_target), losses.squared_error(loser, noised.loser_target)
+        losses.squared_error(predictions.winner, noised.winner_target),
+        losses.squared_error(predictions.loser, noised.loser_target),
     )
 
 
-def make_errors(denoise: Denoise, microbatch: int = 0) -> Callable[[Tree, Tree, Noised], PairErrors]:
-    """`errors(frozen, adapters, noised) -> PairErrors`: the one program that theta's and phi's errors come from."""
+def make_errors(denoise: Denoise, microbatch: int = 0) -> Callable[..., tuple[PairErrors, Predictions]]:
+    """`errors(frozen, adapters, noised) -> (PairErrors, Predictions)`: the one program for theta's and phi's errors."""
 
-    def errors(frozen: Tree, adapters: Tree, noised: Noised) -> PairErrors:
+    def errors(frozen: Tree, adapters: Tree, noised: Noised) -> tuple[PairErrors, Predictions]:
+        def of_chunk(chunk: Noised) -> tuple[PairErrors, Predictions]:
+            predictions = predict_pairs(denoise, frozen, adapters, chunk)
+            return pair_errors(predictions, chunk), predictions
+
         chunks = split_batch(noised, microbatch)
         if chunks.timesteps.shape[0] == 1:
-            return pair_errors(denoise, frozen, adapters, noised)
-        return join_batch(jax.lax.map(lambda chunk: pair_errors(denoise, frozen, adapters, chunk), chunks))
+            return of_chunk(noised)
+        return join_batch(jax.lax.map(of_chunk, chunks))
 
     return jax.jit(errors)
 
@@ -165,7 +177,9 @@ def make_weigh(beta: float, label_temperature: float = 0.0, winner_penalty: floa
 def make_gradients(
     denoise: Denoise, microbatch: int = 0, safeguard_mu: float | None = None, anchor: float = 0.0
 ) -> Callable:
-    """`gradients(frozen, adapters, start, noised, coefficients, mask) -> (gradients, metrics)`, not jitted.
+    """`gradients(frozen, adapters, first, noised, coefficients, mask) -> (gradients, metrics)`, not jitted.
+
+    `first` are the predictions under theta0, for the anchor; None where it is off.
 
     The loss is sum(mask L) / max(1, sum(mask)) over the whole batch, summed here over microbatches.
 
@@ -179,40 +193,47 @@ def make_gradients(
     def microbatch_loss(
         adapters: Tree,
         frozen: Tree,
-        start: Tree,
-        chunk: tuple[Noised, PairCoefficients, jax.Array],
+        chunk: tuple[Noised, PairCoefficients, jax.Array, Predictions | None],
         number: jax.Array,
     ) -> tuple[jax.Array, Metrics]:
-        noised, coefficients, mask = chunk
-        winner, loser = predict_pairs(denoise, frozen, adapters, noised)
-        errors = PairErrors(
-            losses.squared_error(winner, noised.winner_target), losses.squared_error(loser, noised.loser_target)
-        )
+        noised, coefficients, mask, first = chunk
+        predictions = predict_pairs(denoise, frozen, adapters, noised)
+        errors = pair_errors(predictions, noised)
         kept = jnp.sum(mask.astype(jnp.float32))
         metrics = {}
         share: jax.Array | float = 1.0
         if safeguard_mu is not None:
-            share = losses.safeguard_share(winner, noised.winner_target, loser, noised.loser_target, safeguard_mu)
+            share = losses.safeguard_share(
+                predictions.winner, noised.winner_target, predictions.loser, noised.loser_target, safeguard_mu
+            )
             metrics["loss/loser_share"] = (losses.masked_sum(share, mask), kept)
         loss = losses.weighted_errors(errors, coefficients, share)
-        if anchor > 0.0:
-            first = jax.lax.stop_gradient(predict_pairs(denoise, frozen, start, noised))
-            distance = 0.5 * (losses.squared_error(winner, first[0]) + losses.squared_error(loser, first[1]))
+        if first is not None:
+            distance = 0.5 * (
+                losses.squared_error(predictions.winner, first.winner)
+                + losses.squared_error(predictions.loser, first.loser)
+            )
             loss = loss + anchor * distance
             metrics["loss/anchor"] = (losses.masked_sum(distance, mask), kept)
         return losses.masked_sum(loss, mask) / number, metrics
 
     def gradients(
-        frozen: Tree, adapters: Tree, start: Tree, noised: Noised, coefficients: PairCoefficients, mask: jax.Array
+        frozen: Tree,
+        adapters: Tree,
+        first: Predictions | None,
+        noised: Noised,
+        coefficients: PairCoefficients,
+        mask: jax.Array,
     ) -> tuple[Tree, Metrics]:
         number = losses.denominator(mask)
-        chunks = split_batch((noised, coefficients, mask), microbatch)
+        whole = noised, coefficients, mask, first if anchor > 0.0 else None
+        chunks = split_batch(whole, microbatch)
         of_chunk = jax.grad(microbatch_loss, has_aux=True)
         if chunks[2].shape[0] == 1:
-            return of_chunk(adapters, frozen, start, (noised, coefficients, mask), number)
+            return of_chunk(adapters, frozen, whole, number)
 
         def add(total: Tree, chunk: Tree) -> tuple[Tree, Metrics]:
-            gradient, metrics = of_chunk(adapters, frozen, start, chunk, number)
+            gradient, metrics = of_chunk(adapters, frozen, chunk, number)
             return jax.tree.map(jnp.add, total, gradient), metrics
 
         total, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, adapters), chunks)
@@ -236,7 +257,7 @@ def make_descend(
     ema_decay: float = 0.0,
     out_shardings: Any = None,
 ) -> Callable:
-    """`descend(trained, frozen, start, noised, coefficients, mask, loss) -> (trained, metrics)`, jitted.
+    """`descend(trained, frozen, first, noised, coefficients, mask, loss) -> (trained, metrics)`, jitted.
 
     The old state is kept bitwise where the loss, the gradient or the step is not finite, and where no pair is left:
     Adam would move on a zero gradient. `trained`'s buffers are given away.
@@ -245,13 +266,13 @@ def make_descend(
     def descend(
         trained: Trained,
         frozen: Tree,
-        start: Tree,
+        first: Predictions | None,
         noised: Noised,
         coefficients: PairCoefficients,
         mask: jax.Array,
         loss: jax.Array,
     ) -> tuple[Trained, Metrics]:
-        gradient, metrics = gradients(frozen, trained.policy, start, noised, coefficients, mask)
+        gradient, metrics = gradients(frozen, trained.policy, first, noised, coefficients, mask)
         norm = optax.global_norm(gradient)
         change, moments = optimizer.update(gradient, trained.optimizer, trained.policy)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(change))
@@ -297,6 +318,8 @@ class Update:
         microbatch = config.train.microbatch
         self.beta = preference.beta
         self.seed = config.seed
+        self.anchored = preference.anchor > 0.0
+        self.start_is_reference = config.reference.schedule == "frozen"  # phi predicts what theta0 does
         self.steps_kept = steps_kept(config)
         self.draw = make_draw(schedule, config.seed, config.train.updates_per_step, preference.caption_dropout)
         self.errors = make_errors(denoise, microbatch)
@@ -316,10 +339,13 @@ class Update:
         errors = self.errors_float32 if precise else self.errors
         pairs = drop_older(state.buffer, state.step, self.steps_kept)
         noised = self.draw(pairs, empty_text, state.step, update)
-        coefficients, loss, metrics = self.weigh(
-            pairs, errors(frozen, state.policy, noised), errors(frozen, state.reference, noised)
-        )
-        trained, more = self.descend(_trained(state), frozen, start, noised, coefficients, pairs.mask, loss)
+        policy, _ = errors(frozen, state.policy, noised)
+        reference, of_reference = errors(frozen, state.reference, noised)
+        first: Predictions | None = None
+        if self.anchored:
+            first = of_reference if self.start_is_reference else errors(frozen, start, noised)[1]
+        coefficients, loss, metrics = self.weigh(pairs, policy, reference)
+        trained, more = self.descend(_trained(state), frozen, first, noised, coefficients, pairs.mask, loss)
         correct, kept = metrics["loss/implicit_accuracy"]
         curriculum = state.curriculum
         curriculum = curriculum._replace(correct=curriculum.correct + correct, pairs=curriculum.pairs + kept)
@@ -332,7 +358,9 @@ class Update:
         noised = self.draw(state.buffer, empty_text, state.step, 0)
         moved = self._perturb(state.policy, stream_key(self.seed, "noise", state.step))
         logits = [
-            losses.preference_logit(errors(frozen, state.policy, noised), errors(frozen, moved, noised), self.beta)
+            losses.preference_logit(
+                errors(frozen, state.policy, noised)[0], errors(frozen, moved, noised)[0], self.beta
+            )
             for errors in (self.errors, self.errors_float32)
         ]
         difference = jnp.abs(logits[0] - logits[1])
@@ -345,7 +373,7 @@ class Update:
         """
         noised = self.draw(state.watched, empty_text, 0, _WATCH_DRAW)
         mask = state.watched.mask
-        now, before = (self.errors(frozen, adapters, noised).winner for adapters in (state.policy, start))
+        now, before = (self.errors(frozen, adapters, noised)[0].winner for adapters in (state.policy, start))
         risen = (now > before).astype(jnp.float32) + 0.5 * (now == before)
         return {
             "policy/winner_error_rises": float(losses.masked_sum(risen, mask) / losses.denominator(mask)),

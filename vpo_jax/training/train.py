@@ -196,9 +196,10 @@ def train(
                         state = state._replace(precise=state.precise | True)
 
                 # ==== Update: fresh noise on the same pairs =======================================================
-                for update in range(config.train.updates_per_step):
-                    state, updated = stages.update(state, update, precise)
-                    metrics.append(updated)
+                with clock.phase("update"):  # the calls; on an accelerator most of it passes in `finish`
+                    for update in range(config.train.updates_per_step):
+                        state, updated = stages.update(state, update, precise)
+                        metrics.append(updated)
                 state = state._replace(step=state.step + 1, waiting=waiting)
 
                 # ==== Reference: the curriculum ===================================================================
