@@ -1,4 +1,4 @@
-"""The bars of the embedded job: cleared by a model that is better, missed by one that is worse or that stands still."""
+"""The embedded job's bars, cleared by a better model and missed by others; agreement of scorers with judges."""
 
 import importlib.util
 from pathlib import Path
@@ -9,13 +9,17 @@ import pytest
 from vpo_jax.shapes import judge
 
 
-@pytest.fixture(scope="module")
-def learning():
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "learning.py"
-    spec = importlib.util.spec_from_file_location("learning", path)
+def load(name):
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def learning():
+    return load("learning")
 
 
 def scores_of(rng, gain=0.0, steadier=1.0, slower=1.0):
@@ -52,3 +56,13 @@ def test_each_bar_can_be_missed(learning, change, missed):
     base, tuned = (scores_of(np.random.default_rng(0), **more) for more in ({}, change))
     found = learning.bars(base, tuned, TRAINED)
     assert {i for i, (_, _, cleared) in enumerate(found) if not cleared} == missed, found
+
+
+def test_agreement_is_within_prompts_and_blind_to_what_prompts_differ_in():
+    agreement = load("agreement")
+    rng = np.random.default_rng(0)
+    own = rng.normal(size=(40, 4))
+    prompts = 100 * rng.normal(size=(40, 1))
+    assert agreement.within_prompts(own + prompts, own) > 0.999
+    assert agreement.within_prompts(own + prompts, -own - prompts) < -0.999
+    assert abs(agreement.within_prompts(rng.normal(size=(40, 4)) + prompts, own + prompts)) < 0.3

@@ -20,7 +20,7 @@ from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import CLIPS, constrain
+from vpo_jax.runtime.mesh import BATCH, CLIPS, constrain
 
 Tree = Any
 
@@ -97,9 +97,12 @@ class Pipeline:
         factor = self.vae.config.scale_factor
         return frames, height // factor, width // factor, self.unet.config.in_channels
 
-    def on_device(self) -> "Pipeline":
-        """The same pipeline with its parameters on the device already: each call would copy them from the host."""
-        return dataclasses.replace(self, params=jax.device_put(self.params))
+    def on_device(self, sharding: jax.sharding.Sharding | None = None) -> "Pipeline":
+        """The same pipeline with its parameters on the device already: each call would copy them from the host.
+
+        With those of a mesh, replicated, and under `jax.set_mesh`, a call cuts its batches over the mesh.
+        """
+        return dataclasses.replace(self, params=jax.device_put(self.params, sharding))
 
     # Pure parts.
 
@@ -259,16 +262,20 @@ def _compiled_sampler(
     schedule = make_sampler(config, steps, name, eta)
 
     def run(params: Tree, noise: jax.Array, ids: jax.Array, negative_ids: jax.Array, keys: jax.Array) -> jax.Array:
+        noise = constrain(noise, BATCH)
         text = parts.encode_text(params["text_encoder"], ids)
         variables = {"params": params["unet"]}
         if guidance_scale <= 1.0:
             denoise = lambda x, t: parts.denoise(variables, x, t, text)  # noqa: E731
         else:
-            both = jnp.concatenate([parts.encode_text(params["text_encoder"], negative_ids), text])
+            # Side by side, so that a device that holds a clip holds both of its predictions.
+            both = jnp.stack([parts.encode_text(params["text_encoder"], negative_ids), text], axis=1)
+            both = constrain(both.reshape(-1, *text.shape[1:]), BATCH)
 
             def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-                away, towards = jnp.split(parts.denoise(variables, jnp.concatenate([x, x]), t, both), 2)
-                return guide(away, towards, guidance_scale, guidance_rescale)
+                twice = constrain(jnp.repeat(x, 2, axis=0), BATCH)
+                pair = parts.denoise(variables, twice, t, both).reshape(-1, 2, *x.shape[1:])
+                return guide(pair[:, 0], pair[:, 1], guidance_scale, guidance_rescale)
 
         return parts.decode(params["vae"], sample(schedule, denoise, noise, keys))
 

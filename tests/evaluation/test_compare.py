@@ -21,7 +21,7 @@ class FakePipeline:
         self.gain = gain
         self.batches: list[tuple[int, dict[str, Any]]] = []
 
-    def on_device(self):
+    def on_device(self, sharding=None):
         return self
 
     def latent_shape(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from vpo_jax.evaluation.win_rate import mean_difference, win_rate
 from vpo_jax.rewards.loading import Scorer
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
+from vpo_jax.runtime.mesh import make_mesh, replicated
 from vpo_jax.runtime.processes import largest, share, unshare
 
 # What a scorer has had to do with the tuned model; only the last kind of number is evidence by itself.
@@ -137,7 +138,7 @@ def evaluate(
 ) -> tuple[Scores, np.ndarray]:
     """Scores {"scorer/dimension": float32 [P, S]} of one pipeline, and its first `keep` prompts' clips.
 
-    Each process makes its share of the clips on its own first device, and all get everything.
+    Each process makes its share of the clips on its own devices, and all get everything.
     The noise of prompt i, sample s is `stream_key(seed, "eval", 0, i, s)`: it depends on neither batch nor model.
     """
     if not prompts:
@@ -146,16 +147,21 @@ def evaluate(
     tasks = share(every)
     most = -(-len(every) // jax.process_count())  # as many batches in each process, whatever its share
     scorers = [_callable(reward) for reward in rewards]
-    pipeline = pipeline.on_device()
     parts: list[Scores] = []
     kept: np.ndarray | None = None
     size = min(sampling.batch, most)
+    devices = jax.local_devices()
+    size += -size % len(devices)
+    mesh = make_mesh(len(devices), devices=devices)
+    pipeline = pipeline.on_device(replicated(mesh))
     for start in range(0, most, size):
         chunk = tasks[start : start + size]
         # The last batch is filled up with clips that do not count, so that one compiled program serves all.
         filled = np.concatenate([chunk, np.resize(every[:1], (size - len(chunk), 2))])
         texts = [prompts[i] for i, _ in filled]
-        videos = np.asarray(pipeline(texts, latents=_noise(pipeline, filled, sampling), **sampling.arguments()))
+        latents = np.asarray(_noise(pipeline, filled, sampling))
+        with jax.set_mesh(mesh):
+            videos = np.asarray(pipeline(texts, latents=latents, **sampling.arguments()))
         scores = _score(scorers, videos, texts)
         parts.append({name: values[: len(chunk)] for name, values in scores.items()})
         if kept is None:
