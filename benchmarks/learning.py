@@ -26,7 +26,7 @@ from vpo_jax.evaluation.win_rate import mean_difference, win_rate
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.judge import JudgeReward
 from vpo_jax.rewards.loading import load_rewards
-from vpo_jax.runtime.backend import divide_cores, keep_compiled_programs
+from vpo_jax.runtime.backend import keep_compiled_programs
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.shapes import judge, world
 
@@ -91,7 +91,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="workdirs of finished runs")
     parser.add_argument("--samples", type=int, default=1, help="of each prompt")
     flags = parser.parse(argv)
-    divide_cores(Sampling.batch)
     keep_compiled_programs()
     missed = 0
     for folder in flags.runs:

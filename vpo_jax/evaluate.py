@@ -19,7 +19,7 @@ from vpo_jax.pipeline import load_pipeline
 from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
-from vpo_jax.runtime.backend import divide_cores, keep_compiled_programs
+from vpo_jax.runtime.backend import keep_compiled_programs
 from vpo_jax.runtime.errors import UserError
 
 PROMPTS = "shapes:held_out"
@@ -30,7 +30,6 @@ def main(argv: Sequence[str]) -> None:
     """Compares what the flags name."""
     flags = parse(argv)
     check(flags)
-    divide_cores(flags.batch)
     console = Console()
     prompts = load_prompts(flags.prompts, "--prompts")
     # The judge reads captions of the embedded world only.

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from vpo_jax.checkpoints.folders import beyond_diffusers
@@ -22,7 +21,7 @@ from vpo_jax.report.card import write_card
 from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
-from vpo_jax.runtime.backend import divide_cores, keep_compiled_programs, unused_accelerator
+from vpo_jax.runtime.backend import keep_compiled_programs, unused_accelerator
 from vpo_jax.runtime.mesh import make_mesh, split_devices
 from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.processes import is_main, join_processes, main_first
@@ -58,8 +57,6 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     """
     check(config)
     join_processes()
-    if not jax.distributed.is_initialized() and set(config.mesh.values()) == {-1, 1} and config.mesh.data == -1:
-        divide_cores(config.train.prompts_per_step, config.train.microbatch, config.rollout.microbatch)
     console = console or Console(quiet=not is_main())
     if completed_steps(workdir, config.to_dict()) == config.train.steps:
         console.print(f"complete: {config.train.steps} steps are done in {workdir}", soft_wrap=True)
