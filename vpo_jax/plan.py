@@ -13,9 +13,16 @@ from rich.console import Console
 
 from vpo_jax.planning.chips import CHIPS, parse_topology
 from vpo_jax.planning.compiled import compile_stage, missing, topology_mesh
-from vpo_jax.planning.fit import abstract_mesh, make_plan, measure_stages, propose
+from vpo_jax.planning.fit import abstract_mesh, make_plan, make_split_plan, measure_stages, propose
 from vpo_jax.planning.job import make_job
-from vpo_jax.planning.show import compiled_table, describe_job, plan_as_json, plan_tables, proposals_text
+from vpo_jax.planning.show import (
+    compiled_table,
+    describe_job,
+    plan_as_json,
+    plan_tables,
+    proposals_text,
+    result_text,
+)
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import mesh_sizes
@@ -47,12 +54,12 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     cli.override(config, overrides)
     config.data.prompts = config.data.prompts or "shapes:train"  # what they say costs nothing
     check(config)
-    if config.reward.devices:
-        raise UserError(
-            f"reward.devices: {config.reward.devices} to score on, but a plan has scorers on the devices that train; "
-            "plan with reward.devices=0: without their share the others hold less"
-        )
-    sizes = mesh_sizes(topology.count, **config.mesh) if topology else {}
+    apart = config.reward.devices
+    if apart and topology is None:
+        raise UserError(f"--topology: name one, of which reward.devices={apart} score; or plan with reward.devices=0")
+    if topology and apart >= topology.count:
+        raise UserError(f"reward.devices: {apart} of {topology.count} devices leave none to train on")
+    sizes = mesh_sizes(topology.count - apart, **config.mesh) if topology else {}
     if sizes:
         check_mesh(config, abstract_mesh(sizes))
 
@@ -64,9 +71,15 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
         proposals = {name: propose(job, lines, chip) for name, chip in CHIPS.items()}
         console.print(proposals_text(proposals, flags.price, flags.utilisation), soft_wrap=True, highlight=False)
         written["proposals"] = {name: plan_as_json(plan) for name, plan in proposals.items()}
+    elif apart:
+        train, score, both = make_split_plan(job, lines, topology, sizes)
+        for part in (*plan_tables(train), *plan_tables(score), result_text(both, flags.price, flags.utilisation)):
+            console.print(part, soft_wrap=True, highlight=False)
+        console.print("not compiled: scorers have devices of their own", highlight=False)
+        written |= {"plan": plan_as_json(train), "scoring": plan_as_json(score), "seconds": both.seconds}
     else:
         plan = make_plan(job, lines, topology, sizes)
-        for part in plan_tables(plan, flags.price, flags.utilisation):
+        for part in (*plan_tables(plan), result_text(plan, flags.price, flags.utilisation)):
             console.print(part, soft_wrap=True, highlight=False)
         written["plan"] = plan_as_json(plan)
         smallest = propose(job, lines, topology.chip)
@@ -80,8 +93,9 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
         else:
             compiled = {}
             for stage in job.stages:
-                print(f"compiling {stage.name}", file=sys.stderr)
-                compiled[stage.name] = compile_stage(stage, mesh)
+                print(f"compiling {stage.name}: ", end="", file=sys.stderr, flush=True)
+                found = compiled[stage.name] = compile_stage(stage, mesh)
+                print(f"{found.seconds:.0f} s, temporaries {found.temporaries / 1e9:.3g} GB", file=sys.stderr)
             console.print(compiled_table(compiled, plan))
             written["compiled"] = {name: result._asdict() for name, result in compiled.items()}
     if flags.output:

@@ -79,9 +79,26 @@ def test_the_flags_are_checked(job):
             run(*job, flag)
 
 
-def test_scorers_on_devices_of_their_own_are_refused(job):
-    with pytest.raises(UserError, match=r"reward\.devices: 2 to score on.*plan with reward\.devices=0"):
-        run(*job, "--config.reward.devices=2", "--config.preference.max_pair_age=1")
+APART = "--config.reward.devices=2", "--config.preference.max_pair_age=1"
+
+
+def test_scorers_on_devices_of_their_own_leave_the_others_without_them(job, tmp_path):
+    output = tmp_path / "plan.json"
+    said = run(*job, *APART, "--topology=gpu:4xh100", f"--output={output}")
+    assert "2 that train" in said and "2 that score" in said
+    written = json.loads(output.read_text())
+    train, score = written["plan"], written["scoring"]
+    assert "scorers" not in train["resident_bytes"] and set(score["resident_bytes"]) == {"autoencoder", "scorers"}
+    assert {"rollout", "update"} < set(train["stages"]) and "decode" in score["stages"]
+    assert not set(train["stages"]) & set(score["stages"])
+    assert written["seconds"] == max(train["seconds"], score["seconds"])
+
+
+def test_scorers_apart_need_a_topology_that_leaves_devices_to_train_on(job):
+    with pytest.raises(UserError, match=r"--topology: name one, of which reward\.devices=2 score"):
+        run(*job, *APART)
+    with pytest.raises(UserError, match=r"reward\.devices: 2 of 2 devices leave none to train on"):
+        run(*job, *APART, "--topology=gpu:2xh100")
 
 
 def test_no_prompts_are_needed(job):

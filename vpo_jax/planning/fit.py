@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 from vpo_jax.planning.chips import USABLE, Topology
 from vpo_jax.planning.cost import Cost, measure
 from vpo_jax.planning.job import Job, Stage
-from vpo_jax.runtime.mesh import AXES, infer_shardings
+from vpo_jax.runtime.mesh import AXES, infer_shardings, mesh_sizes
 from vpo_jax.runtime.trees import bytes_of
 from vpo_jax.training.state import PARAMETER_RULES, infer_state_shardings
 
@@ -191,8 +191,25 @@ def make_plan(
             "interconnect": sum(collectives.values()) / topology.interconnect,
         }
         stages.append(StagePlan(stage.name, chunks * whole.flops, seconds, cost.temporaries / inner, collectives))
-    sampled = next(stage for stage in job.stages if stage.name == "rollout").batch
-    return Plan(topology, mesh, resident, tuple(stages), changes, sampled, job.config.train.prompts_per_step)
+    pairs = job.config.train.prompts_per_step
+    return Plan(topology, mesh, resident, tuple(stages), changes, pairs * job.config.rollout.candidates, pairs)
+
+
+def make_split_plan(
+    job: Job, lines: Mapping[str, Linear], topology: Topology, mesh: Mapping[str, int]
+) -> tuple[Plan, Plan, Plan]:
+    """Plans of the devices that train, of the `reward.devices` that score, and of both.
+
+    They work side by side, so the slower sets the step's floor. `mesh` is that of those that train.
+    """
+    scoring = job.config.reward.devices
+    parts = {"train": (topology.count - scoring, mesh), "score": (scoring, mesh_sizes(scoring))}
+    train, score = (
+        make_plan(job.of(role), lines, dataclasses.replace(topology, name=f"{n} that {role}", count=n), sizes)
+        for role, (n, sizes) in parts.items()
+    )
+    slower = train if train.seconds >= score.seconds else score
+    return train, score, dataclasses.replace(slower, topology=topology)
 
 
 def propose(job: Job, lines: Mapping[str, Linear], chip: Any, most: int = MOST) -> Plan | None:

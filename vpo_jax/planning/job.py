@@ -64,6 +64,7 @@ class Job:
       rewards: scorers; their `params` may be shapes.
       stages: in the order of a step.
       size: (frames, height, width) of a video.
+      role: of the devices: "all", or only to "train" or to "score" (reward.devices).
     """
 
     config: Any
@@ -73,19 +74,28 @@ class Job:
     rewards: Sequence[Any]
     stages: tuple[Stage, ...]
     size: tuple[int, int, int]
+    role: str = "all"
+
+    def of(self, role: str) -> "Job":
+        """The part of devices that only train or only score."""
+        scores = [stage.name == "decode" or stage.name.startswith("score") for stage in self.stages]
+        stages = tuple(stage for stage, scored in zip(self.stages, scores, strict=True) if scored == (role == "score"))
+        return dataclasses.replace(self, stages=stages, role=role)
 
     @property
     def resident(self) -> dict[str, tuple[Tree, str]]:
         """What lies in memory from start to end: name -> (shapes, role)."""
-        scorers = [shapes_of(reward.params) for reward in self.rewards]
-        return {
+        autoencoder = {"autoencoder": (self.pipeline.params["vae"], "rules")}
+        scorers = {"scorers": ([shapes_of(reward.params) for reward in self.rewards], "rules")}
+        if self.role == "score":
+            return autoencoder | scorers
+        trained = {
             "frozen denoiser": (self.policy.frozen, "rules"),
             "start of the policy": (self.policy.start, "rules"),
             "training state": (self.state, "state"),
             "text encoder": (self.pipeline.params["text_encoder"], "rules"),
-            "autoencoder": (self.pipeline.params["vae"], "rules"),
-            "scorers": (scorers, "rules"),
         }
+        return trained | autoencoder | (scorers if self.role == "all" else {})
 
 
 def shapes_of(tree: Tree) -> Tree:

@@ -29,8 +29,8 @@ def describe_job(job: Job) -> str:
     )
 
 
-def plan_tables(plan: Plan, price: float, utilisation: float) -> Iterator[Table | str]:
-    """The plan of one mesh: bytes, stages, and what comes out."""
+def plan_tables(plan: Plan) -> Iterator[Table | str]:
+    """The plan of one mesh: bytes, stages, and whether it fits."""
     chip = plan.topology.chip
     memory = Table("a chip's memory", "GB", title=f"{plan.topology.name}: {_spell(plan.mesh)}")
     for name, size in plan.resident.items():
@@ -56,8 +56,12 @@ def plan_tables(plan: Plan, price: float, utilisation: float) -> Iterator[Table 
             f"does not fit: {_gb(plan.peak)} GB a chip, and {_gb(USABLE * chip.memory)} are usable; the most is"
             f" {what}, {_gb(size)} GB"
         )
+
+
+def result_text(plan: Plan, price: float, utilisation: float) -> str:
+    """The floor of a step, and what comes out of it."""
     result = _result(plan, price, utilisation)
-    yield f"floor of a step: {plan.seconds:.4g} s; at {utilisation:.0%} of that speed: {result}"
+    return f"floor of a step: {plan.seconds:.4g} s; at {utilisation:.0%} of that speed: {result}"
 
 
 def proposals_text(proposals: Mapping[str, Plan | None], price: float, utilisation: float) -> str:
