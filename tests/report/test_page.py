@@ -15,9 +15,11 @@ METRICS = [
 ]
 
 
-def make_comparison(clips: int = 3, size: int = 8) -> Comparison:
+NAMES = ("<img src=x>/visual_quality", "judge/overall", "judge/speed", "frames/change")
+
+
+def make_comparison(clips: int = 3, size: int = 8, names: tuple[str, ...] = NAMES) -> Comparison:
     rng = np.random.default_rng(0)
-    names = ("<img src=x>/visual_quality", "judge/overall", "judge/speed", "frames/change")
     base = {name: rng.normal(2, 1, (3, 1)).astype(np.float32) for name in names}
     tuned = {name: scores + 1 for name, scores in base.items()}
     videos = rng.integers(0, 256, (clips, 4, size, size, 3), dtype=np.uint8)
@@ -82,6 +84,13 @@ def test_every_row_and_its_role_are_in_the_table():
     reader = Reader(page.render_page(make_comparison()))
     for word in ("visual_quality", "overall", "speed", "change", "trained", "held out", "measured"):
         assert word in reader.words
+
+
+def test_motion_is_a_ratio_of_dynamic_degrees_and_never_of_a_judges_grades():
+    assert "of the base's" not in " ".join(Reader(page.render_page(make_comparison())).words)
+    names = ("mine/dynamic_degree", "judge/speed")
+    words = " ".join(Reader(page.render_page(make_comparison(names=names))).words)
+    assert words.count("of the base's dynamic degree (mine)") == words.count("of the base's") == 1
 
 
 def test_curves_are_drawn_from_metrics_and_gaps_are_passed_over():

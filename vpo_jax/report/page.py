@@ -118,8 +118,8 @@ def _cards(rows: Sequence[Row]) -> str:
             what = f"dimensions better by {scorer}" + (f", {worse} worse" if worse else "")
         cards.append(_card(value, f"{what} ({own[0].role})"))
     for row in rows:
-        if row.dimension in ("dynamic_degree", "speed") and row.base_mean > 0:
-            cards.append(_card(percent(row.tuned_mean / row.base_mean), f"of the base's motion ({row.name})"))
+        if row.dimension == "dynamic_degree" and row.base_mean > 0:  # a judge's grades have no ratio
+            cards.append(_card(percent(row.tuned_mean / row.base_mean), f"of the base's dynamic degree ({row.scorer})"))
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
