@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     table = Table("", *(name.partition("/")[2] for name in columns), title="agreement within a prompt")
     for row in rows:
         table.add_row(row, *(f"{within_prompts(scores[row], scores[column]):+.2f}" for column in columns))
-    console = Console()
+    console = Console(width=160)  # names are long, and half a name says nothing
     console.print(f"{flags.model}: {len(prompts)} prompts, {flags.samples} samples of each", highlight=False)
     console.print(table)
 

@@ -1,4 +1,4 @@
-"""The embedded shapes job: a small video model that ships with the package becomes steadier and sharper.
+"""The embedded shapes job: a small video model that ships with the package becomes steadier.
 
     python -m vpo_jax.main --config=configs/vpo.py
 

@@ -327,6 +327,17 @@ def test_the_anchor_pulls_towards_the_start(configure, pipeline):
     assert mean(metrics, "loss/anchor") == 0.0 and float(optax.global_norm(still)) == 0.0
 
 
+@pytest.mark.parametrize("schedule", ["frozen", "refresh"])
+def test_the_anchor_holds_to_the_start_wherever_the_reference_is(configure, pipeline, schedule):
+    config = configure(preference__anchor=2.0, reference__schedule=schedule, lora__rank=0)
+    policy, state, update = build(config, pipeline, pairs_like())
+    if schedule == "refresh":  # a frozen reference never leaves the start
+        state = state._replace(reference=jax.tree.map(lambda x: x * 1.2, policy.start))
+    _, metrics = apply(policy, state, update)
+    # The policy is the start: two programs' rounding of the same predictions and no more.
+    assert mean(metrics, "loss/anchor") < 1e-10
+
+
 # ---- Rounding ----
 
 
