@@ -58,7 +58,10 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     if apart and topology is None:
         raise UserError(f"--topology: name one, of which reward.devices={apart} score; or plan with reward.devices=0")
     if topology and apart >= topology.count:
-        raise UserError(f"reward.devices: {apart} of {topology.count} devices leave none to train on")
+        most = topology.count - 1
+        raise UserError(
+            f"reward.devices: {apart} of {topology.count} devices leave none to train on; give at most {most}"
+        )
     sizes = mesh_sizes(topology.count - apart, **config.mesh) if topology else {}
     if sizes:
         check_mesh(config, abstract_mesh(sizes))
