@@ -21,7 +21,7 @@ from vpo_jax.data.prompts import load_prompts
 from vpo_jax.evaluation.compare import Sampling, evaluate
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.loading import load_rewards
-from vpo_jax.runtime.backend import keep_compiled_programs
+from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.shapes.measure import spearman
@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> None:
     if flags.samples < 2:
         raise UserError(f"--samples: {flags.samples} of a prompt cannot be compared; give 2 or more")
     keep_compiled_programs()
+    keep_freed_memory()
     scorers, judges = (load_rewards(names) for names in (flags.scorers, flags.judges))
     prompts = load_prompts(flags.prompts, "--prompts")[: flags.count]
     sampling = Sampling(samples=flags.samples)

@@ -26,7 +26,7 @@ from vpo_jax.evaluation.win_rate import mean_difference, win_rate
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.judge import JudgeReward
 from vpo_jax.rewards.loading import load_rewards
-from vpo_jax.runtime.backend import keep_compiled_programs
+from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.shapes import judge, world
 
@@ -92,6 +92,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--samples", type=int, default=1, help="of each prompt")
     flags = parser.parse(argv)
     keep_compiled_programs()
+    keep_freed_memory()
     missed = 0
     for folder in flags.runs:
         base, tuned = measure(folder, flags.samples)

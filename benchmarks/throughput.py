@@ -21,7 +21,7 @@ from vpo_jax.data.prompts import load_prompts
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
-from vpo_jax.runtime.backend import keep_compiled_programs
+from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.mesh import make_mesh
 from vpo_jax.training.check import check, check_inputs
 from vpo_jax.training.stages import Stages
@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     cli.override(config, overrides)
     check(config)
     keep_compiled_programs()
+    keep_freed_memory()
     result = measure(config, flags.repeats)
     text = json.dumps(result, indent=2)
     print(text)

@@ -101,6 +101,7 @@ def _shapes() -> ConfigDict:
     config.lora.alpha = 16.0
     config.lora.path = ""  # a PEFT adapter folder to start from: policy and reference both begin as base + adapter
     config.lora.targets = ""  # comma-separated patterns of module paths; "" = every attention
+    config.lora.fold = False  # into kernels, in every program: faster where small layers all have adapters; float32
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-4
@@ -150,6 +151,7 @@ def _embedded(config: ConfigDict) -> None:
     the shipped scorer knows of the model's own samples: most of steadiness, nothing of consistency (docs/tuning.md).
     """
     config.lora.targets = "."
+    config.lora.fold = True
     config.optimizer.learning_rate = 9e-4
     config.train.steps = 13
     config.train.updates_per_step = 10

@@ -1,6 +1,9 @@
 import json
 import os
+import platform
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +149,27 @@ def test_a_non_finite_step_ends_with_exit_code_1(monkeypatch):
     with pytest.raises(SystemExit) as done:
         cli.run(main.command, [])
     assert done.value.code == "stopped: step 3: the loss was not finite", "a text exits with 1"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc alone")
+def test_memory_that_was_freed_is_not_asked_for_again():
+    """Page faults of a large buffer that is made and freed ten times: those of one, where it was kept."""
+    code = """
+import resource, sys
+import numpy as np
+from vpo_jax.runtime.backend import keep_freed_memory
+if sys.argv[1] == "keep": keep_freed_memory()
+np.ones(2**22)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10): np.ones(2**22)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
+    faults = {
+        mode: int(subprocess.run([sys.executable, "-c", code, mode], env=environment, capture_output=True).stdout)
+        for mode in ("keep", "free")
+    }
+    assert faults["keep"] < 0.1 * faults["free"]
 
 
 def test_the_compilation_cache_is_where_the_environment_says(monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ from vpo_jax.pipeline import load_pipeline
 from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
-from vpo_jax.runtime.backend import keep_compiled_programs
+from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.errors import UserError
 
 PROMPTS = "shapes:held_out"
@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--scorers: is empty; name at least one scorer, as shapes")
     base, tuned = load_pipeline(flags.base), load_pipeline(flags.tuned)
     keep_compiled_programs()
+    keep_freed_memory()
     output = folder_for(flags.output)
     sampling = Sampling(
         seed=flags.seed,

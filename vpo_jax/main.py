@@ -21,7 +21,7 @@ from vpo_jax.report.card import write_card
 from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
-from vpo_jax.runtime.backend import keep_compiled_programs, unused_accelerator
+from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory, unused_accelerator
 from vpo_jax.runtime.mesh import make_mesh, split_devices
 from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.processes import is_main, join_processes, main_first
@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
     flags = parser.parse(words)
     config = cli.load_config(flags.config)
     cli.override(config, overrides)
+    keep_freed_memory()
     file, _, preset = flags.config.partition(":")
     run(config, flags.workdir or Path("runs", "-".join(filter(None, (Path(file).stem, preset)))))
 

@@ -17,7 +17,7 @@ import numpy as np
 from vpo_jax.data.prompts import load_prompts
 from vpo_jax.rewards.loading import Scorer, load_scorer
 from vpo_jax.runtime import cli
-from vpo_jax.runtime.backend import keep_compiled_programs
+from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.video import read_video
 
@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--prompts: {len(prompts)} prompts for {len(paths)} videos; give one to each, in their order")
     scorer = load_scorer(flags.scorer, "--scorer")
     keep_compiled_programs()
+    keep_freed_memory()
     rows = score_files(scorer, paths, prompts, flags.every_pixel)
     write_rows(output, rows)
     print(f"{len(rows)} videos, {'with' if flags.prompts else 'without'} prompts: {output}")

@@ -101,6 +101,7 @@ FIELDS: Mapping[str, Field] = {
     "lora.alpha": _POSITIVE,
     "lora.targets": _TEXT,
     "lora.path": _TEXT,
+    "lora.fold": _FLAG,
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.warmup_steps": _whole(0),
     "optimizer.weight_decay": _number(0),
@@ -149,6 +150,8 @@ def check(config: Mapping[str, Any]) -> None:
         raise UserError(
             f"train.microbatch: {microbatch} does not divide train.prompts_per_step={pairs}; choose a divisor"
         )
+    if values["lora.fold"] and values["model.dtype"] != "float32":
+        raise UserError("lora.fold: a kernel in bfloat16 would swallow small adapters; set model.dtype to float32")
     if values["lora.path"] and not values["lora.rank"]:
         raise UserError("lora.path: an adapter cannot start full fine-tuning (lora.rank=0); give its rank, or merge it")
     rollout, videos = values["rollout.microbatch"], pairs * values["rollout.candidates"]

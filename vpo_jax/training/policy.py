@@ -23,6 +23,7 @@ class Policy:
     Attributes:
       unet: linen module, (latents [B, F, h, w, C], timesteps [B], text [B, L, D]) -> prediction.
       lora: of the adapters; None for full fine-tuning, where "adapters" are all parameters.
+      fold: whether every program folds the adapters into kernels before it uses them. The gradients are the same.
       frozen: the backbone in the compute dtype; {} for full fine-tuning.
       start: theta0 in float32.
     """
@@ -31,10 +32,15 @@ class Policy:
     lora: LoRAConfig | None
     frozen: Tree
     start: Tree
+    fold: bool = False
 
     def variables(self, frozen: Tree, adapters: Tree) -> Tree:
         """What the module's `apply` takes."""
-        return {"params": adapters} if self.lora is None else {"params": frozen, "lora": adapters}
+        if self.lora is None:
+            return {"params": adapters}
+        if self.fold:
+            return {"params": merge_lora(frozen, adapters, self.lora.scale)}
+        return {"params": frozen, "lora": adapters}
 
     def denoise(
         self, frozen: Tree, adapters: Tree, latents: jax.Array, timesteps: jax.Array, text: jax.Array
@@ -94,4 +100,4 @@ def make_policy(config: Any, unet: Any, params: Tree, adapters: Tree | None = No
         return Policy(unet.clone(dtype=dtype, remat=config.train.remat), None, {}, cast_floating(params, jnp.float32))
     start = init_lora(stream_key(config.seed, "init"), params, lora) if adapters is None else adapters
     unet = unet.clone(dtype=dtype, remat=config.train.remat, lora_scale=lora.scale)
-    return Policy(unet, lora, cast_floating(params, dtype), start)
+    return Policy(unet, lora, cast_floating(params, dtype), start, config.lora.fold)
