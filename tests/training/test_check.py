@@ -38,6 +38,14 @@ def test_a_preset_of_no_model_wants_a_model_prompts_and_a_scorer_and_nothing_els
     assert config.train.remat and config.model.dtype == ("float32" if preset == "custom" else "bfloat16")
 
 
+def test_adapters_are_not_folded_into_kernels_that_would_swallow_them():
+    config = changed("lora.fold", True)
+    check(config)
+    config.model.dtype = "bfloat16"
+    with pytest.raises(UserError, match=r"lora\.fold: .*model\.dtype"):
+        check(config)
+
+
 def test_an_adapter_cannot_start_full_fine_tuning():
     config = changed("lora.path", "adapter")
     config.lora.rank = 0
