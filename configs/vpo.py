@@ -151,17 +151,16 @@ def _embedded(config: ConfigDict) -> None:
     the shipped scorer knows of the model's own samples: most of steadiness, nothing of consistency (docs/tuning.md).
     """
     config.lora.targets = "."
-    config.lora.fold = True
     config.optimizer.learning_rate = 9e-4
-    config.train.steps = 18
+    config.train.steps = 13
     config.train.updates_per_step = 10
     config.rollout.microbatch = 16
     config.preference.beta = 1000.0
     config.preference.anchor = 50.0
     config.preference.margin = 0.25
     config.reference.schedule = "frozen"
-    config.ema.decay = 0.96
-    config.eval.every = 9
+    config.ema.decay = 0.95
+    config.eval.every = 7
     config.reward.weights = ",".join(
         f"shapes/{dimension}={weight}"
         for dimension, weight in {

@@ -32,8 +32,8 @@ def keep_freed_memory() -> None:
     """Lets this process keep the memory that a program on the CPU frees, for the next one; before JAX computes.
 
     XLA takes its buffers from malloc, and glibc's gives those of gigabytes back to the system, which fills them with
-    zeros again a moment later: 1.3 to 3.4 s for an update of the embedded model in place of 1.3. Nothing happens
-    beside an accelerator or with another C library than glibc.
+    zeros again a moment later: an update of the embedded model took up to 3.9 s in place of 1.5. Nothing happens beside
+    an accelerator or with another C library than glibc.
     """
     if sys.platform != "linux" or os.environ.get("JAX_PLATFORMS", "cpu") != "cpu" or _has_nvidia() or has_tpu():
         return

@@ -2,7 +2,7 @@
 
 import jax
 
-STREAMS = {"rollout": 0, "noise": 1, "dropout": 2, "eval": 3, "data": 4, "init": 5, "timestep": 6}
+STREAMS = {"rollout": 0, "noise": 1, "dropout": 2, "eval": 3, "data": 4, "init": 5}
 
 
 def stream_key(

@@ -30,9 +30,6 @@ Denoise = Callable[[Tree, Tree, jax.Array, jax.Array, jax.Array], jax.Array]
 # Rounding in u above this is of the size of real preferences.
 NOISE_LIMIT = 0.1
 NOISE_SCALE = 1e-5
-GOLDEN_RATIO = (5**0.5 - 1) / 2
-# So many multiples of the golden ratio are exact to a tenth of a timestep in float32.
-_TIMESTEP_ROUND = 1024
 # An update number that no training draw reaches: watched pairs meet noise of their own.
 _WATCH_DRAW = 2**30
 
@@ -64,18 +61,11 @@ class Predictions(NamedTuple):
     loser: jax.Array
 
 
-def make_draw(
-    schedule: Schedule, seed: int, slots: int, updates_per_step: int, caption_dropout: float = 0.0
-) -> Callable:
+def make_draw(schedule: Schedule, seed: int, updates_per_step: int, caption_dropout: float = 0.0) -> Callable:
     """`draw(pairs, empty_text [L, D], step, update) -> Noised`, jitted.
 
-    What a pair draws depends on the step that made it, its slot and how many updates have passed since that step
-    began, so neither another batch nor another mesh nor a restart changes it.
-
-    Each timestep is uniform by itself, but the `slots` pairs of a step have one each in as many equal parts of the
-    schedule, and one pair's over the updates keep apart by the golden ratio: the loss differs more between timesteps
-    than between pairs, and draws that cluster would add that to the gradient's noise (after Variational Diffusion
-    Models, arXiv 2107.00630, I.1).
+    A pair's key depends on the step that made it, its slot and how many updates have passed since that step began,
+    so neither another batch nor another mesh nor a restart changes it.
     """
 
     def draw(pairs: Pairs, empty_text: jax.Array, step: jax.Array, update: jax.Array) -> Noised:
@@ -83,10 +73,9 @@ def make_draw(
 
         def of_pair(birth: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             since = (step - birth) * updates_per_step + update
-            first = jax.random.uniform(stream_key(seed, "timestep", birth))
-            place = (first + slot / slots + (since % _TIMESTEP_ROUND) * GOLDEN_RATIO) % 1.0
-            timestep = jnp.minimum(jnp.int32(place * schedule.num_train_timesteps), schedule.num_train_timesteps - 1)
-            noise = jax.random.normal(stream_key(seed, "noise", birth, slot, since), shape, jnp.float32)
+            at_time, at_noise = jax.random.split(stream_key(seed, "noise", birth, slot, since))
+            timestep = jax.random.randint(at_time, (), 0, schedule.num_train_timesteps)
+            noise = jax.random.normal(at_noise, shape, jnp.float32)
             drop = jax.random.bernoulli(stream_key(seed, "dropout", birth, slot, since), caption_dropout)
             return timestep, noise, drop
 
@@ -332,13 +321,7 @@ class Update:
         self.anchored = preference.anchor > 0.0
         self.start_is_reference = config.reference.schedule == "frozen"  # phi predicts what theta0 does
         self.steps_kept = steps_kept(config)
-        self.draw = make_draw(
-            schedule,
-            config.seed,
-            config.train.prompts_per_step,
-            config.train.updates_per_step,
-            preference.caption_dropout,
-        )
+        self.draw = make_draw(schedule, config.seed, config.train.updates_per_step, preference.caption_dropout)
         self.errors = make_errors(denoise, microbatch)
         rounds = config.model.dtype != "float32"
         self.errors_float32 = make_errors(denoise_float32, microbatch) if rounds else self.errors
