@@ -35,7 +35,8 @@ def keep_freed_memory() -> None:
     zeros again a moment later: an update of the embedded model took up to 3.9 s in place of 1.5. Nothing happens beside
     an accelerator or with another C library than glibc.
     """
-    if sys.platform != "linux" or os.environ.get("JAX_PLATFORMS", "cpu") != "cpu" or _has_nvidia() or has_tpu():
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if sys.platform != "linux" or (platforms != "cpu" and (platforms or _has_nvidia() or has_tpu())):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
