@@ -23,9 +23,9 @@ class Policy:
     Attributes:
       unet: linen module, (latents [B, F, h, w, C], timesteps [B], text [B, L, D]) -> prediction.
       lora: of the adapters; None for full fine-tuning, where "adapters" are all parameters.
-      fold: whether every program folds the adapters into kernels before it uses them. The gradients are the same.
       frozen: the backbone in the compute dtype; {} for full fine-tuning.
       start: theta0 in float32.
+      fold: whether every program folds the adapters into kernels before it uses them. The gradients are the same.
     """
 
     unet: Any
