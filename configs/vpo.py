@@ -87,6 +87,8 @@ def _shapes() -> ConfigDict:
     config.preference.anchor = 0.0  # weight of the distance to the start's predictions; 0 = off
     config.preference.max_pair_age = 0  # steps; 0 = strictly online
     config.preference.caption_dropout = 0.0
+    config.preference.timestep_low = 0.0  # share of the schedule from which pairs are noised; 0 = clean
+    config.preference.timestep_high = 1.0  # to which; 1 = noise
 
     config.reference = ConfigDict()
     config.reference.schedule = "refresh"  # refresh, frozen, ema or adaptive

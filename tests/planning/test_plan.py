@@ -146,11 +146,14 @@ def test_an_abstract_mesh_has_no_devices_and_the_sizes():
 def test_collectives_are_counted_by_kind_in_a_programs_text():
     text = """
       %a = bf16[8,128]{1,0} all-gather(%x), dimensions={0}
-      %b = (f32[16]{0}, f32[32]{0}) all-reduce-start(%y), to_apply=%add
+      %b = (f32[16]{0}, f32[32]{0}) all-reduce-start(%y, %z), to_apply=%add
       %c = f32[4,4]{1,0} all-gather(%z)
       %d = f32[4] add(%a, %c)
+      %e = ((f32[4]{0}, f32[2]{0}), (f32[16]{0}, f32[8]{0})) all-gather-start(%y, %z)
+      %f = (f32[16]{0}, f32[16]{0}, u32[], u32[]) collective-permute-start(%y)
     """
-    assert collectives_of(text) == {"all-gather": 8 * 128 * 2 + 64, "all-reduce": 128}
+    gathered = 8 * 128 * 2 + 64 + (16 + 8) * 4
+    assert collectives_of(text) == {"all-gather": gathered, "all-reduce": 48 * 4, "collective-permute": 64}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

@@ -46,6 +46,19 @@ def test_adapters_are_not_folded_into_kernels_that_would_swallow_them():
         check(config)
 
 
+    config.model.dtype, config.lora.rank = "float32", 0
+    with pytest.raises(UserError, match=r"lora\.fold: .*no adapters"):
+        check(config)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.8, 0.2), (1.0, 1.0)])
+def test_timesteps_need_room(low, high):
+    config = changed("preference.timestep_low", low)
+    config.preference.timestep_high = high
+    with pytest.raises(UserError, match=r"timestep_low: .*timestep_high"):
+        check(config)
+
+
 def test_an_adapter_cannot_start_full_fine_tuning():
     config = changed("lora.path", "adapter")
     config.lora.rank = 0

@@ -112,6 +112,18 @@ def test_caption_dropout_falls_on_winner_and_loser_alike(pipeline):
     np.testing.assert_array_equal(timesteps[0::2], timesteps[1::2])
 
 
+def test_pairs_are_noised_within_the_share_of_the_schedule_that_is_given(pipeline):
+    pairs, empty = pairs_like((True,) * 64), jnp.zeros((6, 8))
+    number = pipeline.schedule.num_train_timesteps
+    drawn = make_draw(pipeline.schedule, 0, 2, timesteps=(0.25, 0.5))(pairs, empty, 0, 0).timesteps
+    assert drawn.min() >= 0.25 * number and drawn.max() < 0.5 * number and len(np.unique(drawn)) > 10
+    whole = make_draw(pipeline.schedule, 0, 2)(pairs, empty, 0, 0).timesteps
+    assert whole.min() < 0.25 * number and whole.max() >= 0.5 * number
+    for low, only in ((0.5, round(0.5 * number)), (1.0 - 1e-9, number - 1)):
+        one = make_draw(pipeline.schedule, 0, 2, timesteps=(low, low + 1e-9))(pairs, empty, 0, 0).timesteps
+        np.testing.assert_array_equal(one, only)
+
+
 def test_a_pairs_noise_depends_on_its_own_slot_and_time_and_on_nothing_else(pipeline):
     pairs = pairs_like()
     draw = make_draw(pipeline.schedule, 0, 2)

@@ -27,7 +27,9 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 _WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
-_COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+_COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+# The results of these, started, hold their operands first; an all-reduce's do not.
+_OPERANDS_TOO = ("all-gather", "collective-permute")
 
 
 class Compiled(NamedTuple):
@@ -110,12 +112,16 @@ def _no_cache() -> Any:
 def collectives_of(text: str) -> dict[str, int]:
     """Bytes of the results of every collective in a program's HLO text, by kind."""
     total: dict[str, int] = {}
-    for shapes, kind in _COLLECTIVE.findall(text):
+    for shapes, kind, started in _COLLECTIVE.findall(text):
         sizes = [
             _WIDTHS.get(dtype, 4) * int(np.prod([int(n) for n in dims.split(",") if n], dtype=np.int64))
             for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
         ]
+        if started and kind == "collective-permute":
+            sizes = sizes[:2]  # two counters follow
+        if started and kind in _OPERANDS_TOO:
+            sizes = sizes[len(sizes) // 2 :]
+        # The compiler joins small ones: all that its tuple names travels.
         if sizes:
-            # A start's result holds its operand too; the larger one is what travels.
-            total[kind] = total.get(kind, 0) + max(sizes)
+            total[kind] = total.get(kind, 0) + sum(sizes)
     return total

@@ -93,6 +93,8 @@ FIELDS: Mapping[str, Field] = {
     "preference.anchor": _number(0),
     "preference.max_pair_age": _whole(0),
     "preference.caption_dropout": _number(0, 1),
+    "preference.timestep_low": _number(0, 1),
+    "preference.timestep_high": _number(0, 1),
     "reference.schedule": _one_of("frozen", "refresh", "ema", "adaptive"),
     "reference.every": _whole(1),
     "reference.decay": _DECAY,
@@ -152,6 +154,11 @@ def check(config: Mapping[str, Any]) -> None:
         )
     if values["lora.fold"] and values["model.dtype"] != "float32":
         raise UserError("lora.fold: a kernel in bfloat16 would swallow small adapters; set model.dtype to float32")
+    if values["lora.fold"] and not values["lora.rank"]:
+        raise UserError("lora.fold: full fine-tuning (lora.rank=0) has no adapters to fold; set lora.fold to False")
+    low, high = values["preference.timestep_low"], values["preference.timestep_high"]
+    if low >= high:
+        raise UserError(f"preference.timestep_low: {low} is not below preference.timestep_high={high}; lower it")
     if values["lora.path"] and not values["lora.rank"]:
         raise UserError("lora.path: an adapter cannot start full fine-tuning (lora.rank=0); give its rank, or merge it")
     rollout, videos = values["rollout.microbatch"], pairs * values["rollout.candidates"]

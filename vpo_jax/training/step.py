@@ -61,12 +61,28 @@ class Predictions(NamedTuple):
     loser: jax.Array
 
 
-def make_draw(schedule: Schedule, seed: int, updates_per_step: int, caption_dropout: float = 0.0) -> Callable:
+def make_draw(
+    schedule: Schedule,
+    seed: int,
+    updates_per_step: int,
+    caption_dropout: float = 0.0,
+    timesteps: tuple[float, float] = (0.0, 1.0),
+) -> Callable:
     """`draw(pairs, empty_text [L, D], step, update) -> Noised`, jitted.
 
     A pair's key depends on the step that made it, its slot and how many updates have passed since that step began,
     so neither another batch nor another mesh nor a restart changes it.
+
+    Args:
+      schedule: of the noise.
+      seed: of the run.
+      updates_per_step: draws that a step makes.
+      caption_dropout: share of the draws in which a pair has no caption.
+      timesteps: from which share of the schedule, 0 clean and 1 noise, to which a pair is noised.
     """
+    number = schedule.num_train_timesteps
+    low = min(round(timesteps[0] * number), number - 1)
+    high = max(round(timesteps[1] * number), low + 1)
 
     def draw(pairs: Pairs, empty_text: jax.Array, step: jax.Array, update: jax.Array) -> Noised:
         shape = pairs.winner.shape[1:]
@@ -74,7 +90,7 @@ def make_draw(schedule: Schedule, seed: int, updates_per_step: int, caption_drop
         def of_pair(birth: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             since = (step - birth) * updates_per_step + update
             at_time, at_noise = jax.random.split(stream_key(seed, "noise", birth, slot, since))
-            timestep = jax.random.randint(at_time, (), 0, schedule.num_train_timesteps)
+            timestep = jax.random.randint(at_time, (), low, high)
             noise = jax.random.normal(at_noise, shape, jnp.float32)
             drop = jax.random.bernoulli(stream_key(seed, "dropout", birth, slot, since), caption_dropout)
             return timestep, noise, drop
@@ -321,7 +337,9 @@ class Update:
         self.anchored = preference.anchor > 0.0
         self.start_is_reference = config.reference.schedule == "frozen"  # phi predicts what theta0 does
         self.steps_kept = steps_kept(config)
-        self.draw = make_draw(schedule, config.seed, config.train.updates_per_step, preference.caption_dropout)
+        timesteps = preference.timestep_low, preference.timestep_high
+        updates, dropout = config.train.updates_per_step, preference.caption_dropout
+        self.draw = make_draw(schedule, config.seed, updates, dropout, timesteps)
         self.errors = make_errors(denoise, microbatch)
         rounds = config.model.dtype != "float32"
         self.errors_float32 = make_errors(denoise_float32, microbatch) if rounds else self.errors
