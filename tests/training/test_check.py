@@ -45,7 +45,6 @@ def test_adapters_are_not_folded_into_kernels_that_would_swallow_them():
     with pytest.raises(UserError, match=r"lora\.fold: .*model\.dtype"):
         check(config)
 
-
     config.model.dtype, config.lora.rank = "float32", 0
     with pytest.raises(UserError, match=r"lora\.fold: .*no adapters"):
         check(config)
