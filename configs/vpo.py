@@ -130,6 +130,7 @@ def _shapes() -> ConfigDict:
     config.eval.prompts = 96
     config.eval.on_alarm = "warn"  # or "stop": motion lost, winners forgotten, a held-out judge that falls
     config.eval.seed = 1_000_000
+    config.eval.num_inference_steps = 0  # of the closing comparison's videos; 0 = rollout's
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1 = the rest of the devices

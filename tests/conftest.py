@@ -146,6 +146,7 @@ def job(model_folder, scorer_folder, strange_prompts) -> list[str]:
         "--config.rollout.height=0",
         "--config.rollout.width=0",
         "--config.eval.prompts=5",
+        "--config.eval.num_inference_steps=3",
         "--config.preference.margin=0.01",
         "--config.preference.motion_tolerance=10",
         "--config.lora.rank=2",

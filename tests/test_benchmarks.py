@@ -66,3 +66,27 @@ def test_agreement_is_within_prompts_and_blind_to_what_prompts_differ_in():
     assert agreement.within_prompts(own + prompts, own) > 0.999
     assert agreement.within_prompts(own + prompts, -own - prompts) < -0.999
     assert abs(agreement.within_prompts(rng.normal(size=(40, 4)) + prompts, own + prompts)) < 0.3
+
+
+def test_gradients_of_one_direction_agree_and_noise_does_not():
+    timesteps = load("timesteps")
+    rng = np.random.default_rng(0)
+    direction = rng.normal(size=5000)
+    noise = rng.normal(size=(6, 5000))
+    norm, cosine = timesteps.agreement(np.tile(direction, (6, 1)) * np.arange(1, 7)[:, None])
+    assert cosine > 0.999 and np.isclose(norm, 3.5 * np.linalg.norm(direction))
+    assert abs(timesteps.agreement(noise)[1]) < 0.03
+    assert 0.3 < timesteps.agreement(direction + noise)[1] < 0.7
+
+
+def test_bytes_on_a_ring_follow_the_kind_of_collective():
+    scaling = load("scaling")
+    assert scaling.wire_bytes({"all-reduce": 8.0}, 4) == 12.0
+    assert (
+        scaling.wire_bytes({"all-gather": 8.0, "reduce-scatter": 2.0, "collective-permute": 3.0}, 4) == 6.0 + 6.0 + 3.0
+    )
+    assert scaling.wire_bytes({"all-reduce": 8.0}, 1) == 0.0
+    row = {"slice": "v5e:2x4", "chips": 8, "collectives": {"update": {"all-reduce": 2e6}, "rollout": {}},
+           "sent": 14e6, "seconds": 1.5, "efficiency": 0.9876}  # fmt: skip
+    shown = [next(iter(column.cells)) for column in scaling.table_of([row]).columns]
+    assert shown == ["v5e:2x4", "8", "update all-reduce 2.0; rollout none", "14.0", "1.5000", "98.76%"]

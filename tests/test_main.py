@@ -65,6 +65,14 @@ def leaves(pipeline):
     return jax.tree.leaves(pipeline.params)
 
 
+def test_the_comparison_is_made_with_the_steps_of_eval_and_the_rollouts_with_their_own(finished):
+    workdir, _ = finished
+    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    evaluation = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
+    assert config["rollout"]["num_inference_steps"] == 2
+    assert evaluation["settings"]["num_inference_steps"] == 3
+
+
 def test_a_second_run_says_that_it_is_complete_and_changes_nothing(finished, job, capsys):
     workdir = finished[0]
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}

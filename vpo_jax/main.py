@@ -135,7 +135,7 @@ def finish(
         num_frames=num_frames,
         height=height,
         width=width,
-        num_inference_steps=rollout.num_inference_steps,
+        num_inference_steps=config.eval.num_inference_steps or rollout.num_inference_steps,
         guidance_scale=rollout.guidance_scale,
         guidance_rescale=rollout.guidance_rescale or None,
         negative_prompt=rollout.negative_prompt,

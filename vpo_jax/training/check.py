@@ -122,6 +122,7 @@ FIELDS: Mapping[str, Field] = {
     "eval.on_alarm": _one_of("warn", "stop"),
     "eval.prompts": _whole(1),
     "eval.seed": _whole(0),
+    "eval.num_inference_steps": _whole(0, extra=" (0 = rollout's)"),
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.context": _AXIS,
@@ -194,7 +195,8 @@ def check_inputs(config: Any, pipeline: Any, rewards: Sequence[Any], judges: Seq
     """Raises UserError where the config does not fit the model or the scorers; computes nothing."""
     rollout = config.rollout
     num_frames, height, width = pipeline.video_size(rollout.num_frames, rollout.height, rollout.width)
-    make_sampler(pipeline.scheduler_config, rollout.num_inference_steps, rollout.sampler or None, rollout.eta)
+    for steps in {rollout.num_inference_steps, config.eval.num_inference_steps or rollout.num_inference_steps}:
+        make_sampler(pipeline.scheduler_config, steps, rollout.sampler or None, rollout.eta)
     parse_weights(config.reward.weights, rewards)
     for scorer in (*rewards, *judges):
         frames = scorer.frame_indices(num_frames)
