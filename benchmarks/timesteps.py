@@ -2,10 +2,11 @@
 
     python benchmarks/timesteps.py --config=configs/vpo.py [--config.a.b=c] [--batches=6] [--parts=8]
 
-Samples, scores and pairs as a run's first steps do, and takes the preference gradient of each batch of pairs with
-timesteps from one part of the schedule at a time. `norm` is what a part puts into an update; `agreement` the mean
-cosine between different batches' gradients: near zero, the part is noise. A part with a large norm and no agreement
-is better left out, by preference.timestep_low and .timestep_high.
+Samples, scores and pairs as a run's first steps do, and takes the preference gradient of each batch of pairs twice,
+with timesteps from one part of the schedule at a time. `norm` is what a part puts into an update; `other pairs` the
+mean cosine between the gradients of two batches, `same pairs` that between two draws for one batch. A part with a large
+norm on whose direction other pairs do not agree is noise: leave it out, by preference.timestep_low and .timestep_high.
+Where the same pairs agree far more than others do, more draws for them teach little: sample more, update less.
 """
 
 import itertools
@@ -33,14 +34,18 @@ from vpo_jax.training.losses import PairCoefficients
 from vpo_jax.training.stages import Stages
 from vpo_jax.training.step import make_draw, make_gradients
 
+DRAWS = 2  # of noise and timestep for a batch and a part
 
-def agreement(gradients: np.ndarray) -> tuple[float, float]:
-    """Mean norm of gradients [B, D], and mean cosine between two of them."""
-    norms = np.linalg.norm(gradients, axis=1)
-    unit = gradients / np.maximum(norms, np.finfo(np.float32).tiny)[:, None]
-    return float(norms.mean()), float(
-        np.mean([unit[a] @ unit[b] for a, b in itertools.combinations(range(len(unit)), 2)])
-    )
+
+def agreement(gradients: np.ndarray) -> tuple[float, float, float]:
+    """Mean norm of gradients [B, R, D], and mean cosine of two draws of a batch and of two batches."""
+    norms = np.linalg.norm(gradients, axis=2, keepdims=True)
+    unit = gradients / np.maximum(norms, np.finfo(np.float32).tiny)
+    cosines = np.einsum("ard,bsd->abrs", unit, unit)
+    batches, draws = unit.shape[:2]
+    same = cosines[np.eye(batches, dtype=bool)][:, ~np.eye(draws, dtype=bool)]
+    other = cosines[~np.eye(batches, dtype=bool)]
+    return float(norms.mean()), float(same.mean()), float(other.mean())
 
 
 def main(argv: Sequence[str]) -> None:
@@ -67,30 +72,33 @@ def main(argv: Sequence[str]) -> None:
     prompts = list(load_prompts(config.data.prompts))
     np.random.default_rng(config.seed).shuffle(prompts)
     edges = np.linspace(0.0, 1.0, flags.parts + 1)
-    found: list[list[np.ndarray]] = [[] for _ in range(flags.parts)]
+    found: list[list[list[np.ndarray]]] = [[] for _ in range(flags.parts)]
     with jax.set_mesh(mesh):
         stages = Stages(config, pipeline, rewards, mesh)
         state = stages.fresh_state()
         gradient = jax.jit(make_gradients(stages.policy.denoise, config.train.microbatch))
         ones = PairCoefficients(*(jnp.ones(stages.size),) * 2)
-        draws = [make_draw(pipeline.schedule, config.seed, 1, 0.0, part) for part in itertools.pairwise(edges)]
+        draws = [make_draw(pipeline.schedule, config.seed, DRAWS, 0.0, part) for part in itertools.pairwise(edges)]
         for batch in range(flags.batches):
             chosen = [prompts[(batch * stages.size + i) % len(prompts)] for i in range(stages.size)]
             text = stages.encode(chosen)
             latents = stages.sample(state.policy, text, batch)
             state, _ = stages.pair(state, latents, text, stages.score(latents, chosen))
             for part, draw in enumerate(draws):
-                noised = draw(state.buffer, stages.empty_text, state.step, 0)
-                tree, _ = gradient(stages.frozen, stages.start, None, noised, ones, state.buffer.mask)
-                leaves = [np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(tree)]
-                found[part].append(np.concatenate(leaves))
+                found[part].append([])
+                for again in range(DRAWS):
+                    noised = draw(state.buffer, stages.empty_text, state.step, again)
+                    tree, _ = gradient(stages.frozen, stages.start, None, noised, ones, state.buffer.mask)
+                    leaves = [np.asarray(leaf, np.float32).ravel() for leaf in jax.tree.leaves(tree)]
+                    found[part][-1].append(np.concatenate(leaves))
             state = state._replace(step=state.step + 1)
             print(f"batch {batch + 1} of {flags.batches}", file=sys.stderr, flush=True)
 
-    table = Table("timesteps", "norm", "agreement", title=f"{flags.batches} batches of {stages.size} pairs")
+    title = f"{flags.batches} batches of {stages.size} pairs"
+    table = Table("timesteps", "norm", "same pairs", "other pairs", title=title)
     for (low, high), gradients in zip(itertools.pairwise(edges), found, strict=True):
-        norm, cosine = agreement(np.stack(gradients))
-        table.add_row(f"{low:.3f} to {high:.3f}", f"{norm:.3g}", f"{cosine:+.3f}")
+        norm, same, other = agreement(np.array(gradients))
+        table.add_row(f"{low:.3f} to {high:.3f}", f"{norm:.3g}", f"{same:+.3f}", f"{other:+.3f}")
     Console().print(table)
 
 

@@ -68,15 +68,19 @@ def test_agreement_is_within_prompts_and_blind_to_what_prompts_differ_in():
     assert abs(agreement.within_prompts(rng.normal(size=(40, 4)) + prompts, own + prompts)) < 0.3
 
 
-def test_gradients_of_one_direction_agree_and_noise_does_not():
+def test_gradients_agree_on_what_they_share_and_on_no_noise():
     timesteps = load("timesteps")
     rng = np.random.default_rng(0)
-    direction = rng.normal(size=5000)
-    noise = rng.normal(size=(6, 5000))
-    norm, cosine = timesteps.agreement(np.tile(direction, (6, 1)) * np.arange(1, 7)[:, None])
-    assert cosine > 0.999 and np.isclose(norm, 3.5 * np.linalg.norm(direction))
-    assert abs(timesteps.agreement(noise)[1]) < 0.03
-    assert 0.3 < timesteps.agreement(direction + noise)[1] < 0.7
+    shared, of_pairs, of_draws = rng.normal(size=5000), rng.normal(size=(6, 1, 5000)), rng.normal(size=(6, 2, 5000))
+    lengths = np.arange(1, 13).reshape(6, 2, 1)
+    norm, same, other = timesteps.agreement(shared * lengths)
+    assert same > 0.999 and other > 0.999 and np.isclose(norm, 6.5 * np.linalg.norm(shared))
+    _, same, other = timesteps.agreement(of_draws)
+    assert abs(same) < 0.03 and abs(other) < 0.03
+    _, same, other = timesteps.agreement(of_pairs + of_draws)
+    assert 0.45 < same < 0.55 and abs(other) < 0.03
+    _, same, other = timesteps.agreement(shared + of_pairs + of_draws)
+    assert 0.6 < same < 0.72 and 0.28 < other < 0.38
 
 
 def test_bytes_on_a_ring_follow_the_kind_of_collective():
