@@ -97,6 +97,7 @@ def _shapes() -> ConfigDict:
 
     config.ema = ConfigDict()
     config.ema.decay = 0.0  # 0 = off
+    config.ema.extrapolation = 1.0  # the result changes the start so many times as much as the average does
 
     config.lora = ConfigDict()
     config.lora.rank = 16  # 0 = full fine-tuning

@@ -90,6 +90,8 @@ def convert(
     adapters = state[weights]
     pipeline = load_pipeline(config.model.path)
     policy = make_policy(config, pipeline.unet, pipeline.params["unet"], adapters)
+    if weights == "ema":
+        adapters = policy.extrapolated(policy.start, adapters, config.ema.extrapolation)
     if lora_only:
         assert policy.lora is not None
         write_adapter(output, adapters, policy.lora, config.model.path)

@@ -58,6 +58,17 @@ def test_timesteps_need_room(low, high):
         check(config)
 
 
+def test_extrapolation_wants_an_average_and_fresh_adapters():
+    config = changed("ema.extrapolation", 2.0)
+    check(config)
+    config.lora.path = "adapter"
+    with pytest.raises(UserError, match=r"ema\.extrapolation: .*lora\.path"):
+        check(config)
+    config.ema.decay, config.lora.path = 0.0, ""
+    with pytest.raises(UserError, match=r"ema\.extrapolation: .*ema\.decay"):
+        check(config)
+
+
 def test_an_adapter_cannot_start_full_fine_tuning():
     config = changed("lora.path", "adapter")
     config.lora.rank = 0

@@ -344,6 +344,22 @@ def test_the_average_follows_the_policy(configure, pipeline):
     assert after.weights() is after.ema
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_an_extrapolated_policy_changes_every_kernel_so_many_times_as_much(configure, pipeline, rank):
+    params = pipeline.params["unet"]
+    policy = make_policy(configure(lora__rank=rank), pipeline.unet, params)
+    noise = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(policy.start))))
+    moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), policy.start)
+    assert policy.extrapolated(policy.start, moved, 1.0) is moved
+    further = policy.extrapolated(policy.start, moved, 2.5)
+    once, more = (policy.merged(params, adapters) for adapters in (moved, further))
+    changed = 0
+    for before, a, b in zip(*map(jax.tree.leaves, (params, once, more)), strict=True):
+        np.testing.assert_allclose(b - before, 2.5 * (a - before), atol=1e-5)
+        changed += bool(jnp.any(a != before))
+    assert changed >= (len(jax.tree.leaves(params)) if rank == 0 else len(jax.tree.leaves(moved)) // 2)
+
+
 def test_the_anchor_pulls_towards_the_start(configure, pipeline):
     config = configure(lora__rank=0)
     policy, state, update = build(config, pipeline, pairs_like())

@@ -118,6 +118,19 @@ def test_full_fine_tuning_trains_every_layer(configure, run, tmp_path):
     assert all(not np.array_equal(base[k], tuned[k]) for k in base)
 
 
+def test_the_result_goes_on_from_the_average_in_its_direction(configure, run, tmp_path):
+    config = configure(train__steps=2, ema__decay=0.5, ema__extrapolation=2.0)
+    result = run(config, tmp_path)
+    base = run.pipeline().params["unet"]
+    average = flatten(result.policy.merged(base, result.state.ema))
+    base, tuned = flatten(base), flatten(result.pipeline.params["unet"])
+    changed = [name for name in base if not np.array_equal(base[name], tuned[name])]
+    assert changed == ["attn.to_q/kernel", "attn.to_v/kernel"]
+    for name in changed:
+        np.testing.assert_allclose(tuned[name] - base[name], 2.0 * (average[name] - base[name]), atol=1e-7)
+        assert np.abs(average[name] - base[name]).max() > 1e-5
+
+
 def test_one_prompt_with_scores_that_are_not_finite_is_dropped_and_counted(configure, run, toy_reward, tmp_path):
     run(configure(train__steps=1), tmp_path, rewards=(toy_reward(poison="red"),))
     (line,) = lines(tmp_path)

@@ -99,6 +99,7 @@ FIELDS: Mapping[str, Field] = {
     "reference.every": _whole(1),
     "reference.decay": _DECAY,
     "ema.decay": _DECAY,
+    "ema.extrapolation": _POSITIVE,
     "lora.rank": _whole(0, extra=" (0 = full fine-tuning)"),
     "lora.alpha": _POSITIVE,
     "lora.targets": _TEXT,
@@ -153,6 +154,8 @@ def check(config: Mapping[str, Any]) -> None:
         raise UserError(
             f"train.microbatch: {microbatch} does not divide train.prompts_per_step={pairs}; choose a divisor"
         )
+    if values["lora.path"] and not values["lora.rank"]:
+        raise UserError("lora.path: an adapter cannot start full fine-tuning (lora.rank=0); give its rank, or merge it")
     if values["lora.fold"] and values["model.dtype"] != "float32":
         raise UserError("lora.fold: a kernel in bfloat16 would swallow small adapters; set model.dtype to float32")
     if values["lora.fold"] and not values["lora.rank"]:
@@ -160,8 +163,11 @@ def check(config: Mapping[str, Any]) -> None:
     low, high = values["preference.timestep_low"], values["preference.timestep_high"]
     if low >= high:
         raise UserError(f"preference.timestep_low: {low} is not below preference.timestep_high={high}; lower it")
-    if values["lora.path"] and not values["lora.rank"]:
-        raise UserError("lora.path: an adapter cannot start full fine-tuning (lora.rank=0); give its rank, or merge it")
+    if values["ema.extrapolation"] != 1.0:
+        if not values["ema.decay"]:
+            raise UserError("ema.extrapolation: there is no average to extrapolate (ema.decay=0); set it to 1.0")
+        if values["lora.path"]:
+            raise UserError("ema.extrapolation: is of fresh adapters, and lora.path begins from others; set it to 1.0")
     rollout, videos = values["rollout.microbatch"], pairs * values["rollout.candidates"]
     if rollout and videos % rollout:
         raise UserError(

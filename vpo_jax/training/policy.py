@@ -52,6 +52,18 @@ class Policy:
         """The same policy, computed in float32."""
         return dataclasses.replace(self, unet=self.unet.clone(dtype=jnp.float32))
 
+    def extrapolated(self, start: Tree, adapters: Tree, factor: float) -> Tree:
+        """Adapters that change the start `factor` times as much as these do (ExPO, arXiv 2404.16792).
+
+        An average over a run that wanders round its aim points the right way and not far enough. For LoRA the change
+        is A B, and B is multiplied: the adapters are to have begun as fresh ones.
+        """
+        if factor == 1.0:
+            return adapters
+        if self.lora is None:
+            return jax.tree.map(lambda a, b: a + factor * (b - a), start, adapters)
+        return jax.tree.map_with_path(lambda path, x: factor * x if path[-1].key == "lora_B" else x, adapters)
+
     def merged(self, params: Tree, adapters: Tree) -> Tree:
         """Parameters of the plain model; `params` is the untouched backbone in its own precision."""
         return adapters if self.lora is None else merge_lora(params, adapters, self.lora.scale)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -117,6 +118,8 @@ class Stages:
             self._vae_params_to_score = place(pipeline.params["vae"], shardings)
         self._score = Scores(rewards, self.weights, self.num_frames, frames, chunk)
 
+        self._extrapolates = config.ema.extrapolation != 1.0
+        self._result = jax.jit(partial(self.policy.extrapolated, factor=config.ema.extrapolation))
         optimizer = make_optimizer(config.optimizer)
         pairs = abstract_pairs(self.size, latent_shape, self.empty_text)
 
@@ -197,6 +200,10 @@ class Stages:
     def update(self, state: TrainState, update: int, precise: bool) -> tuple[TrainState, Metrics]:
         """The state after one optimizer update."""
         return self._update(state, self.frozen, self.start, self.empty_text, update, precise)
+
+    def result(self, state: TrainState) -> Tree:
+        """The adapters that a run which ended now would hand back."""
+        return self._result(self.start, state.weights()) if self._extrapolates else state.weights()
 
     def rounding_noise(self, state: TrainState) -> float:
         """See `Update.rounding_noise`."""

@@ -212,7 +212,7 @@ def train(
                 metric: float | None = None
                 alarms: Sequence[Alarm] = ()
                 if look:
-                    seen = watch.look(state.weights())
+                    seen = watch.look(stages.result(state))
                     looked |= watch.compare(meta["base"], seen) | stages.displacement(state)
                     meta["held_out"] = metric = watch.held_out_gain(meta["base"], seen)
                     meta["looks"] = [*meta["looks"], looked]
@@ -236,7 +236,7 @@ def train(
             if stop.asked():
                 save()
         stop.check()
-        return Result(tuned(pipeline, stages.policy, state), stages.policy, state)
+        return Result(tuned(pipeline, stages.policy, stages.result(state)), stages.policy, state)
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -253,9 +253,9 @@ def mean_of(metrics: Sequence[Mapping[str, tuple[Any, Any]]]) -> dict[str, float
     return {name: float(total / count) if count else float("nan") for name, (total, count) in totals.items()}
 
 
-def tuned(pipeline: Any, policy: Policy, state: TrainState) -> Any:
+def tuned(pipeline: Any, policy: Policy, adapters: Any) -> Any:
     """The pipeline with the trained weights in it."""
-    unet = policy.merged(pipeline.params["unet"], fetch(state.weights()))
+    unet = policy.merged(pipeline.params["unet"], fetch(adapters))
     return dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
 
 
