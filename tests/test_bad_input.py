@@ -100,6 +100,7 @@ def test_a_pickle_checkpoint(refusal, model):
         ("--config.data.prompts=shapes:tunes", "no split 'tunes'"),
         ("--config.rollout.height=9", "height: 9 is not a positive multiple of 2"),
         ("--config.rollout.sampler=Dice", "Dice"),
+        ("--config.eval.num_inference_steps=2000", "eval.num_inference_steps: 2000 must be between 1 and 1000"),
         ("--config.reward.weights=beauty=2", "beauty"),
         ("--config.lora.targets=nothing", "lora.targets"),
     ],

@@ -201,8 +201,12 @@ def check_inputs(config: Any, pipeline: Any, rewards: Sequence[Any], judges: Seq
     """Raises UserError where the config does not fit the model or the scorers; computes nothing."""
     rollout = config.rollout
     num_frames, height, width = pipeline.video_size(rollout.num_frames, rollout.height, rollout.width)
-    for steps in {rollout.num_inference_steps, config.eval.num_inference_steps or rollout.num_inference_steps}:
-        make_sampler(pipeline.scheduler_config, steps, rollout.sampler or None, rollout.eta)
+    make_sampler(pipeline.scheduler_config, rollout.num_inference_steps, rollout.sampler or None, rollout.eta)
+    if config.eval.num_inference_steps:
+        try:
+            make_sampler(pipeline.scheduler_config, config.eval.num_inference_steps, rollout.sampler or None)
+        except UserError as error:
+            raise UserError(f"eval.{error}") from error
     parse_weights(config.reward.weights, rewards)
     for scorer in (*rewards, *judges):
         frames = scorer.frame_indices(num_frames)
