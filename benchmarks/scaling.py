@@ -95,8 +95,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
         })  # fmt: skip
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     (console or Console()).print(table_of(rows))
-    if flags.output:
-        Path(flags.output).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    cli.write_output(flags.output, rows)
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:

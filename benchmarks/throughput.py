@@ -41,10 +41,8 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled_programs()
     keep_freed_memory()
     result = measure(config, flags.repeats)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if flags.output:
-        Path(flags.output).write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+    cli.write_output(flags.output, result)
 
 
 def measure(config: Any, repeats: int) -> dict[str, Any]:

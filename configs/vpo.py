@@ -132,6 +132,7 @@ def _shapes() -> ConfigDict:
     config.eval.on_alarm = "warn"  # or "stop": motion lost, winners forgotten, a held-out judge that falls
     config.eval.seed = 1_000_000
     config.eval.num_inference_steps = 0  # of the closing comparison's videos; 0 = rollout's
+    config.eval.guidance_scale = 0.0  # likewise
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1 = the rest of the devices

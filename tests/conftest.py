@@ -147,6 +147,7 @@ def job(model_folder, scorer_folder, strange_prompts) -> list[str]:
         "--config.rollout.width=0",
         "--config.eval.prompts=5",
         "--config.eval.num_inference_steps=3",
+        "--config.eval.guidance_scale=1.5",
         "--config.preference.margin=0.01",
         "--config.preference.motion_tolerance=10",
         "--config.lora.rank=2",

@@ -71,6 +71,7 @@ def test_the_comparison_is_made_with_the_steps_of_eval_and_the_rollouts_with_the
     evaluation = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
     assert config["rollout"]["num_inference_steps"] == 2
     assert evaluation["settings"]["num_inference_steps"] == 3
+    assert evaluation["settings"]["guidance_scale"] == 1.5
 
 
 def test_a_second_run_says_that_it_is_complete_and_changes_nothing(finished, job, capsys):

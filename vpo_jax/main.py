@@ -136,7 +136,7 @@ def finish(
         height=height,
         width=width,
         num_inference_steps=config.eval.num_inference_steps or rollout.num_inference_steps,
-        guidance_scale=rollout.guidance_scale,
+        guidance_scale=config.eval.guidance_scale or rollout.guidance_scale,
         guidance_rescale=rollout.guidance_rescale or None,
         negative_prompt=rollout.negative_prompt,
         sampler=rollout.sampler or None,

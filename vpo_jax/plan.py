@@ -3,10 +3,8 @@
 python -m vpo_jax.plan --config=configs/vpo.py [--config.a.b=c] [--topology=v5e:4x4 | gpu:8xh100] [--price=1.2]
 """
 
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -101,11 +99,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
                 print(f"{found.seconds:.0f} s, temporaries {found.temporaries / 1e9:.3g} GB", file=sys.stderr)
             console.print(compiled_table(compiled, plan))
             written["compiled"] = {name: result._asdict() for name, result in compiled.items()}
-    if flags.output:
-        try:
-            Path(flags.output).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--output: {flags.output} cannot be written: {error.strerror}") from error
+    cli.write_output(flags.output, written)
 
 
 if __name__ == "__main__":

@@ -114,3 +114,12 @@ def test_a_command_that_returns_exits_with_zero():
     with pytest.raises(SystemExit) as exit_:
         cli.run(lambda argv: None, [])
     assert exit_.value.code == 0
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    cli.write_output("", {"a": 1})
+    cli.write_output(f"{tmp_path}/a.json", {"a": [1.5]})
+    assert (tmp_path / "a.json").read_text() == '{\n  "a": [\n    1.5\n  ]\n}\n'
+    with pytest.raises(UserError, match=r"^--output: .*missing/a\.json cannot be written: No such file"):
+        cli.write_output(f"{tmp_path}/missing/a.json", {})
+    assert not (tmp_path / "missing").exists()

@@ -4,6 +4,7 @@ import argparse
 import ast
 import difflib
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,19 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     raise SystemExit(0)
+
+
+def write_output(name: str, value: Any) -> None:
+    """What a command measured, as JSON in the file that its --output names; "" writes nothing.
+
+    Raises UserError when the file cannot be written.
+    """
+    if not name:
+        return
+    try:
+        Path(name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output: {name} cannot be written: {error.strerror}") from error
 
 
 class Parser(argparse.ArgumentParser):

@@ -124,6 +124,7 @@ FIELDS: Mapping[str, Field] = {
     "eval.prompts": _whole(1),
     "eval.seed": _whole(0),
     "eval.num_inference_steps": _whole(0, extra=" (0 = rollout's)"),
+    "eval.guidance_scale": _number(0, extra=" (0 = rollout's)"),
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.context": _AXIS,
