@@ -27,7 +27,7 @@ from vpo_jax.planning.job import Job, make_job
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import mesh_sizes
-from vpo_jax.training.check import check
+from vpo_jax.training.check import check, check_mesh
 
 SLICES = "v5e:2x4,v5e:4x4,v5e:4x8,v5e:8x8,v5e:8x16,v5e:16x16"
 
@@ -80,6 +80,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
         mesh = topology_mesh(topology, mesh_sizes(topology.count, **config.mesh))
         if mesh is None:
             raise UserError(f"--slices: libtpu counts the devices of {topology.name} in another way")
+        check_mesh(config, mesh)
         chosen = [stage for stage in job.stages if stage.name in flags.stages.split(",")]
         compiled = {stage.name: compile_stage(stage, mesh) for stage in chosen}
         sent = {name: wire_bytes(found.collectives, topology.count) for name, found in compiled.items()}

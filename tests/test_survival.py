@@ -13,22 +13,38 @@ STEPS = "--config.train.steps=8"
 
 
 def _ends_as_if_nothing_had_been(job, tmp_path, kills, seed):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    """A run that gets to its end before there were `kills` is held to the whole one, and another begins."""
+    whole = tmp_path / "whole"
     began = time.monotonic()
     assert start(job, whole, STEPS).wait(timeout=300) == 0
     duration = time.monotonic() - began
     moments = random.Random(seed)
-    for _ in range(kills):
+    runs = 1
+    while kills:
+        killed = tmp_path / f"killed_{runs}"
         process = start(job, killed, STEPS)
         try:
             # Anywhere: start-up, rollout, score, update, save, export.
-            process.wait(timeout=moments.uniform(0.1, 1.0) * duration)
+            code = process.wait(timeout=moments.uniform(0.1, 1.0) * duration)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()
+            kills -= 1
+            metrics = killed / "metrics.jsonl"
+            done = metrics.read_text().count("\n") if metrics.exists() else 0
+            print(f"{kills} kills to go; run {runs} had {done} steps", flush=True)
+        else:
+            assert code == 0, process.communicate()[0]
+            _assert_same(killed, whole)
+            runs += 1
+    killed = tmp_path / f"killed_{runs}"
     process = start(job, killed, STEPS)
     out = process.communicate(timeout=300)
     assert process.returncode == 0, out
+    _assert_same(killed, whole)
+
+
+def _assert_same(killed, whole):
     assert weights(killed) == weights(whole)
     assert [without_time(line) for line in lines(killed)] == [without_time(line) for line in lines(whole)]
 
