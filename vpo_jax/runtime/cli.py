@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs `command(argv)` and exits: 0 done, 2 wrong input (one line on stderr), 130 and 143 interrupted."""
     logging.set_verbosity(logging.ERROR)  # Orbax warns about what is meant
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
     try:
         command(sys.argv[1:] if argv is None else argv)
     except UserError as error:
