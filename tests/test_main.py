@@ -65,11 +65,11 @@ def leaves(pipeline):
     return jax.tree.leaves(pipeline.params)
 
 
-def test_the_comparison_is_made_with_the_steps_of_eval_and_the_rollouts_with_their_own(finished):
+def test_the_comparison_has_the_steps_and_guidance_of_eval_and_the_rollouts_their_own(finished):
     workdir, _ = finished
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     evaluation = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
-    assert config["rollout"]["num_inference_steps"] == 2
+    assert config["rollout"]["num_inference_steps"] == 2 and config["rollout"]["guidance_scale"] == 2.0
     assert evaluation["settings"]["num_inference_steps"] == 3
     assert evaluation["settings"]["guidance_scale"] == 1.5
 

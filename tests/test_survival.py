@@ -34,7 +34,7 @@ def _ends_as_if_nothing_had_been(job, tmp_path, kills, seed):
             done = metrics.read_text().count("\n") if metrics.exists() else 0
             print(f"{kills} kills to go; run {runs} had {done} steps", flush=True)
         else:
-            assert code == 0, process.communicate()[0]
+            assert code == 0, process.communicate()
             _assert_same(killed, whole)
             runs += 1
     killed = tmp_path / f"killed_{runs}"

@@ -25,7 +25,7 @@ _ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5p-16",
     "TPU_WORKER_ID": "0",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here touches a chip, so a run or another plan beside it is no matter
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here touches a chip, so plans may be made side by side
 }
 _WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 _COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
