@@ -17,7 +17,7 @@ from vpo_jax.checkpoints.folders import COMPONENTS, PipelineParts, beyond_diffus
 from vpo_jax.checkpoints.orbax_store import CheckpointStore
 from vpo_jax.checkpoints.peft import write_adapter
 from vpo_jax.checkpoints.videocrafter import read_videocrafter
-from vpo_jax.pipeline import DTYPES, load_pipeline
+from vpo_jax.pipeline import DTYPES, SHIPPED, load_pipeline
 from vpo_jax.report.card import ModelCard, licence_of, read_scores, write_card
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
     made = convert(flags.workdir, flags.output, flags.step, flags.weights, flags.lora_only, flags.dtype)
     print(f"{flags.output}: the {made.weights} weights of step {made.step}")
     output = str(Path(flags.output).resolve())
-    lines = adapter_lines(output, made.base) if flags.lora_only else loading_lines(output, flags.dtype)
+    base = str(SHIPPED.get(made.base, made.base))  # diffusers knows no name of ours
+    lines = adapter_lines(output, base) if flags.lora_only else loading_lines(output, flags.dtype)
     _print_lines(lines, made.configs)
 
 
