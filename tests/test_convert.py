@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from vpo_jax import convert
+from vpo_jax import convert, main
 from vpo_jax.runtime import cli
 
 
@@ -23,6 +23,17 @@ def test_the_newest_checkpoint_is_the_export(finished, tmp_path, capsys):
     convert.main([f"--workdir={workdir}", f"--output={tmp_path}/model"])
     assert files_of(tmp_path / "model") == files_of(workdir / "export")
     assert "the policy weights of step 2" in capsys.readouterr().out
+
+
+def test_an_extrapolated_average_comes_out_as_the_run_exported_it(job, tmp_path):
+    workdir = tmp_path / "run"
+    main.main([*job, f"--workdir={workdir}", "--config.ema.decay=0.5", "--config.ema.extrapolation=2.0"])
+    convert.main([f"--workdir={workdir}", f"--output={tmp_path}/average"])
+    assert files_of(tmp_path / "average") == files_of(workdir / "export")
+
+    convert.main([f"--workdir={workdir}", f"--output={tmp_path}/policy", "--weights=policy"])
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "policy" / unet).read_bytes() != (tmp_path / "average" / unet).read_bytes()
 
 
 def test_an_older_step_is_another_model(finished, tmp_path):
