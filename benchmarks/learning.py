@@ -28,6 +28,7 @@ from vpo_jax.rewards.judge import JudgeReward
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
+from vpo_jax.runtime.errors import UserError
 from vpo_jax.shapes import judge, world
 
 Scores = Mapping[str, np.ndarray]
@@ -91,6 +92,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="workdirs of finished runs")
     parser.add_argument("--samples", type=int, default=1, help="of each prompt")
     flags = parser.parse(argv)
+    for folder in flags.runs:
+        if not (folder / "evaluation.json").is_file():
+            raise UserError(f"runs: {folder} is no finished run: it has no evaluation.json; give a run's --workdir")
     keep_compiled_programs()
     keep_freed_memory()
     missed = 0

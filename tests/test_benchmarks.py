@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vpo_jax.runtime.errors import UserError
 from vpo_jax.shapes import judge
 
 
@@ -34,6 +35,11 @@ def scores_of(rng, gain=0.0, steadier=1.0, slower=1.0):
 
 
 TRAINED = ("shapes/visual_quality", "shapes/dynamic_degree")
+
+
+def test_a_folder_that_is_no_finished_run_is_named(learning, tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} is no finished run"):
+        learning.main([str(tmp_path)])
 
 
 def test_a_better_model_clears_every_bar(learning):
