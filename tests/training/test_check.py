@@ -93,7 +93,7 @@ def test_an_adapter_cannot_start_full_fine_tuning():
         ("ema.decay", 1.0, "ema.decay: 1.0 is not a number from 0 to below 1"),
         ("mesh.data", 0, "mesh.data: 0 is not a number from 1 up, or -1"),
         ("train.remat", 1, "train.remat: 1 is not true or false"),
-        ("train.microbatch", 3, "train.microbatch: 3 does not divide train.prompts_per_step=16"),
+        ("train.microbatch", 3, "train.microbatch: 3 does not divide train.prompts_per_step=8"),
         ("rollout.microbatch", 7, "rollout.microbatch: 7 does not divide the step's 64 videos"),
         ("train.stepz", 3, "train.stepz: unknown config key; did you mean train.steps?"),
         ("reward.timeout", -1.0, "reward.timeout: -1.0 is not a number from 0 to 1e+08 seconds (0 = no limit)"),

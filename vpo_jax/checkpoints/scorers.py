@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints import videoreward
-from vpo_jax.checkpoints.keys import from_torch, init_shapes, to_torch
+from vpo_jax.checkpoints.keys import from_torch, init_shapes
+from vpo_jax.checkpoints.scorer_folder import write_scorer_folder
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import cast_floating
@@ -124,21 +123,7 @@ def write_scorer(
     Raises:
         UserError: the name is taken by something else, or the disk refuses.
     """
-    folder = Path(folder).resolve()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
-        raise UserError(f"{folder}: taken by something that is no scorer; choose another folder")
-    partial = folder.parent / f".{folder.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        files = {"config.json": parts.config.to_dict()} | dict(extra or {})
-        for name, value in files.items():
-            (partial / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        parts.tokenizer.save(str(partial / "tokenizer.json"))
-        io.write_weights(partial, io.TRANSFORMERS_STEM, to_torch(cast_floating(jax.device_get(parts.params), dtype)))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be written ({error}); free space or choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    values = {"config.json": parts.config.to_dict()} | dict(extra or {})
+    files = {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
+    files["tokenizer.json"] = parts.tokenizer.to_str(pretty=True)
+    write_scorer_folder(folder, files, cast_floating(jax.device_get(parts.params), dtype))

@@ -1,6 +1,7 @@
 """The folder of a VideoScore: config.json, model.safetensors (or shards), tokenizer.json, preprocessor_config.json."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import from_torch, init_shapes
+from vpo_jax.checkpoints.scorer_folder import write_scorer_folder
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
 from vpo_jax.models.idefics2_config import Idefics2Config
 from vpo_jax.runtime.errors import UserError
@@ -70,6 +72,20 @@ def read_videoscore(folder: str | Path, num_labels: int, dtype: str = "") -> Vid
     wanted = DTYPES[dtype or ("bfloat16" if head.dtype == jnp.bfloat16 else "float32")]
     params = from_torch(state, videoscore_shapes(config, num_labels), str(folder), wanted)
     return VideoScoreParts(config, params, tokenizer, processor, query)
+
+
+def write_videoscore(folder: str | Path, parts: VideoScoreParts) -> None:
+    """Writes a folder that `read_videoscore` and transformers read, whole or not at all.
+
+    Raises:
+        UserError: the name is taken by something that is no scorer, or the disk refuses.
+    """
+    values = {"config.json": parts.config.to_dict(), "preprocessor_config.json": parts.image_processor}
+    files = {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
+    files["tokenizer.json"] = parts.tokenizer.to_str(pretty=True)
+    if parts.query_prompt is not None:
+        files[QUERY_FILE] = parts.query_prompt
+    write_scorer_folder(folder, files, jax.device_get(parts.params))
 
 
 def videoscore_shapes(config: Idefics2Config, num_labels: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from vpo_jax.shapes import world
 from vpo_jax.shapes.fit import fit
 
 Tree = Any
+Metrics = dict[str, jax.Array]
 
 _MAX_LENGTH = 16
 _MARGIN = 0.4  # by which a sample must beat itself made worse at full strength, on the scale of the scores
@@ -47,6 +48,10 @@ class Pools(NamedTuple):
     denoised: data.Labelled
     samples: jax.Array  # uint8 [N, F, H, W, 3]
     sample_rows: jax.Array
+
+
+# (parameters, key, pools) -> (loss, metrics); the key draws the whole batch.
+Loss = Callable[[Tree, jax.Array, Pools | None], tuple[jax.Array, Metrics]]
 
 
 class Batch(NamedTuple):
@@ -99,41 +104,53 @@ def make_pools(base: str | Path, seed: int, carried: int, samples: int, folder: 
     )
 
 
-def make_loss(
-    config: VideoScorerConfig, token_ids: np.ndarray, sizes: Batch
-) -> Callable[[Tree, jax.Array, Pools | None], tuple[jax.Array, dict[str, jax.Array]]]:
-    """(params, key, pools) -> (loss, metrics); the key draws the whole batch.
+def draw_clips(key: jax.Array, sizes: Batch, pools: Pools | None) -> data.Labelled:
+    """The labelled clips of one step, from every source; jittable."""
+    fresh_key, *pool_keys = jax.random.split(key, 3)
+    parts = [data.make_clips(fresh_key, sizes.fresh, jnp.asarray(world.caption_indices("train")))]
+    if pools is not None:
+        parts.append(_draw(pool_keys[0], pools.round_trip, sizes.round_trip))
+        parts.append(_draw(pool_keys[1], pools.denoised, sizes.denoised))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
-    token_ids int32 [480, L] are the captions of world.ALL_ATTRIBUTES.
-    """
+
+def _draw(key: jax.Array, pool: data.Labelled, number: int) -> data.Labelled:
+    pick_key, disturb_key, soften_key = jax.random.split(key, 3)
+    pick = jax.random.randint(pick_key, (number,), 0, len(pool.rows))
+    chosen = jax.tree.map(lambda x: x[pick], pool)
+    frames = chosen.videos.astype(jnp.float32) / 255.0
+    frames = jax.vmap(data.disturb)(jax.random.split(disturb_key, number), frames)
+    frames, quality = jax.vmap(data.soften)(jax.random.split(soften_key, number), frames, chosen.blur)
+    goodness = chosen.goodness.at[:, data.QUALITY].set(quality)
+    return chosen._replace(videos=world.to_uint8(frames), goodness=goodness)
+
+
+def weighted(error: jax.Array) -> tuple[jax.Array, Metrics]:
+    """The loss of squared errors [B, 5], and the part of every dimension."""
+    parts = {name: error[:, i].mean() for i, name in enumerate(DIMENSIONS)}
+    return (error * jnp.array(_DIMENSION_WEIGHTS)).mean(), parts
+
+
+def ranking(scores: jax.Array, pairs: data.Pairs) -> tuple[jax.Array, Metrics]:
+    """The loss of scores [2 B, 5] of B pairs, the better clips first: how far the worse ones are not behind."""
+    better, worse = jnp.split(scores, 2)
+    lead = jnp.take_along_axis(better - worse, pairs.dimension[:, None], axis=1)[:, 0]
+    short = (_MARGIN * pairs.strength - lead) / _SOFTNESS
+    value = _SOFTNESS * jax.nn.softplus(short).mean()
+    return value, {"ranking": value, "ranked_right": (lead > 0).mean()}
+
+
+def make_loss(config: VideoScorerConfig, token_ids: np.ndarray, sizes: Batch) -> Loss:
+    """The loss of the shipped scorer; token_ids int32 [480, L] are the captions of world.ALL_ATTRIBUTES."""
     scorer = VideoScorer(config)
-    train_rows = jnp.asarray(world.caption_indices("train"))
     ids = jnp.asarray(token_ids)
-
-    def draw(key: jax.Array, pool: data.Labelled, number: int) -> data.Labelled:
-        pick_key, disturb_key, soften_key = jax.random.split(key, 3)
-        pick = jax.random.randint(pick_key, (number,), 0, len(pool.rows))
-        chosen = jax.tree.map(lambda x: x[pick], pool)
-        frames = chosen.videos.astype(jnp.float32) / 255.0
-        frames = jax.vmap(data.disturb)(jax.random.split(disturb_key, number), frames)
-        frames, quality = jax.vmap(data.soften)(jax.random.split(soften_key, number), frames, chosen.blur)
-        goodness = chosen.goodness.at[:, data.QUALITY].set(quality)
-        return chosen._replace(videos=world.to_uint8(frames), goodness=goodness)
-
-    def labelled(key: jax.Array, pools: Pools | None) -> data.Labelled:
-        keys = jax.random.split(key, 3)
-        parts = [data.make_clips(keys[0], sizes.fresh, train_rows)]
-        if pools is not None:
-            parts.append(draw(keys[1], pools.round_trip, sizes.round_trip))
-            parts.append(draw(keys[2], pools.denoised, sizes.denoised))
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
     def apply(method: str, params: Tree, *inputs: Any) -> Any:
         return scorer.apply({"params": params}, *inputs, method=method)
 
-    def loss(params: Tree, key: jax.Array, pools: Pools | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: Tree, key: jax.Array, pools: Pools | None) -> tuple[jax.Array, Metrics]:
         clip_key, ask_key, pair_key = jax.random.split(key, 3)
-        clips = labelled(clip_key, pools)
+        clips = draw_clips(clip_key, sizes, pools)
         number = len(clips.rows)
         pairs = None if pools is None else data.make_pairs(pair_key, sizes.pairs, pools.samples, pools.sample_rows)
         videos = [clips.videos] if pairs is None else [clips.videos, pairs.better, pairs.worse]
@@ -149,22 +166,55 @@ def make_loss(
         matched = apply("to_range", params, logits, data.ALIGNMENT)
         alignment_error = jnp.square(matched - data.labels(match)).mean(1)
 
-        error = error.at[:, data.ALIGNMENT].set(alignment_error)
-        value = (error * jnp.array(_DIMENSION_WEIGHTS)).mean()
-        metrics = {name: error[:, i].mean() for i, name in enumerate(DIMENSIONS)}
+        value, metrics = weighted(error.at[:, data.ALIGNMENT].set(alignment_error))
         if pairs is not None:
             rows = jnp.concatenate([pairs.better_rows, pairs.worse_rows])
             logits = apply("judge_match", params, jax.tree.map(lambda x: x[number:], seen), ids[rows][:, None])[:, 0]
             matched = apply("to_range", params, logits, data.ALIGNMENT)
-            better, worse = jnp.split(scores[number:].at[:, data.ALIGNMENT].set(matched), 2)
-            lead = jnp.take_along_axis(better - worse, pairs.dimension[:, None], axis=1)[:, 0]
-            short = (_MARGIN * pairs.strength - lead) / _SOFTNESS
-            ranking = _SOFTNESS * jax.nn.softplus(short).mean()
-            value += ranking
-            metrics |= {"ranking": ranking, "ranked_right": (lead > 0).mean()}
+            behind, parts = ranking(scores[number:].at[:, data.ALIGNMENT].set(matched), pairs)
+            value, metrics = value + behind, metrics | parts
         return value, {"loss": value, **metrics}
 
     return loss
+
+
+def optimise(
+    loss: Loss,
+    start: Callable[[], Tree],
+    seed: int,
+    steps: int,
+    rate: float,
+    pools: Pools | None,
+    checkpoints: Path,
+    seconds: float | None = None,
+) -> Tree:
+    """The moving average of the parameters after `steps` updates from those that `start` makes.
+
+    Raises:
+      TimeoutError: `seconds` ran out; the same call goes on.
+    """
+    warm = max(1, min(100, steps // 20))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm, steps, 0.01 * rate)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-3))
+
+    @jax.jit
+    def update(state: Fitted, step: jax.Array, pools: Pools | None) -> tuple[Fitted, Metrics]:
+        gradient = jax.grad(loss, has_aux=True)
+        grads, metrics = gradient(state.params, stream_key(seed, "data", step), pools)
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(_EMA, (1.0 + step) / (10.0 + step))
+        ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
+        return Fitted(params, ema, moments), metrics
+
+    @jax.jit
+    def init() -> Fitted:
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), start())
+        return Fitted(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+    state = init()
+    print(f"scorer: {count(state.params):,} parameters", flush=True)
+    return fit(state, lambda s, step: update(s, step, pools), steps, checkpoints, seconds=seconds).ema
 
 
 def train(
@@ -186,31 +236,12 @@ def train(
     ids = encode_captions(tokenizer, [world.make_caption(row) for row in world.ALL_ATTRIBUTES])
     loss = make_loss(config, ids, Batch() if pools is None else WITH_BASE)
 
-    warm = max(1, min(100, steps // 20))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm, steps, 0.01 * rate)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-3))
-
-    @jax.jit
-    def update(state: Fitted, step: jax.Array, pools: Pools | None) -> tuple[Fitted, dict[str, jax.Array]]:
-        gradient = jax.grad(loss, has_aux=True)
-        grads, metrics = gradient(state.params, stream_key(seed, "data", step), pools)
-        updates, moments = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(_EMA, (1.0 + step) / (10.0 + step))
-        ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
-        return Fitted(params, ema, moments), metrics
-
-    @jax.jit
-    def init() -> Fitted:
+    def fresh() -> Tree:
         videos = jnp.zeros((1, world.NUM_FRAMES, world.SIZE, world.SIZE, 3), jnp.uint8)
-        params = start or VideoScorer(config).init(stream_key(seed, "init"), videos, jnp.asarray(ids[:1]))["params"]
-        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-        return Fitted(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+        return start or VideoScorer(config).init(stream_key(seed, "init"), videos, jnp.asarray(ids[:1]))["params"]
 
-    state = init()
-    print(f"scorer: {count(state.params):,} parameters", flush=True)
-    state = fit(state, lambda s, step: update(s, step, pools), steps, workdir / "scorer", seconds=seconds)
-    return ScorerParts(config, state.ema, tokenizer)
+    params = optimise(loss, fresh, seed, steps, rate, pools, workdir / "scorer", seconds)
+    return ScorerParts(config, params, tokenizer)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,0 +1,99 @@
+"""The recipe of the miniature VideoScore on a handful of clips: it runs, resumes, writes a folder that scores."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from vpo_jax.checkpoints.videoscore import read_videoscore, write_videoscore
+from vpo_jax.rewards.loading import load_scorer
+from vpo_jax.rewards.protocol import DIMENSIONS
+from vpo_jax.rewards.query import FIELD, IMAGE_TOKEN, QueryEncoder
+from vpo_jax.runtime.trees import flatten
+from vpo_jax.shapes import scorer_data as data
+from vpo_jax.shapes import train_videoscore, world
+from vpo_jax.shapes.train_scorer import Batch, Pools
+
+
+@pytest.fixture
+def pools():
+    rows = jnp.asarray(world.caption_indices("train"))
+    clips = jax.jit(lambda key: data.make_clips(key, 16, rows, disturbed=False))(jax.random.key(0))
+    return Pools(clips, clips, clips.videos, clips.rows)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """One layer of everything, two clips of each kind."""
+    whole = train_videoscore.make_config
+
+    def make_config(tokenizer: Tokenizer):
+        config = whole(tokenizer)
+        vision = dataclasses.replace(config.vision, num_hidden_layers=1, hidden_size=16, intermediate_size=16)
+        perceiver = dataclasses.replace(config.perceiver, resampler_depth=1)
+        text = dataclasses.replace(config.text, num_hidden_layers=1)
+        return dataclasses.replace(config, vision=vision, perceiver=perceiver, text=text)
+
+    monkeypatch.setattr(train_videoscore, "make_config", make_config)
+    monkeypatch.setattr(train_videoscore, "WITH_BASE", Batch(fresh=2, round_trip=2, denoised=2, pairs=7))
+
+
+def test_a_resumed_training_is_the_uninterrupted_one_and_its_folder_scores(small, pools, tmp_path):
+    straight = train_videoscore.train(0, 3, 1e-3, pools, tmp_path / "straight")
+    with pytest.raises(TimeoutError, match="the same command goes on"):
+        train_videoscore.train(0, 3, 1e-3, pools, tmp_path / "stopped", seconds=0.0)
+    resumed = train_videoscore.train(0, 3, 1e-3, pools, tmp_path / "stopped")
+    before = flatten(train_videoscore.make_start(straight.config, 0)())
+    for path, value in flatten(straight.params).items():
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(flatten(resumed.params)[path]), err_msg=path)
+        if "score" in path:
+            assert np.any(np.asarray(value) != np.asarray(before[path])), f"{path} has not learned"
+
+    write_videoscore(tmp_path / "out", straight)
+    again = read_videoscore(tmp_path / "out", len(DIMENSIONS))
+    assert (again.config, again.query_prompt) == (straight.config, train_videoscore.QUERY)
+    for path, value in flatten(again.params).items():
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(flatten(straight.params)[path]), err_msg=path)
+    captions = [world.make_caption(row) for row in world.ALL_ATTRIBUTES[:2]]
+    scores = load_scorer(tmp_path / "out")(np.asarray(pools.samples[:2]), captions)
+    assert set(scores) == set(DIMENSIONS) and all(np.isfinite(value).all() for value in scores.values())
+
+
+def test_the_scores_that_it_learns_are_those_that_the_reward_gives(small, pools, tmp_path):
+    """The recipe asks as the reward does: the loss of no pairs is the mean of the reward's own squared errors."""
+    tokenizer = train_videoscore.make_tokenizer()
+    config = train_videoscore.make_config(tokenizer)
+    queries = QueryEncoder(tokenizer, train_videoscore.QUERY, config.image_token_id, 4, 16)
+    params = train_videoscore.make_start(config, 1)()
+    loss = train_videoscore.make_loss(config, queries, Batch(fresh=3))
+    key = jax.random.key(5)
+    _, metrics = jax.jit(loss)(params, key, None)
+
+    parts = train_videoscore.VideoScoreParts(
+        config, params, tokenizer, train_videoscore.PROCESSOR, train_videoscore.QUERY
+    )
+    write_videoscore(tmp_path / "out", parts)
+    clip_key, ask_key, _ = jax.random.split(key, 3)
+    clips = jax.jit(train_videoscore.draw_clips, static_argnums=1)(clip_key, Batch(fresh=3), None)
+    rows, match = jax.vmap(data.ask)(jax.random.split(ask_key, 3), clips.rows, clips.freeze)
+    captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in np.asarray(rows)]
+    scores = load_scorer(tmp_path / "out")(np.asarray(clips.videos), captions)
+    truth = np.asarray(data.labels(clips.goodness.at[:, data.ALIGNMENT].set(match)))
+    for i, name in enumerate(DIMENSIONS):
+        assert float(metrics[name]) == pytest.approx(float(np.mean((scores[name] - truth[:, i]) ** 2)), rel=1e-4), name
+
+
+def test_every_caption_fits_and_every_word_has_a_token():
+    tokenizer = train_videoscore.make_tokenizer()
+    assert IMAGE_TOKEN in tokenizer.get_vocab()
+    unknown = tokenizer.token_to_id("[UNK]")
+    lengths = []
+    for row in world.ALL_ATTRIBUTES:
+        ids = tokenizer.encode(world.make_caption(row)).ids
+        assert unknown not in ids
+        lengths.append(len(ids))
+    assert max(lengths) <= train_videoscore._CAPTION_TOKENS
+    assert unknown not in tokenizer.encode(train_videoscore.QUERY.replace(FIELD, "")).ids
