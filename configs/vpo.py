@@ -177,6 +177,7 @@ def _embedded(config: ConfigDict) -> None:
     config.reference.schedule = "frozen"
     config.ema.decay = 0.98
     config.ema.extrapolation = 5.0
+    config.checkpoint.every = 4
     config.eval.every = 24
     config.eval.num_inference_steps = 16
     config.reward.weights = ",".join(
