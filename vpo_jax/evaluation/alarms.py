@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 LEAST_MOTION = 0.9
 MOST_RISING = 0.6
+_ONE_IN_TWENTY = 1.645  # standard deviations
 
 
 class Alarm(NamedTuple):
@@ -34,9 +35,14 @@ def motion_lost(motion: float, base_motion: float, least: float = LEAST_MOTION) 
     return motion < base_motion - (1 - least) * abs(base_motion)
 
 
-def winners_forgotten(share_rising: float, most: float = MOST_RISING) -> bool:
-    """Whether too many winners have become less likely than they were at the start: P(e_w rises) > `most`."""
-    return share_rising > most
+def winners_forgotten(share_rising: float, pairs: float, most: float = MOST_RISING) -> bool:
+    """Whether too many winners have become less likely than they were at the start: P(e_w rises) > `most`.
+
+    `share_rising` is of so many watched pairs; of few it must lie so far above `most` that chance alone would put it
+    there once in twenty times.
+    """
+    chance = _ONE_IN_TWENTY * (most * (1 - most) / max(pairs, 1.0)) ** 0.5
+    return share_rising > most + chance
 
 
 def check_alarms(
@@ -45,6 +51,7 @@ def check_alarms(
     judges: Sequence[str] = (),
     motion: Sequence[str] = (),
     rising: str | None = None,
+    watched: str | None = None,
 ) -> tuple[Alarm, ...]:
     """The alarms that the newest evaluation rings.
 
@@ -54,6 +61,7 @@ def check_alarms(
       judges: names of the held-out judges' metrics.
       motion: names of motion metrics, of scorers' dynamic_degree or a judge's speed.
       rising: name of P(e_w rises).
+      watched: name of the number of pairs that it was measured on.
 
     An evaluation that lacks a metric, or has None for it, is passed over for that metric.
     """
@@ -69,10 +77,11 @@ def check_alarms(
         if seen and motion_lost(seen[-1], seen[0]):
             alarms.append(Alarm("motion_lost", f"{name} is {seen[-1]:.4g}, below 90 % of the base's {seen[0]:.4g}"))
     newest = evaluations[-1]
-    if rising is not None and _has(newest, rising) and winners_forgotten(newest[rising]):
-        alarms.append(
-            Alarm("winners_forgotten", f"{newest[rising]:.0%} of the stored winners became less likely than at first")
-        )
+    if rising is not None and watched is not None and _has(newest, rising) and _has(newest, watched):
+        share, pairs = newest[rising], newest[watched]
+        if winners_forgotten(share, pairs):
+            what = f"{share:.0%} of {pairs:.0f} stored winners became less likely than at first"
+            alarms.append(Alarm("winners_forgotten", what))
     return tuple(alarms)
 
 

@@ -387,7 +387,7 @@ class Update:
     def displacement(self, state: TrainState, frozen: Tree, start: Tree, empty_text: jax.Array) -> dict[str, float]:
         """How far the policy has gone, and P(e_w rises): the share of watched pairs whose e_w is above theta0's.
 
-        Preference training can make winners less likely along with losers; above 0.6 it does.
+        Preference training can make winners less likely along with losers; above 0.6 it does (`evaluation.alarms`).
         """
         noised = self.draw(state.watched, empty_text, 0, _WATCH_DRAW)
         mask = state.watched.mask
@@ -395,6 +395,7 @@ class Update:
         risen = (now > before).astype(jnp.float32) + 0.5 * (now == before)
         return {
             "policy/winner_error_rises": float(losses.masked_sum(risen, mask) / losses.denominator(mask)),
+            "policy/watched_pairs": float(mask.sum()),
             "policy/distance_to_start": float(_distance(state.policy, start)),
             "policy/distance_to_reference": float(_distance(state.policy, state.reference)),
         }

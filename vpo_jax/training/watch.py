@@ -98,6 +98,7 @@ class Watch:
             judges=[f"held_out/{name}" for name in self.held_out],
             motion=[f"eval/{name}" for name in self.trained if name.rpartition("/")[2] == MOTION],
             rising="policy/winner_error_rises",
+            watched="policy/watched_pairs",
         )
 
 
