@@ -244,25 +244,42 @@ def train(
     return ScorerParts(config, params, tokenizer)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Makes the pools, trains, writes the folder."""
-    parser = Parser("vpo_jax.shapes.train_scorer", __doc__ or "")
+def make_parser(name: str, text: str, steps: int, learning_rate: float, carried: int, samples: int) -> Parser:
+    """The flags that the recipes of scorers share, with these defaults."""
+    parser = Parser(name, text)
     parser.add_argument("--base", type=Path, default=None, help="diffusers folder of the base model; none: fresh clips")
     parser.add_argument("--workdir", type=Path, required=True, help="carried clips and checkpoints")
     parser.add_argument("--output", type=Path, required=True, help="the scorer's folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--carried", type=int, default=4096, help="clips carried through the base model, each way")
-    parser.add_argument("--samples", type=int, default=1024, help="samples of the base model")
-    parser.add_argument("--start", type=Path, default=None, help="a scorer to train further")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--learning_rate", type=float, default=learning_rate)
+    parser.add_argument("--carried", type=int, default=carried, help="clips carried through the base model, each way")
+    parser.add_argument("--samples", type=int, default=samples, help="samples of the base model")
     parser.add_argument("--seconds", type=float, default=None, help="stop the training after this long, saved")
-    flags = parser.parse(argv)
+    return parser
+
+
+def open_pools(flags: Any) -> Pools | None:
+    """What `make_pools` makes with these flags, None without a base model.
+
+    Raises:
+      UserError: the output would lie among what the recipe keeps for itself.
+    """
     if flags.output.resolve().is_relative_to(flags.workdir.resolve()):
         raise UserError(f"--output: {flags.output} is inside --workdir; choose a folder outside of it")
-    pools = None
-    if flags.base is not None:
-        pools = make_pools(flags.base, flags.seed, flags.carried, flags.samples, flags.workdir / "pools")
+    if flags.base is None:
+        return None
+    return make_pools(flags.base, flags.seed, flags.carried, flags.samples, flags.workdir / "pools")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Makes the pools, trains, writes the folder."""
+    parser = make_parser(
+        "vpo_jax.shapes.train_scorer", __doc__ or "", steps=3000, learning_rate=2e-3, carried=4096, samples=1024
+    )
+    parser.add_argument("--start", type=Path, default=None, help="a scorer to train further")
+    flags = parser.parse(argv)
+    pools = open_pools(flags)
     start = None if flags.start is None else read_scorer(flags.start).params
     parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, flags.seconds, start)
     names = ("seed", "steps", "learning_rate", "carried", "samples")

@@ -27,8 +27,7 @@ from vpo_jax.models.idefics2_config import Idefics2Config, PerceiverConfig, Text
 from vpo_jax.rewards.frames import FrameSettings, prepare_frames
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.rewards.query import FAKE_TOKEN, FIELD, IMAGE_TOKEN, QueryEncoder
-from vpo_jax.runtime.cli import Parser, run
-from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.cli import run
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.trees import flatten, unflatten
 from vpo_jax.shapes import scorer_data as data
@@ -39,7 +38,8 @@ from vpo_jax.shapes.train_scorer import (
     Metrics,
     Pools,
     draw_clips,
-    make_pools,
+    make_parser,
+    open_pools,
     optimise,
     ranking,
     weighted,
@@ -181,22 +181,11 @@ def train(
 
 def main(argv: Sequence[str]) -> None:
     """Makes the pools, trains, writes the folder."""
-    parser = Parser("vpo_jax.shapes.train_videoscore", __doc__ or "")
-    parser.add_argument("--base", type=Path, default=None, help="diffusers folder of the base model; none: fresh clips")
-    parser.add_argument("--workdir", type=Path, required=True, help="carried clips and checkpoints")
-    parser.add_argument("--output", type=Path, required=True, help="the scorer's folder to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--carried", type=int, default=1280, help="clips carried through the base model, each way")
-    parser.add_argument("--samples", type=int, default=768, help="samples of the base model")
-    parser.add_argument("--seconds", type=float, default=None, help="stop the training after this long, saved")
+    parser = make_parser(
+        "vpo_jax.shapes.train_videoscore", __doc__ or "", steps=6000, learning_rate=1e-3, carried=1280, samples=768
+    )
     flags = parser.parse(argv)
-    if flags.output.resolve().is_relative_to(flags.workdir.resolve()):
-        raise UserError(f"--output: {flags.output} is inside --workdir; choose a folder outside of it")
-    pools = None
-    if flags.base is not None:
-        pools = make_pools(flags.base, flags.seed, flags.carried, flags.samples, flags.workdir / "pools")
+    pools = open_pools(flags)
     parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, flags.seconds)
     write_videoscore(flags.output, parts)
     print(f"wrote {flags.output}")
