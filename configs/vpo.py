@@ -2,9 +2,8 @@
 
     python -m vpo_jax.main --config=configs/vpo.py
 
-Takes about a quarter of an hour on two fast CPU cores, half as much again on slow ones, and ends with a table of base
-against tuned, `report.html` and `export/`, a diffusers folder. The preset `tiny` walks through the same stages in
-seconds and learns nothing:
+Takes 14.5 minutes on two fast CPU cores, more on slow ones, and ends with a table of base against tuned, `report.html`
+and `export/`, a diffusers folder. The preset `tiny` walks through the same stages in seconds and learns nothing:
 
     python -m vpo_jax.main --config=configs/vpo.py:tiny
 
@@ -150,7 +149,7 @@ def _shapes() -> ConfigDict:
 
 
 def _embedded(config: ConfigDict) -> None:
-    """A quarter of an hour, installing included, on two CPU cores that make an update in 0.8 s.
+    """14.5 minutes, installing included, on two CPU cores that make an update in 0.8 s.
 
     Adapters lie on every layer: flicker and jitter live in the convolutions, which attention alone cannot reach. Pairs
     are what teaches, so rollouts are short and many, and each pair is used twice. A long average of the policy keeps
