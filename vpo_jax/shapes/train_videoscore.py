@@ -4,8 +4,10 @@
 
 It learns from what the shipped scorer learns from (see `train_scorer`), and its folder is like a real VideoScore's:
 
+    WEIGHTS=videoscore/temporal_consistency=5,videoscore/visual_quality=2,videoscore/text_to_video_alignment=2
+    WEIGHTS=$WEIGHTS,videoscore/dynamic_degree=0.25,videoscore/factual_consistency=0
     python -m vpo_jax.main --config=configs/vpo.py --config.reward.scorers=videoscore \\
-        --config.reward.videoscore.path=DIR
+        --config.reward.videoscore.path=DIR --config.reward.weights=$WEIGHTS
 
 The workdir keeps the carried clips and the checkpoints; interrupted, the same command goes on.
 """
