@@ -23,7 +23,7 @@ from rich.table import Table
 from vpo_jax.planning.chips import Topology, parse_topology
 from vpo_jax.planning.compiled import compile_stage, missing, topology_mesh
 from vpo_jax.planning.fit import Linear, measure_stages
-from vpo_jax.planning.job import Job, make_job
+from vpo_jax.planning.job import Job, choose_stages, make_job
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import mesh_sizes
@@ -74,14 +74,11 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
             config[section][field] = int(config[section][field] * times)
         check(config)
         job = make_job(config)
-        if unknown := set(flags.stages.split(",")) - {stage.name for stage in job.stages}:
-            known = ", ".join(stage.name for stage in job.stages)
-            raise UserError(f"--stages: {', '.join(sorted(unknown))}: no such stage; the job has {known}")
+        chosen = choose_stages(job, flags.stages)
         mesh = topology_mesh(topology, mesh_sizes(topology.count, **config.mesh))
         if mesh is None:
             raise UserError(f"--slices: libtpu counts the devices of {topology.name} in another way")
         check_mesh(config, mesh)
-        chosen = [stage for stage in job.stages if stage.name in flags.stages.split(",")]
         compiled = {stage.name: compile_stage(stage, mesh) for stage in chosen}
         sent = {name: wire_bytes(found.collectives, topology.count) for name, found in compiled.items()}
         seconds = step_seconds(job, measure_stages(job), topology, sent)

@@ -12,7 +12,7 @@ from rich.console import Console
 from vpo_jax.planning.chips import CHIPS, parse_topology
 from vpo_jax.planning.compiled import compile_stage, missing, topology_mesh
 from vpo_jax.planning.fit import abstract_mesh, make_plan, make_split_plan, measure_stages, propose
-from vpo_jax.planning.job import make_job
+from vpo_jax.planning.job import choose_stages, make_job
 from vpo_jax.planning.show import (
     compiled_table,
     describe_job,
@@ -41,6 +41,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
         "--utilisation", type=float, default=0.4, help="share of the floor's speed that a run reaches (default: 0.4)"
     )
     parser.add_argument("--analytic", action="store_true", help="formulas only, also where libtpu could compile")
+    parser.add_argument("--stages", default="", help="comma-separated, compiled; none: every stage")
     parser.add_argument("--output", default="", help="also write the plan here, as JSON")
     flags = parser.parse(words)
     if not 0 < flags.utilisation <= 1:
@@ -65,6 +66,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
         check_mesh(config, abstract_mesh(sizes))
 
     job = make_job(config)
+    chosen = choose_stages(job, flags.stages)
     console.print(describe_job(job), soft_wrap=True, highlight=False)
     lines = measure_stages(job)
     written: dict[str, Any] = {}
@@ -93,7 +95,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
             console.print(f"not compiled: {why or 'libtpu counts its devices in another way'}", highlight=False)
         else:
             compiled = {}
-            for stage in job.stages:
+            for stage in chosen:
                 print(f"compiling {stage.name}: ", end="", file=sys.stderr, flush=True)
                 found = compiled[stage.name] = compile_stage(stage, mesh)
                 print(f"{found.seconds:.0f} s, temporaries {found.temporaries / 1e9:.3g} GB", file=sys.stderr)

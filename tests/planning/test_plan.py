@@ -113,7 +113,9 @@ def test_fsdp_cuts_weights_and_gathers_them_in_every_forward(planned):
     assert whole.resident["frozen denoiser"] == bytes_of(job.policy.frozen)
     assert cut.resident["frozen denoiser"] < 0.75 * whole.resident["frozen denoiser"]
     gathered = {stage.name: stage.collectives.get("all-gather", 0) for stage in cut.stages}
-    assert gathered["rollout"] > 0 and not any("all-gather" in stage.collectives for stage in whole.stages)
+    scorer = next(name for name in gathered if name.startswith("score "))
+    assert all(gathered[name] > 0 for name in ("encode", "rollout", "decode", scorer, "errors", "update"))
+    assert not any("all-gather" in stage.collectives for stage in whole.stages)
     assert "all-reduce" in {kind for stage in whole.stages for kind in stage.collectives}
 
 
@@ -160,12 +162,19 @@ def test_collectives_are_counted_by_kind_in_a_programs_text():
 def test_libtpu_compiles_every_stage_for_a_slice_that_is_not_here(job, tmp_path):
     output = tmp_path / "plan.json"
     flags = "--config.train.prompts_per_step=4", "--topology=v5e:2x2", f"--output={output}"
+    run(*job, *flags, "--stages=encode, errors")
+    assert set(json.loads(output.read_text())["compiled"]) == {"encode", "errors"}
     said = run(*job, *flags)
     assert "compiled stage" in said
     compiled = json.loads(output.read_text())["compiled"]
     # So small a model computes in the chip's scratch memory: the compiler needs no temporaries.
     assert compiled["update"]["arguments"] > 0 and compiled["update"]["flops"] > 0
     assert compiled["update"]["collectives"]["all-reduce"] > 0, compiled["update"]
+
+
+def test_an_unknown_stage_is_refused_before_anything_is_compiled(job):
+    with pytest.raises(UserError, match="--stages: updat: no such stage; the job has encode, rollout, decode, score"):
+        run(*job, "--topology=v5e:1x2", "--stages=updat")
 
 
 def test_a_missing_compiler_is_said_with_the_way_to_it():

@@ -168,7 +168,6 @@ def make_plan(
                 infer_state_shardings(tree, abstract) if state else infer_shardings(tree, abstract, PARAMETER_RULES)
             )
             resident[name] = shard_bytes(tree, shardings)
-    weights = bytes_of(job.policy.frozen) + bytes_of(job.policy.start)
     trained = bytes_of(job.policy.start)
 
     stages = []
@@ -180,9 +179,9 @@ def make_plan(
         cost = lines[stage.name].at(microbatch / parts)
         whole = lines[stage.name].at(microbatch)
         collectives: dict[str, float] = {}
-        if mesh["fsdp"] > 1 and stage.forwards:
+        if mesh["fsdp"] > 1 and stage.weights:
             share = (mesh["fsdp"] - 1) / mesh["fsdp"] / mesh["tensor"]
-            collectives["all-gather"] = stage.forwards * chunks * weights * share
+            collectives["all-gather"] = stage.passes * chunks * stage.weights * share
         if parts > 1 and stage.name == "update":
             collectives["all-reduce"] = chunks * 2 * trained * (parts - 1) / parts
         seconds = {

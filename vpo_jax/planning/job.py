@@ -17,6 +17,7 @@ from vpo_jax.planning.specs import MODELS, QUERY_TOKENS, SCORERS, VIDEOREWARD_SE
 from vpo_jax.rewards.combine import dimension_names
 from vpo_jax.rewards.loading import load_reward
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.trees import bytes_of
 from vpo_jax.training.losses import PairCoefficients
 from vpo_jax.training.optimizer import make_optimizer
 from vpo_jax.training.pairs import Pairs, steps_kept
@@ -40,7 +41,8 @@ class Stage:
       batch: what a step gives it, in clips, pairs or prompts.
       microbatch: how many at a time; 0 = all.
       calls: a step.
-      forwards: passes of the denoiser in a call, backward ones too: each gathers its weights where they are cut.
+      weights: bytes of the weights that a pass reads: each pass gathers them where they are cut.
+      passes: in a call, backward ones too.
     """
 
     name: str
@@ -49,7 +51,8 @@ class Stage:
     batch: int
     microbatch: int
     calls: int
-    forwards: int = 0
+    weights: int = 0
+    passes: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,19 @@ class Job:
             "text encoder": (self.pipeline.params["text_encoder"], "rules"),
         }
         return trained | autoencoder | (scorers if self.role == "all" else {})
+
+
+def choose_stages(job: Job, names: str) -> list[Stage]:
+    """The job's stages with these comma-separated names; all where there are none.
+
+    Raises:
+      UserError: a name that no stage has, with those of the job.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()] or [stage.name for stage in job.stages]
+    if unknown := set(wanted) - {stage.name for stage in job.stages}:
+        known = ", ".join(stage.name for stage in job.stages)
+        raise UserError(f"--stages: {', '.join(sorted(unknown))}: no such stage; the job has {known}")
+    return [stage for stage in job.stages if stage.name in wanted]
 
 
 def shapes_of(tree: Tree) -> Tree:
@@ -257,19 +273,22 @@ def make_job(config: Any) -> Job:
     passes = 4 if train.remat else 3
     # Of theta and phi, and of theta0 where an anchor holds the policy to it and phi may leave it.
     adapters = 3 if preference.anchor > 0.0 and config.reference.schedule != "frozen" else 2
+    text_weights, vae_weights = (bytes_of(pipeline.params[name]) for name in ("text_encoder", "vae"))
+    weights = bytes_of(policy.frozen) + bytes_of(policy.start)
     stages = [
-        Stage("encode", encode, ("rules", "batch"), prompts, 0, 1),
+        Stage("encode", encode, ("rules", "batch"), prompts, 0, 1, text_weights),
         Stage("rollout", sample, ("rules", "rules", "batch", "whole", "batch"), clips, rollout.microbatch, 1,
-              forwards=rollout.num_inference_steps),
-        Stage("decode", decode, ("rules", "batch"), clips, rollout.microbatch, 1),
+              weights, passes=rollout.num_inference_steps),
+        Stage("decode", decode, ("rules", "batch"), clips, rollout.microbatch, 1, vae_weights),
         *(
-            Stage(f"score {reward.name}", score(reward), ("rules", "batch", "batch"), clips, rollout.microbatch, 1)
+            Stage(f"score {reward.name}", score(reward), ("rules", "batch", "batch"), clips, rollout.microbatch, 1,
+                  bytes_of(shapes_of(reward.params)))
             for reward in rewards
             if reward.jittable
         ),
-        Stage("errors", errors, of_pairs, pairs, train.microbatch, adapters * updates, forwards=1),
+        Stage("errors", errors, of_pairs, pairs, train.microbatch, adapters * updates, weights),
         Stage("update", update, ("rules", "rules", "batch", "batch", "batch", "batch"), pairs, train.microbatch,
-              updates, forwards=passes),
+              updates, weights, passes),
     ]  # fmt: skip
     one_pair: Pairs = abstract_pairs(prompts, latent_shape, array(*text.shape[1:], dtype=text.dtype))
     state = jax.eval_shape(
