@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import vpo_jax.pipeline as ours
+from vpo_jax.checkpoints.peft import write_adapter
+from vpo_jax.models.lora import LoRAConfig, init_lora, merge_lora
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -188,3 +190,20 @@ def test_what_is_saved_here_makes_the_same_video_in_diffusers(both, tmp_path):
     frames = our_frames(tuned, None)
     assert_same_video(frames, torch_video(loaded, tmp_path, "DDIMScheduler"))
     assert np.abs(frames - our_frames(mine, None)).max() > 0.01  # the change is in it
+
+
+def test_an_adapter_makes_the_same_video_in_diffusers_as_merged_here(both, tmp_path):
+    peft = pytest.importorskip("peft")
+    _, mine, folder = both("modelscope")
+    lora, rng = LoRAConfig(rank=3, alpha=6.0), np.random.default_rng(6)
+    adapters = init_lora(jax.random.key(0), mine.params["unet"], lora)
+    adapters = jax.tree.map(lambda x: rng.normal(scale=0.2, size=x.shape).astype(np.float32), adapters)
+    write_adapter(tmp_path / "adapter", adapters, lora, str(folder))
+    pipe = diffusers.TextToVideoSDPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet = peft.PeftModel.from_pretrained(pipe.unet, tmp_path / "adapter")
+    merged = merge_lora(mine.params["unet"], adapters, lora.scale)
+    tuned = dataclasses.replace(mine, params={**mine.params, "unet": merged})
+    frames = our_frames(tuned, None)
+    assert_same_video(frames, torch_video(pipe, folder, "DDIMScheduler"))
+    assert np.abs(frames - our_frames(mine, None)).max() > 0.01  # the adapter is in it
