@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from vpo_jax.evaluation.compare import Sampling, evaluate
 from vpo_jax.evaluation.win_rate import mean_difference, win_rate
@@ -52,7 +53,8 @@ def measure(workdir: Path, samples: int) -> tuple[Scores, Scores]:
     evaluation = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     sampling = Sampling(**evaluation["settings"] | {"samples": samples})
-    rewards = [*load_rewards(config["reward"]["scorers"]), JudgeReward(), Measures()]
+    settings = ConfigDict(config["reward"])
+    rewards = [*load_rewards(settings.scorers, settings=settings), JudgeReward(), Measures()]
     base, tuned = (
         evaluate(load_pipeline(path), evaluation["prompts"], rewards, sampling)[0]
         for path in (config["model"]["path"], workdir / "export")

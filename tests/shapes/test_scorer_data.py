@@ -146,3 +146,31 @@ def test_equivalent_blur_is_the_blur_that_a_clip_caught_wherever_and_however_bri
     # A shift carries some objects over the border, where they leave an edge that was not there.
     off = np.abs(np.asarray(found - blurs))
     assert (np.median(off) if change == "place" else off.max()) < 0.03
+
+
+def test_facts_are_what_the_frames_show():
+    rows = jnp.asarray(world.caption_indices("train"))
+    presence = (1.0, 1.0, 0.0, 0.0, 0.0, 1.0)  # flicker, jitter, morph
+    clips, facts = jax.jit(lambda key: data.make_known_clips(key, 32, rows, False, True, presence))(jax.random.key(9))
+    frames, facts = np.asarray(clips.videos) / 255.0, np.asarray(facts)
+    shown = {name: facts[..., i] for i, name in enumerate(data.SHOWN)}
+    assert not shown["blur"].any() and not shown["grain"].any()
+    checked = 0
+    for clip in range(32):
+        for frame in range(world.NUM_FRAMES):
+            x, y = (16.0 + 8.0 * shown[axis][clip, frame] for axis in "xy")
+            radius = 6.0 + 2.0 * shown["radius"][clip, frame]
+            if not (radius < x < 32 - radius and radius < y < 32 - radius):
+                continue
+            image, checked = frames[clip, frame], checked + 1
+            background = [(shown[f"background_{c}"][clip, frame] + 1.5) / 3.0 for c in ("red", "green", "blue")]
+            color = [(shown[c][clip, frame] + 1.5) / 3.0 for c in ("red", "green", "blue")]
+            corner = image[-1 if y < 16 else 0, -1 if x < 16 else 0]
+            np.testing.assert_allclose(corner, background, atol=0.003)
+            np.testing.assert_allclose(image[int(y), int(x)], color, atol=0.003)
+            covered = np.abs(image - corner).sum(-1) > 0.5 * np.abs(np.subtract(color, corner)).sum()
+            assert covered.any(0).sum() == pytest.approx(2 * radius, abs=2.1)  # a triangle's corners are thin
+    assert checked > 100
+    light = frames.mean((2, 3, 4))
+    apart = [(x - x.mean(1, keepdims=True)).ravel() for x in (shown["exposure"], light)]
+    assert np.corrcoef(*apart)[0, 1] > 0.8

@@ -42,11 +42,16 @@ def small(monkeypatch):
 
 
 def test_a_resumed_training_is_the_uninterrupted_one_and_its_folder_scores(small, pools, tmp_path):
-    straight = train_videoscore.train(0, 3, 1e-3, pools, tmp_path / "straight")
-    with pytest.raises(TimeoutError, match="the same command goes on"):
-        train_videoscore.train(0, 3, 1e-3, pools, tmp_path / "stopped", seconds=0.0)
-    resumed = train_videoscore.train(0, 3, 1e-3, pools, tmp_path / "stopped")
-    before = flatten(train_videoscore.make_start(straight.config, 0)())
+    def train(folder: str, seconds: float | None = None):
+        return train_videoscore.train(0, 3, 1e-3, pools, tmp_path / folder, seconds, seeing_steps=2)
+
+    straight = train("straight")
+    for stage, step in ("seeing", 1), ("videoscore", 1), ("videoscore", 2):
+        with pytest.raises(TimeoutError, match="the same command goes on"):
+            train("stopped", seconds=0.0)
+        assert (tmp_path / "stopped" / stage / str(step)).is_dir()
+    resumed = train("stopped")
+    before = flatten(train_videoscore.make_start(straight.config, 0)()["scorer"])
     for path, value in flatten(straight.params).items():
         np.testing.assert_array_equal(np.asarray(value), np.asarray(flatten(resumed.params)[path]), err_msg=path)
         if "score" in path:
@@ -73,11 +78,11 @@ def test_the_scores_that_it_learns_are_those_that_the_reward_gives(small, pools,
     _, metrics = jax.jit(loss)(params, key, None)
 
     parts = train_videoscore.VideoScoreParts(
-        config, params, tokenizer, train_videoscore.PROCESSOR, train_videoscore.QUERY
+        config, params["scorer"], tokenizer, train_videoscore.PROCESSOR, train_videoscore.QUERY
     )
     write_videoscore(tmp_path / "out", parts)
     clip_key, ask_key, _ = jax.random.split(key, 3)
-    clips = jax.jit(train_videoscore.draw_clips, static_argnums=1)(clip_key, Batch(fresh=3), None)
+    clips, _ = jax.jit(train_videoscore.draw_clips, static_argnums=1)(clip_key, Batch(fresh=3), None)
     rows, match = jax.vmap(data.ask)(jax.random.split(ask_key, 3), clips.rows, clips.freeze)
     captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in np.asarray(rows)]
     scores = load_scorer(tmp_path / "out")(np.asarray(clips.videos), captions)
@@ -97,3 +102,27 @@ def test_every_caption_fits_and_every_word_has_a_token():
         lengths.append(len(ids))
     assert max(lengths) <= train_videoscore._CAPTION_TOKENS
     assert unknown not in tokenizer.encode(train_videoscore.QUERY.replace(FIELD, "")).ids
+
+
+def test_what_frames_show_is_learnt_from_what_was_drawn(small):
+    """With heads that answer nothing, the lessons' errors are the mean squares of the facts."""
+    tokenizer = train_videoscore.make_tokenizer()
+    config = train_videoscore.make_config(tokenizer)
+    params = jax.jit(train_videoscore.make_start(config, 0))()
+    key, rows = jax.random.key(2), jnp.asarray(world.caption_indices("train"))
+    _, metrics = jax.jit(train_videoscore.make_seeing_loss(config, 4))(params, key, None)
+    _, facts = jax.jit(lambda key: data.make_known_clips(key, 4, rows))(key)
+    for i, name in enumerate(data.SHOWN):
+        assert float(metrics[name]) == pytest.approx(float(np.square(facts[..., i]).mean()), rel=1e-5), name
+
+
+def test_whitened_patches_have_unit_variance_and_do_not_go_together():
+    frames = np.random.RandomState(0).uniform(size=(64, 8, 8, 3)).astype(np.float32)
+    frames[..., 1] = 0.3 * frames[..., 1] + frames[..., 0]  # neither alike nor independent
+    kernel, bias = train_videoscore.whiten(jnp.asarray(frames), 4, 60)
+    patches = frames.reshape(64, 2, 4, 2, 4, 3).swapaxes(2, 3).reshape(-1, 48)
+    seen = patches @ np.asarray(kernel).reshape(48, 60) + np.asarray(bias)
+    np.testing.assert_allclose(seen.mean(0), 0.0, atol=1e-3)
+    expected = np.diag(np.arange(60) < 48).astype(float)
+    np.testing.assert_allclose(np.cov(seen.T, bias=True), expected, atol=0.15)  # the floor takes a part of the smallest
+    np.testing.assert_allclose(np.diag(np.cov(seen.T, bias=True))[16:48], 1.0, atol=0.01)

@@ -16,6 +16,7 @@ from vpo_jax.checkpoints.scorer_folder import write_scorer_folder
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
 from vpo_jax.models.idefics2_config import Idefics2Config
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.trees import cast_floating
 
 CLASS = "Idefics2ForSequenceClassification"
 QUERY_FILE = "query_prompt.txt"
@@ -74,18 +75,30 @@ def read_videoscore(folder: str | Path, num_labels: int, dtype: str = "") -> Vid
     return VideoScoreParts(config, params, tokenizer, processor, query)
 
 
-def write_videoscore(folder: str | Path, parts: VideoScoreParts) -> None:
+def write_videoscore(
+    folder: str | Path,
+    parts: VideoScoreParts,
+    extra: Mapping[str, Mapping[str, Any]] | None = None,
+    dtype: Any = jnp.float32,
+) -> None:
     """Writes a folder that `read_videoscore` and transformers read, whole or not at all.
+
+    Args:
+        folder: replaced where it holds a scorer already.
+        parts: what goes into it.
+        extra: JSON files to write into it, by name.
+        dtype: of the weights on disk.
 
     Raises:
         UserError: the name is taken by something that is no scorer, or the disk refuses.
     """
     values = {"config.json": parts.config.to_dict(), "preprocessor_config.json": parts.image_processor}
+    values |= dict(extra or {})
     files = {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
     files["tokenizer.json"] = parts.tokenizer.to_str(pretty=True)
     if parts.query_prompt is not None:
         files[QUERY_FILE] = parts.query_prompt
-    write_scorer_folder(folder, files, jax.device_get(parts.params))
+    write_scorer_folder(folder, files, cast_floating(jax.device_get(parts.params), dtype))
 
 
 def videoscore_shapes(config: Idefics2Config, num_labels: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.loading import Scorer, load_scorer
 from vpo_jax.rewards.protocol import DIMENSIONS
+from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.shapes import judge, scorer_data, world
 
@@ -165,6 +166,8 @@ def _show(quality: Mapping[str, Any]) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Measures and writes the file."""
+    keep_compiled_programs()
+    keep_freed_memory()
     parser = Parser("vpo_jax.shapes.measure", __doc__ or "")
     parser.add_argument("--base", type=Path, required=True, help="diffusers folder of the base model")
     parser.add_argument("--scorer", required=True, help="folder of the scorer, or its name")

@@ -180,8 +180,31 @@ def make_clips(
 
     Without `soft` none is blurred or has grain. `presence` is that of `sample_strengths`.
     """
+    return make_known_clips(key, count, rows, disturbed, soft, presence)[0]
 
-    def one(key: jax.Array) -> Labelled:
+
+# Of a frame; `make_known_clips` says in which units.
+SHOWN = (
+    *("x", "y", "radius", "red", "green", "blue"),
+    *("background_red", "background_green", "background_blue", "exposure", "blur", "grain"),
+)
+
+
+def make_known_clips(
+    key: jax.Array,
+    count: int,
+    rows: jax.Array,
+    disturbed: bool = True,
+    soft: bool = True,
+    presence: Sequence[float] | None = None,
+) -> tuple[Labelled, jax.Array]:
+    """`make_clips`, and what their frames show, float32 [B, F, 12] in the order of `SHOWN`: numbers of order one.
+
+    Place and radius of the object are from the frame's middle and from 6 pixels, in 8 and 2 pixels; colours are as
+    exposed.
+    """
+
+    def one(key: jax.Array) -> tuple[Labelled, jax.Array]:
         pick, scene_key, strength_key, render_key, disturb_key = jax.random.split(key, 5)
         row = rows[jax.random.randint(pick, (), 0, len(rows))]
         scene = world.sample_scene(scene_key, world.Attributes(*jnp.asarray(world.ALL_ATTRIBUTES)[row]))
@@ -192,16 +215,31 @@ def make_clips(
         if disturbed:
             clip = disturb(disturb_key, clip)
         goodness, blur = goodness_of(scene, strengths), world.BLUR_SIGMA * jnp.asarray(strengths.blur)
-        return Labelled(world.to_uint8(clip), goodness, row, jnp.asarray(strengths.freeze), blur)
+        labelled = Labelled(world.to_uint8(clip), goodness, row, jnp.asarray(strengths.freeze), blur)
+        return labelled, _facts(scene, strengths, world.follow(scene, strengths, render_key))
 
     return jax.vmap(one)(jax.random.split(key, count))
+
+
+def _facts(scene: world.Scene, strengths: world.Degradation, track: world.Track) -> jax.Array:
+    every = jnp.ones(world.NUM_FRAMES)
+    columns = [
+        (track.centers - world.SIZE / 2) / 8.0,
+        (track.radii[:, None] - 6.0) / 2.0,
+        3.0 * world.expose(track.colors[:, None, None], track.exposure)[:, 0, 0] - 1.5,
+        3.0 * world.expose(every[:, None, None, None] * scene.background, track.exposure)[:, 0, 0] - 1.5,
+        4.0 * track.exposure[:, None],
+        2.0 * every[:, None] * strengths.blur,
+        2.0 * every[:, None] * jnp.sqrt(strengths.noise),
+    ]
+    return jnp.concatenate(columns, axis=-1)
 
 
 # The base model's samples, made worse in one known way.
 
 _SPOILS = 7
 _WEAKEST_ACROSS = 0.5
-_SPOILED = jnp.array([CONSISTENCY, CONSISTENCY, QUALITY, QUALITY, MOTION, FACTS, ALIGNMENT])
+_SPOILED = np.array([CONSISTENCY, CONSISTENCY, QUALITY, QUALITY, MOTION, FACTS, ALIGNMENT])
 
 
 def spoil(
@@ -276,7 +314,7 @@ def make_pairs(key: jax.Array, count: int, videos: jax.Array, rows: jax.Array) -
         # A sample may miss its caption in one attribute; with two or more exchanged it is still the better match.
         wrong, _ = ask(ask_key, rows[chosen], 0.0, fewest=2)
         row = jnp.where(kind == _SPOILS - 1, wrong, rows[source])
-        return Pairs(videos[chosen], world.to_uint8(clip), rows[chosen], row, _SPOILED[kind], strength)
+        return Pairs(videos[chosen], world.to_uint8(clip), rows[chosen], row, jnp.asarray(_SPOILED)[kind], strength)
 
     return jax.vmap(one)(jnp.arange(count))
 

@@ -24,6 +24,7 @@ from vpo_jax.diffusion.schedules import add_noise, make_schedule, training_targe
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
+from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.runtime.trees import count
 from vpo_jax.shapes import clock, world
@@ -332,6 +333,8 @@ def write_base(output: Path, vae_params: Tree, denoiser: Tree, recipe: dict[str,
 
 def main(argv: Sequence[str]) -> None:
     """Trains both stages and writes the folder."""
+    keep_compiled_programs()
+    keep_freed_memory()
     parser = Parser("vpo_jax.shapes.train_base", __doc__ or "")
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints of the two stages")
     parser.add_argument("--output", type=Path, required=True, help="the diffusers folder to write")

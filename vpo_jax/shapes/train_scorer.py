@@ -22,6 +22,7 @@ from vpo_jax.checkpoints.scorers import ScorerParts, encode_captions, make_word_
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.protocol import DIMENSIONS
+from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
@@ -104,14 +105,15 @@ def make_pools(base: str | Path, seed: int, carried: int, samples: int, folder: 
     )
 
 
-def draw_clips(key: jax.Array, sizes: Batch, pools: Pools | None) -> data.Labelled:
-    """The labelled clips of one step, from every source; jittable."""
+def draw_clips(key: jax.Array, sizes: Batch, pools: Pools | None) -> tuple[data.Labelled, jax.Array]:
+    """The labelled clips of one step, from every source, fresh ones first, and the facts of these; jittable."""
     fresh_key, *pool_keys = jax.random.split(key, 3)
-    parts = [data.make_clips(fresh_key, sizes.fresh, jnp.asarray(world.caption_indices("train")))]
+    fresh, facts = data.make_known_clips(fresh_key, sizes.fresh, jnp.asarray(world.caption_indices("train")))
+    parts = [fresh]
     if pools is not None:
         parts.append(_draw(pool_keys[0], pools.round_trip, sizes.round_trip))
         parts.append(_draw(pool_keys[1], pools.denoised, sizes.denoised))
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts), facts
 
 
 def _draw(key: jax.Array, pool: data.Labelled, number: int) -> data.Labelled:
@@ -150,7 +152,7 @@ def make_loss(config: VideoScorerConfig, token_ids: np.ndarray, sizes: Batch) ->
 
     def loss(params: Tree, key: jax.Array, pools: Pools | None) -> tuple[jax.Array, Metrics]:
         clip_key, ask_key, pair_key = jax.random.split(key, 3)
-        clips = draw_clips(clip_key, sizes, pools)
+        clips, _ = draw_clips(clip_key, sizes, pools)
         number = len(clips.rows)
         pairs = None if pools is None else data.make_pairs(pair_key, sizes.pairs, pools.samples, pools.sample_rows)
         videos = [clips.videos] if pairs is None else [clips.videos, pairs.better, pairs.worse]
@@ -259,6 +261,12 @@ def make_parser(name: str, text: str, steps: int, learning_rate: float, carried:
     return parser
 
 
+def command_line(module: str, flags: Any, more: Sequence[str] = ()) -> str:
+    """The command that trains the same scorer again, but for its folders; `more` are flags of this recipe alone."""
+    names = ("seed", "steps", "learning_rate", "carried", "samples", *more)
+    return " ".join([f"python -m {module}", *(f"--{name}={getattr(flags, name)}" for name in names)])
+
+
 def open_pools(flags: Any) -> Pools | None:
     """What `make_pools` makes with these flags, None without a base model.
 
@@ -274,6 +282,8 @@ def open_pools(flags: Any) -> Pools | None:
 
 def main(argv: Sequence[str]) -> None:
     """Makes the pools, trains, writes the folder."""
+    keep_compiled_programs()
+    keep_freed_memory()
     parser = make_parser(
         "vpo_jax.shapes.train_scorer", __doc__ or "", steps=3000, learning_rate=2e-3, carried=4096, samples=1024
     )
@@ -282,13 +292,12 @@ def main(argv: Sequence[str]) -> None:
     pools = open_pools(flags)
     start = None if flags.start is None else read_scorer(flags.start).params
     parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, flags.seconds, start)
-    names = ("seed", "steps", "learning_rate", "carried", "samples")
-    words = ["python -m vpo_jax.shapes.train_scorer", *(f"--{name}={getattr(flags, name)}" for name in names)]
+    command = command_line("vpo_jax.shapes.train_scorer", flags)
     earlier: list[str] = []
     if flags.start is not None:
-        words.append("--start=THE_SCORER_ABOVE")
+        command += " --start=THE_SCORER_ABOVE"
         earlier = json.loads((flags.start / "recipe.json").read_text())["commands"]
-    write_scorer(flags.output, parts, {"recipe.json": {"commands": [*earlier, " ".join(words)]}})
+    write_scorer(flags.output, parts, {"recipe.json": {"commands": [*earlier, command]}})
     print(f"wrote {flags.output}")
 
 

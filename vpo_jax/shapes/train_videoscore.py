@@ -13,6 +13,7 @@ The workdir keeps the carried clips and the checkpoints; interrupted, the same c
 """
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from tokenizers import AddedToken, Tokenizer
 
 from vpo_jax.checkpoints.scorers import make_word_tokenizer
@@ -29,6 +31,7 @@ from vpo_jax.models.idefics2_config import Idefics2Config, PerceiverConfig, Text
 from vpo_jax.rewards.frames import FrameSettings, prepare_frames
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.rewards.query import FAKE_TOKEN, FIELD, IMAGE_TOKEN, QueryEncoder
+from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import run
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.trees import flatten, unflatten
@@ -39,6 +42,7 @@ from vpo_jax.shapes.train_scorer import (
     Loss,
     Metrics,
     Pools,
+    command_line,
     draw_clips,
     make_parser,
     open_pools,
@@ -53,9 +57,14 @@ QUERY = f"rate the video of {FIELD} in frames "
 _CAPTION_TOKENS = 16
 _MIDDLE = 2.5  # of the scores' scale, where the head starts
 _GAIN = 3**0.5  # PyTorch's initial matrices lose two thirds of the variance
+_APART = 25.0  # times transformers' 0.02: words and places that look alike are not told apart for a thousand steps
 _LATENTS, _LATENT_STD = "model/connector/perceiver_resampler/latents", 0.02
+_PATCHES = "model/vision_model/embeddings/patch_embedding"
+_WHITENING_CLIPS, _WHITENING_FLOOR = 64, 1e-4
+_EARLY, _LESSONS = 0.25, 0.5
+SEEING = 32  # clips a step
 ALONE = Batch(fresh=48)
-WITH_BASE = Batch(fresh=12, round_trip=6, denoised=12, pairs=14)
+WITH_BASE = Batch(fresh=20, round_trip=6, denoised=10, pairs=14)
 
 
 def make_tokenizer() -> Tokenizer:
@@ -76,7 +85,7 @@ def make_config(tokenizer: Tokenizer) -> Idefics2Config:
         vision=VisionConfig(
             hidden_size=96,
             intermediate_size=256,
-            num_hidden_layers=4,
+            num_hidden_layers=3,
             num_attention_heads=4,
             image_size=world.SIZE,
             patch_size=8,
@@ -109,35 +118,93 @@ PROCESSOR = {"size": {"shortest_edge": world.SIZE, "longest_edge": 980}, "do_ima
 
 
 def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Loss:
-    """The loss of a VideoScore asked by `queries`: all five scores are read of one caption for each clip."""
+    """The loss of {"scorer", "lessons"}: all five scores are read of one caption for each clip, and the lessons.
+
+    A real VideoScore starts from a model that has seen the world; this one learns beside the scores what frames show
+    (of the perceiver's tokens), what changed since the frame before, and which attributes the caption has right (of
+    the decoder, behind each frame, where it also has to give the scores that it would give so far). The heads that
+    answer are dropped after the training.
+    """
     model = Idefics2ForSequenceClassification(config, len(DIMENSIONS))
     settings = FrameSettings.from_dict(PROCESSOR)
     asked_of_all = queries([world.make_caption(row) for row in world.ALL_ATTRIBUTES])
     text, text_mask = jnp.asarray(asked_of_all["input_ids"]), jnp.asarray(asked_of_all["mask"])
     frame_ids = jnp.asarray(np.tile(queries.frame_ids, world.NUM_FRAMES))
+    attributes = jnp.asarray(world.ALL_ATTRIBUTES)
 
-    def judge(params: Tree, videos: jax.Array, rows: jax.Array) -> jax.Array:
-        """Scores [B, 5] of videos uint8 [B, F, H, W, 3] asked for the captions `rows` int32 [B]."""
+    def look(
+        module: Idefics2ForSequenceClassification, ids: jax.Array, mask: jax.Array, pixels: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        images = module.see(pixels.reshape(-1, *pixels.shape[2:]))
+        images = images.reshape(*pixels.shape[:2], *images.shape[1:])
+        hidden, _ = module.model.read(ids, mask, images)
+        behind = hidden[:, text.shape[1] :].reshape(*pixels.shape[:2], -1, hidden.shape[-1])[:, :, -1]
+        return images.reshape(*images.shape[:2], -1), behind, module.score(behind)
+
+    def judge(params: Tree, videos: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of videos uint8 [B, F, H, W, 3] asked for the captions `rows` int32 [B], each [B, F, ...].
+
+        The tokens of each frame, the decoder's state behind it, and the scores read there.
+        """
         ids = jnp.broadcast_to(frame_ids, (len(rows), len(frame_ids)))
         ids = jnp.concatenate([text[rows], ids], axis=1)
         mask = jnp.concatenate([text_mask[rows], jnp.ones((len(rows), len(frame_ids)), bool)], axis=1)
-        return jnp.asarray(model.apply({"params": params}, ids, mask, prepare_frames(settings, videos)))
+        return model.apply({"params": params}, ids, mask, prepare_frames(settings, videos), method=look)
 
     def loss(params: Tree, key: jax.Array, pools: Pools | None) -> tuple[jax.Array, Metrics]:
         clip_key, ask_key, pair_key = jax.random.split(key, 3)
-        clips = draw_clips(clip_key, sizes, pools)
+        clips, facts = draw_clips(clip_key, sizes, pools)
         number = len(clips.rows)
-        rows, match = jax.vmap(data.ask)(jax.random.split(ask_key, number), clips.rows, clips.freeze)
+        asked, match = jax.vmap(data.ask)(jax.random.split(ask_key, number), clips.rows, clips.freeze)
         truth = data.labels(clips.goodness.at[:, data.ALIGNMENT].set(match))
-        if pools is None:
-            value, metrics = weighted(jnp.square(judge(params, clips.videos, rows) - truth))
-            return value, {"loss": value, **metrics}
-        pairs = data.make_pairs(pair_key, sizes.pairs, pools.samples, pools.sample_rows)
-        videos = jnp.concatenate([clips.videos, pairs.better, pairs.worse])
-        scores = judge(params, videos, jnp.concatenate([rows, pairs.better_rows, pairs.worse_rows]))
-        value, metrics = weighted(jnp.square(scores[:number] - truth))
-        behind, parts = ranking(scores[number:], pairs)
-        return value + behind, {"loss": value + behind, **metrics, **parts}
+        videos, rows = clips.videos, asked
+        if pools is not None:
+            pairs = data.make_pairs(pair_key, sizes.pairs, pools.samples, pools.sample_rows)
+            videos = jnp.concatenate([videos, pairs.better, pairs.worse])
+            rows = jnp.concatenate([rows, pairs.better_rows, pairs.worse_rows])
+        seen, behind, scores = judge(params["scorer"], videos, rows)
+        value, metrics = weighted(jnp.square(scores[:number, -1] - truth))
+        metrics = {"loss": value, **metrics}
+        if pools is not None:
+            short, parts = ranking(scores[number:, -1], pairs)
+            metrics |= {"loss": value + short, **parts}
+
+        heads = params["lessons"]
+        early, _ = weighted(jnp.square(scores[:number, 2:-1].mean(1) - truth))
+        shown = jnp.square(_answer(heads["shown"], seen[: len(facts)]) - facts).mean()
+        first = jnp.diff(facts, axis=1)
+        second = jnp.diff(first, axis=1)
+        changed = _answer(heads["changed"], behind[: len(facts), 1:])
+        changes = jnp.square(changed[..., : len(data.SHOWN)] - 2.0 * first).mean()
+        changes += jnp.square(changed[:, 1:, len(data.SHOWN) :] - 2.0 * second).mean()
+        right = (attributes[asked] == attributes[clips.rows]).astype(jnp.float32)
+        logits = _answer(heads["right"], behind[:number, -1])
+        matches = optax.sigmoid_binary_cross_entropy(logits, right).mean()
+        metrics |= {"shown": shown, "changed": changes, "right": matches}
+        return metrics["loss"] + _EARLY * early + _LESSONS * (shown + changes + matches), metrics
+
+    return loss
+
+
+def _answer(head: Tree, x: jax.Array) -> jax.Array:
+    return x @ head["kernel"] + head["bias"]
+
+
+def _make_head(inputs: int, outputs: int) -> Tree:
+    return {"kernel": jnp.zeros((inputs, outputs)), "bias": jnp.zeros(outputs)}
+
+
+def make_seeing_loss(config: Idefics2Config, clips: int) -> Loss:
+    """The loss of {"scorer", "lessons"} of what each frame of fresh clips shows, and of nothing else."""
+    model = Idefics2ForSequenceClassification(config, len(DIMENSIONS))
+    settings = FrameSettings.from_dict(PROCESSOR)
+
+    def loss(params: Tree, key: jax.Array, pools: Pools | None) -> tuple[jax.Array, Metrics]:
+        fresh, facts = data.make_known_clips(key, clips, jnp.asarray(world.caption_indices("train")))
+        pixels = prepare_frames(settings, fresh.videos)
+        images = model.apply({"params": params["scorer"]}, pixels.reshape(-1, *pixels.shape[2:]), method="see")
+        error = jnp.square(_answer(params["lessons"]["shown"], images.reshape(*facts.shape[:2], -1)) - facts)
+        return error.mean(), {"loss": error.mean(), **dict(zip(data.SHOWN, error.mean((0, 1)), strict=True))}
 
     return loss
 
@@ -146,7 +213,8 @@ def make_start(config: Idefics2Config, seed: int) -> Callable[[], Tree]:
     """() -> fresh parameters, through which a clip's differences reach the head.
 
     The resampler's latents differ, or they would never part, but are small beside what they see; matrices keep the
-    variance of what they multiply.
+    variance of what they multiply; patches are whitened (as in arXiv 2404.00498), so that grain and edges are no
+    smaller than colours.
     """
 
     def start() -> Tree:
@@ -154,19 +222,49 @@ def make_start(config: Idefics2Config, seed: int) -> Callable[[], Tree]:
         ids, pixels = jnp.zeros((1, tokens), jnp.int32), jnp.zeros((1, 1, side, side, 3))
         model = Idefics2ForSequenceClassification(config, len(DIMENSIONS))
         params = model.init(stream_key(seed, "init"), ids, jnp.ones(ids.shape, bool), pixels)["params"]
-        fresh = {path: x * _GAIN if path.endswith("kernel") else x for path, x in flatten(params).items()}
+        gains = {"kernel": _GAIN, "embedding": _APART}
+        fresh = {path: x * gains.get(path.rpartition("/")[2], 1.0) for path, x in flatten(params).items()}
         fresh["score/bias"] = jnp.full_like(fresh["score/bias"], _MIDDLE)
-        key = stream_key(seed, "init", 1)
-        fresh[_LATENTS] = _LATENT_STD * jax.random.normal(key, fresh[_LATENTS].shape)
-        return unflatten(fresh)
+        latent_key, clip_key = stream_key(seed, "init", 1), stream_key(seed, "init", 2)
+        fresh[_LATENTS] = _LATENT_STD * jax.random.normal(latent_key, fresh[_LATENTS].shape)
+        clips = data.make_clips(clip_key, _WHITENING_CLIPS, jnp.asarray(world.caption_indices("train")))
+        frames = prepare_frames(FrameSettings.from_dict(PROCESSOR), clips.videos)
+        kernel, bias = whiten(frames.reshape(-1, *frames.shape[2:]), side, config.vision.hidden_size)
+        fresh[f"{_PATCHES}/kernel"], fresh[f"{_PATCHES}/bias"] = kernel, bias
+        width = config.text.hidden_size
+        lessons = {
+            "shown": _make_head(tokens * width, len(data.SHOWN)),
+            "changed": _make_head(width, 2 * len(data.SHOWN)),
+            "right": _make_head(width, len(world.VALUES)),
+        }
+        return {"scorer": unflatten(fresh), "lessons": lessons}
 
     return start
 
 
+def whiten(frames: jax.Array, side: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """Kernel [side, side, 3, width] and bias that give the principal parts of patches of [N, H, W, 3] unit variance."""
+    number, height, across, channels = frames.shape
+    patches = frames.reshape(number, height // side, side, across // side, side, channels).swapaxes(2, 3)
+    patches = patches.reshape(-1, side * side * channels)
+    mean = patches.mean(0)
+    variances, directions = jnp.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))  # ascending
+    kept = min(width, len(variances))
+    kernel = directions[:, -kept:] / jnp.sqrt(jnp.maximum(variances[-kept:], 0.0) + _WHITENING_FLOOR)
+    kernel = jnp.pad(kernel, ((0, 0), (0, width - kept)))
+    return kernel.reshape(side, side, channels, width), -mean @ kernel
+
+
 def train(
-    seed: int, steps: int, rate: float, pools: Pools | None, workdir: Path, seconds: float | None = None
+    seed: int,
+    steps: int,
+    rate: float,
+    pools: Pools | None,
+    workdir: Path,
+    seconds: float | None = None,
+    seeing_steps: int = 0,
 ) -> VideoScoreParts:
-    """The scorer after `steps` updates; the moving average.
+    """The scorer after `seeing_steps` updates of what frames show and `steps` of all; the moving average.
 
     Raises:
       TimeoutError: `seconds` ran out; the same call goes on.
@@ -176,20 +274,30 @@ def train(
     queries = QueryEncoder(
         tokenizer, QUERY, config.image_token_id, config.perceiver.resampler_n_latents, _CAPTION_TOKENS
     )
+    start, began, seen = make_start(config, seed), time.monotonic(), None
+    if seeing_steps:
+        seeing = make_seeing_loss(config, SEEING)
+        seen = optimise(seeing, start, seed, seeing_steps, rate, None, workdir / "seeing", seconds)
     loss = make_loss(config, queries, ALONE if pools is None else WITH_BASE)
-    params = optimise(loss, make_start(config, seed), seed, steps, rate, pools, workdir / "videoscore", seconds)
-    return VideoScoreParts(config, params, tokenizer, PROCESSOR, QUERY)
+    left = None if seconds is None else seconds - (time.monotonic() - began)
+    go_on = start if seen is None else lambda: seen
+    params = optimise(loss, go_on, seed, steps, rate, pools, workdir / "videoscore", left)
+    return VideoScoreParts(config, params["scorer"], tokenizer, PROCESSOR, QUERY)
 
 
 def main(argv: Sequence[str]) -> None:
     """Makes the pools, trains, writes the folder."""
+    keep_compiled_programs()
+    keep_freed_memory()
     parser = make_parser(
-        "vpo_jax.shapes.train_videoscore", __doc__ or "", steps=6000, learning_rate=1e-3, carried=1280, samples=768
+        "vpo_jax.shapes.train_videoscore", __doc__ or "", steps=4500, learning_rate=1e-3, carried=1280, samples=768
     )
+    parser.add_argument("--seeing_steps", type=int, default=2000, help="steps before, on what frames show alone")
     flags = parser.parse(argv)
     pools = open_pools(flags)
-    parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, flags.seconds)
-    write_videoscore(flags.output, parts)
+    parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, flags.seconds, flags.seeing_steps)
+    command = command_line("vpo_jax.shapes.train_videoscore", flags, ["seeing_steps"])
+    write_videoscore(flags.output, parts, {"recipe.json": {"commands": [command]}}, jnp.float16)
     print(f"wrote {flags.output}")
 
 

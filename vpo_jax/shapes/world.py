@@ -226,14 +226,23 @@ def expose(frames: jax.Array, change: jax.Array) -> jax.Array:
     return jnp.where(change > 0, frames + change * (1.0 - frames), frames * (1.0 + change))
 
 
-def render(scene: Scene, degradation: Degradation, key: jax.Array) -> jax.Array:
-    """Frames of one clip, float32 [F, H, W, 3] in [0, 1]; `key` draws what the strengths leave to chance."""
-    shake_key, jitter_key, exposure_key, flicker_key, noise_key, morph_key = jax.random.split(key, 6)
+class Track(NamedTuple):
+    """What each frame of a clip shows, before blur, noise and whatever comes later."""
+
+    centers: jax.Array  # [F, 2], pixels
+    radii: jax.Array  # [F], pixels
+    colors: jax.Array  # [F, 3]
+    exposure: jax.Array  # [F], as `expose` takes it
+
+
+def follow(scene: Scene, degradation: Degradation, key: jax.Array) -> Track:
+    """What the frames of one clip show; `key` draws what the strengths leave to chance."""
+    shake_key, jitter_key, exposure_key, flicker_key, _, morph_key = jax.random.split(key, 6)
     time = jnp.arange(NUM_FRAMES, dtype=jnp.float32) - (NUM_FRAMES - 1) / 2
 
     centers = scene.center + time[:, None] * scene.velocity * (1.0 - degradation.freeze)
     centers += scene.shake * jax.random.normal(shake_key, (NUM_FRAMES, 2))
-    centers += JITTER_STD * degradation.jitter * jax.random.normal(jitter_key, (NUM_FRAMES, 2))  # [F, 2]
+    centers += JITTER_STD * degradation.jitter * jax.random.normal(jitter_key, (NUM_FRAMES, 2))
 
     phase_key, rate_key, other_key = jax.random.split(morph_key, 3)
     rate = jax.random.uniform(rate_key, minval=0.5, maxval=1.5)
@@ -242,20 +251,27 @@ def render(scene: Scene, degradation: Degradation, key: jax.Array) -> jax.Array:
     step = jax.random.randint(other_key, (), 1, len(COLORS))
     other = jnp.asarray(COLOR_VALUES)[(scene.attributes.color + step) % len(COLORS)]
     drift = MORPH_COLOR * degradation.morph * (0.5 + 0.5 * wave)
-    colors = scene.color + drift[:, None] * (other - scene.color)  # [F, 3]
+    colors = scene.color + drift[:, None] * (other - scene.color)
 
+    flicker = jax.random.uniform(flicker_key, (NUM_FRAMES,), minval=-1.0)
+    exposure = scene.exposure * jax.random.normal(exposure_key, (NUM_FRAMES,))
+    exposure = jnp.clip(exposure + FLICKER_AMPLITUDE * degradation.flicker * flicker, -0.9, 0.9)
+    return Track(centers, radii, colors, exposure)
+
+
+def render(scene: Scene, degradation: Degradation, key: jax.Array) -> jax.Array:
+    """Frames of one clip, float32 [F, H, W, 3] in [0, 1]; `key` draws what the strengths leave to chance."""
+    track, noise_key = follow(scene, degradation, key), jax.random.split(key, 6)[4]
     axis = jnp.arange(SIZE, dtype=jnp.float32) + 0.5
     grid = jnp.stack(jnp.meshgrid(axis, axis, indexing="xy"), axis=-1)  # [H, W, 2]
     coverage = jax.vmap(lambda center, radius: _coverage(scene.attributes.shape, grid - center, radius))(
-        centers, radii
+        track.centers, track.radii
     )[..., None]  # [F, H, W, 1]
-    frames = coverage * colors[:, None, None, :] + (1.0 - coverage) * scene.background
+    frames = coverage * track.colors[:, None, None, :] + (1.0 - coverage) * scene.background
 
     kernel = blur_matrix(BLUR_SIGMA * degradation.blur)
     frames = jnp.einsum("ij,fjkc,lk->filc", kernel, frames, kernel)
-    flicker = jax.random.uniform(flicker_key, (NUM_FRAMES,), minval=-1.0)
-    exposure = scene.exposure * jax.random.normal(exposure_key, (NUM_FRAMES,))
-    frames = expose(frames, jnp.clip(exposure + FLICKER_AMPLITUDE * degradation.flicker * flicker, -0.9, 0.9))
+    frames = expose(frames, track.exposure)
     frames += NOISE_STD * degradation.noise * jax.random.normal(noise_key, frames.shape)
     return jnp.clip(frames, 0.0, 1.0)
 
