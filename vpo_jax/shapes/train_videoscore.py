@@ -149,7 +149,9 @@ def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Lo
         ids = jnp.broadcast_to(frame_ids, (len(rows), len(frame_ids)))
         ids = jnp.concatenate([text[rows], ids], axis=1)
         mask = jnp.concatenate([text_mask[rows], jnp.ones((len(rows), len(frame_ids)), bool)], axis=1)
-        return model.apply({"params": params}, ids, mask, prepare_frames(settings, videos), method=look)
+        found: Any = model.apply({"params": params}, ids, mask, prepare_frames(settings, videos), method=look)
+        seen, behind, scores = found
+        return seen, behind, scores
 
     def loss(params: Tree, key: jax.Array, pools: Pools | None) -> tuple[jax.Array, Metrics]:
         clip_key, ask_key, pair_key = jax.random.split(key, 3)
@@ -202,7 +204,8 @@ def make_seeing_loss(config: Idefics2Config, clips: int) -> Loss:
     def loss(params: Tree, key: jax.Array, pools: Pools | None) -> tuple[jax.Array, Metrics]:
         fresh, facts = data.make_known_clips(key, clips, jnp.asarray(world.caption_indices("train")))
         pixels = prepare_frames(settings, fresh.videos)
-        images = model.apply({"params": params["scorer"]}, pixels.reshape(-1, *pixels.shape[2:]), method="see")
+        frames = pixels.reshape(-1, *pixels.shape[2:])
+        images = jnp.asarray(model.apply({"params": params["scorer"]}, frames, method="see"))
         error = jnp.square(_answer(params["lessons"]["shown"], images.reshape(*facts.shape[:2], -1)) - facts)
         return error.mean(), {"loss": error.mean(), **dict(zip(data.SHOWN, error.mean((0, 1)), strict=True))}
 
