@@ -70,7 +70,9 @@ def checkpoint(tmp_path_factory):
     """A folder of ModelScope's sizes with random weights in float16, 3.7 GB."""
     folder, rng = tmp_path_factory.mktemp("modelscope") / "pipeline", np.random.default_rng(0)
     for name, part in COMPONENTS.items():
-        config, named = MODELSCOPE[name], {"_class_name": part.class_name, "architectures": [part.class_name]}
+        config = MODELSCOPE[name]
+        of_diffusers = part.library == "diffusers"
+        named = {"_class_name": part.class_name} if of_diffusers else {"architectures": [part.class_name]}
         state = {}
         for path, leaf in flatten(param_shapes(name, config)).items():
             shape = torch_shape(path, leaf.shape)

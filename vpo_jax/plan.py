@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from vpo_jax.planning.chips import CHIPS, parse_topology
-from vpo_jax.planning.compiled import compile_stage, missing, topology_mesh
+from vpo_jax.planning.compiled import compile_stage, mismatch, missing, topology_mesh
 from vpo_jax.planning.fit import abstract_mesh, make_plan, make_split_plan, measure_stages, propose
 from vpo_jax.planning.job import choose_stages, make_job
 from vpo_jax.planning.show import (
@@ -94,6 +94,8 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
         if mesh is None:
             console.print(f"not compiled: {why or 'libtpu counts its devices in another way'}", highlight=False)
         else:
+            if warning := mismatch():
+                print(f"warning: {warning}", file=sys.stderr)
             compiled = {}
             for stage in chosen:
                 print(f"compiling {stage.name}: ", end="", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """Ahead-of-time compilation for TPUs that are not here: libtpu compiles on any x86 host."""
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
+from packaging.requirements import Requirement
 
 from vpo_jax.planning.chips import Topology
 from vpo_jax.planning.job import Stage
@@ -60,11 +62,23 @@ def missing(topology: Topology) -> str:
     return ""
 
 
+def mismatch() -> str:
+    """What to say where libtpu is not the one that this JAX asks for, whose programs it may not understand."""
+    asked = [Requirement(text) for text in importlib.metadata.requires("jax") or () if text.startswith("libtpu")]
+    found = importlib.metadata.version("libtpu")
+    if any(found not in requirement.specifier for requirement in asked):
+        return f"libtpu {found} is not the one that JAX asks for ({asked[0].specifier}): pip install 'jax[tpu]'"
+    return ""
+
+
 def topology_mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh | None:
     """The mesh on a described slice; None where libtpu counts its devices in another way."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+    sides = [int(side) for side in topology.name.partition(":")[2].split("x")]
+    # A host of its four chips, unless the slice is smaller.
+    host: Any = {"chips_per_host_bounds": [min(sides[0], 2), min(sides[1], 2), 1]} if min(sides[:2]) < 2 else {}
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **host)
     if len(described.devices) != math.prod(sizes.values()):
         return None
     return make_mesh(**sizes, devices=described.devices)
