@@ -1,25 +1,23 @@
 """ModelScope's sizes, all 1.41 billion parameters: run by hand, `pytest -m full_size -s tests/test_full_size.py`."""
 
-import json
-import os
-import subprocess
-import sys
+import resource
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.running import ROOT, lines
-from vpo_jax.checkpoints import safetensors_io as io
-from vpo_jax.checkpoints.folders import COMPONENTS, param_shapes
-from vpo_jax.checkpoints.keys import from_torch, torch_key, torch_shape
+from vpo_jax.checkpoints.folders import param_shapes
+from vpo_jax.checkpoints.keys import from_torch
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.planning.specs import MODELSCOPE
-from vpo_jax.runtime.trees import flatten
-from vpo_jax.shapes.tokenizer import make_tokenizer
+from vpo_jax.runtime import cli
+from vpo_jax.training import losses
+from vpo_jax.training.policy import make_policy
 from vpo_jax.training.rollout import make_rollout
+from vpo_jax.training.step import Noised, make_errors, make_gradients
 
 FRAMES, SIDE, STEPS, GUIDANCE = 8, 128 // 8, 2, 9.0
 
@@ -65,53 +63,33 @@ def test_two_guided_steps_make_the_latents_of_diffusers():
     assert np.std(expected - noise) > 0.1 and apart < 1e-3
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A folder of ModelScope's sizes with random weights in float16, 3.7 GB."""
-    folder, rng = tmp_path_factory.mktemp("modelscope") / "pipeline", np.random.default_rng(0)
-    for name, part in COMPONENTS.items():
-        config = MODELSCOPE[name]
-        of_diffusers = part.library == "diffusers"
-        named = {"_class_name": part.class_name} if of_diffusers else {"architectures": [part.class_name]}
-        state = {}
-        for path, leaf in flatten(param_shapes(name, config)).items():
-            shape = torch_shape(path, leaf.shape)
-            numbers = rng.standard_normal(shape, np.float32)
-            numbers = numbers * np.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.2 + 0.5 * numbers
-            state[torch_key(path)] = numbers.astype(np.float16)
-        (folder / name).mkdir(parents=True)
-        (folder / name / "config.json").write_text(json.dumps(config | named))
-        io.write_weights(folder / name, part.stem, state)
-    classes = {name: [part.library, part.class_name] for name, part in COMPONENTS.items()}
-    classes |= {"tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "DDIMScheduler"]}
-    index = {"_class_name": "TextToVideoSDPipeline", **classes}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(MODELSCOPE["scheduler"]))
-    make_tokenizer().save_pretrained(folder / "tokenizer")
-    return folder
-
-
 @pytest.mark.full_size
-def test_a_step_of_the_job_with_a_lora_update_fits_into_24_gib(checkpoint, tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a dog runs over a meadow\n")
-    settings = {
-        "model.path": checkpoint, "model.dtype": "float32", "data.prompts": prompts, "data.held_out": prompts,
-        "reward.scorers": "shapes", "rollout.num_frames": FRAMES, "rollout.height": 8 * SIDE,
-        "rollout.width": 8 * SIDE, "rollout.num_inference_steps": 1, "rollout.candidates": 2, "rollout.microbatch": 1,
-        "train.steps": 1, "train.prompts_per_step": 1, "train.updates_per_step": 1, "train.microbatch": 1,
-        "preference.margin": 0.0, "eval.prompts": 1, "eval.every": 1, "log.samples": 1,
-    }  # fmt: skip
-    flags = [f"--config.{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "vpo_jax.main", "--config=configs/vpo.py:modelscope", *flags]
-    with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(
-            [*command, f"--workdir={tmp_path / 'run'}"], cwd=ROOT, stdout=said, stderr=subprocess.STDOUT
-        )
-        _, status, used = os.wait4(process.pid, 0)
-    assert status == 0, (tmp_path / "said").read_text()[-3000:]
-    (step,) = lines(tmp_path / "run")
-    print(f"most resident memory {used.ru_maxrss / 2**20:.1f} GiB;", {k: v for k, v in step.items() if "time/" in k})
-    assert step["pair/kept"] > 0, step
-    assert used.ru_maxrss < 24 * 2**20
+def test_a_lora_update_with_rematerialisation_fits_into_24_gib():
+    config = cli.load_config("configs/vpo.py:modelscope")
+    config.model.dtype = "float32"
+    assert config.train.remat and config.lora.rank == 64
+    rng = np.random.default_rng(0)
+
+    def random(leaf):
+        numbers = rng.standard_normal(leaf.shape, np.float32)
+        return numbers * np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.2 + 0.5 * numbers
+
+    params = jax.tree.map(random, param_shapes("unet", MODELSCOPE["unet"]))
+    unet = UNet3DConditionModel(UNet3DConfig.from_dict(MODELSCOPE["unet"]))
+    policy = make_policy(config, unet, jax.device_put(params))
+    del params
+    shape = (1, FRAMES, SIDE, SIDE, 4)
+    videos = [jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(4)]
+    text = jnp.asarray(rng.standard_normal((1, 77, 1024), np.float32))
+    noised = Noised(*videos, jnp.array([500]), text)
+    began = time.monotonic()
+    ours, first = make_errors(policy.denoise)(policy.frozen, policy.start, noised)
+    label = jnp.ones(1)
+    coefficients = losses.pair_coefficients(ours, ours, label, config.preference.beta, 0.0)
+    update = jax.jit(make_gradients(policy.denoise, anchor=config.preference.anchor))
+    gradients, _ = update(policy.frozen, policy.start, first, noised, coefficients, jnp.array([True]))
+    sizes = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients)]
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"errors and gradients in {time.monotonic() - began:.0f} s with compiling; most memory {used:.1f} GiB")
+    assert np.isfinite(sizes).all() and max(sizes) > 0.0
+    assert used < 24

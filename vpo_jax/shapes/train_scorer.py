@@ -261,10 +261,14 @@ def make_parser(name: str, text: str, steps: int, learning_rate: float, carried:
     return parser
 
 
-def command_line(module: str, flags: Any, more: Sequence[str] = ()) -> str:
-    """The command that trains the same scorer again, but for its folders; `more` are flags of this recipe alone."""
+def commands_of(module: str, flags: Any, more: Sequence[str] = ()) -> list[str]:
+    """The commands that train the same scorer again, but for its folders; `more` are flags of this recipe alone."""
     names = ("seed", "steps", "learning_rate", "carried", "samples", *more)
-    return " ".join([f"python -m {module}", *(f"--{name}={getattr(flags, name)}" for name in names)])
+    command = " ".join([f"python -m {module}", *(f"--{name}={getattr(flags, name)}" for name in names)])
+    if flags.start is None:
+        return [command]
+    earlier: list[str] = json.loads((flags.start / "recipe.json").read_text())["commands"]
+    return [*earlier, f"{command} --start=THE_SCORER_ABOVE"]
 
 
 def open_pools(flags: Any) -> Pools | None:
@@ -292,12 +296,8 @@ def main(argv: Sequence[str]) -> None:
     pools = open_pools(flags)
     start = None if flags.start is None else read_scorer(flags.start).params
     parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, flags.seconds, start)
-    command = command_line("vpo_jax.shapes.train_scorer", flags)
-    earlier: list[str] = []
-    if flags.start is not None:
-        command += " --start=THE_SCORER_ABOVE"
-        earlier = json.loads((flags.start / "recipe.json").read_text())["commands"]
-    write_scorer(flags.output, parts, {"recipe.json": {"commands": [*earlier, command]}})
+    commands = commands_of("vpo_jax.shapes.train_scorer", flags)
+    write_scorer(flags.output, parts, {"recipe.json": {"commands": commands}})
     print(f"wrote {flags.output}")
 
 

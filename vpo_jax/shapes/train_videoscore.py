@@ -2,12 +2,9 @@
 
     python -m vpo_jax.shapes.train_videoscore --base=DIR --workdir=DIR --output=DIR
 
-It learns from what the shipped scorer learns from (see `train_scorer`), and its folder is like a real VideoScore's:
-
-    WEIGHTS=videoscore/temporal_consistency=5,videoscore/visual_quality=2,videoscore/text_to_video_alignment=2
-    WEIGHTS=$WEIGHTS,videoscore/dynamic_degree=0.25,videoscore/factual_consistency=0
-    python -m vpo_jax.main --config=configs/vpo.py --config.reward.scorers=videoscore \\
-        --config.reward.videoscore.path=DIR --config.reward.weights=$WEIGHTS
+It learns from what the shipped scorer learns from (see `train_scorer`). A real VideoScore starts from a model that has
+seen the world; this one learns first what the frames of rendered clips show, which is known because it was drawn.
+Its folder is like a real VideoScore's; docs/scorers.md has the command that trains the embedded job with it.
 
 The workdir keeps the carried clips and the checkpoints; interrupted, the same command goes on.
 """
@@ -25,7 +22,7 @@ import optax
 from tokenizers import AddedToken, Tokenizer
 
 from vpo_jax.checkpoints.scorers import make_word_tokenizer
-from vpo_jax.checkpoints.videoscore import VideoScoreParts, write_videoscore
+from vpo_jax.checkpoints.videoscore import VideoScoreParts, read_videoscore, write_videoscore
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
 from vpo_jax.models.idefics2_config import Idefics2Config, PerceiverConfig, TextConfig, VisionConfig
 from vpo_jax.rewards.frames import FrameSettings, prepare_frames
@@ -42,7 +39,7 @@ from vpo_jax.shapes.train_scorer import (
     Loss,
     Metrics,
     Pools,
-    command_line,
+    commands_of,
     draw_clips,
     make_parser,
     open_pools,
@@ -120,10 +117,9 @@ PROCESSOR = {"size": {"shortest_edge": world.SIZE, "longest_edge": 980}, "do_ima
 def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Loss:
     """The loss of {"scorer", "lessons"}: all five scores are read of one caption for each clip, and the lessons.
 
-    A real VideoScore starts from a model that has seen the world; this one learns beside the scores what frames show
-    (of the perceiver's tokens), what changed since the frame before, and which attributes the caption has right (of
-    the decoder, behind each frame, where it also has to give the scores that it would give so far). The heads that
-    answer are dropped after the training.
+    The lessons beside the scores are what frames show (read of the perceiver's tokens), what changed since the frame
+    before, and which attributes the caption has right (of the decoder, behind each frame, where it also has to give
+    the scores that it would give so far). The heads that answer are dropped after the training.
     """
     model = Idefics2ForSequenceClassification(config, len(DIMENSIONS))
     settings = FrameSettings.from_dict(PROCESSOR)
@@ -234,15 +230,19 @@ def make_start(config: Idefics2Config, seed: int) -> Callable[[], Tree]:
         frames = prepare_frames(FrameSettings.from_dict(PROCESSOR), clips.videos)
         kernel, bias = whiten(frames.reshape(-1, *frames.shape[2:]), side, config.vision.hidden_size)
         fresh[f"{_PATCHES}/kernel"], fresh[f"{_PATCHES}/bias"] = kernel, bias
-        width = config.text.hidden_size
-        lessons = {
-            "shown": _make_head(tokens * width, len(data.SHOWN)),
-            "changed": _make_head(width, 2 * len(data.SHOWN)),
-            "right": _make_head(width, len(world.VALUES)),
-        }
-        return {"scorer": unflatten(fresh), "lessons": lessons}
+        return {"scorer": unflatten(fresh), "lessons": make_heads(config)}
 
     return start
+
+
+def make_heads(config: Idefics2Config) -> Tree:
+    """Heads for the lessons that answer nothing yet."""
+    width, shown = config.text.hidden_size, len(data.SHOWN)
+    return {
+        "shown": _make_head(config.perceiver.resampler_n_latents * width, shown),
+        "changed": _make_head(width, 2 * shown),
+        "right": _make_head(width, len(world.VALUES)),
+    }
 
 
 def whiten(frames: jax.Array, side: int, width: int) -> tuple[jax.Array, jax.Array]:
@@ -266,8 +266,11 @@ def train(
     workdir: Path,
     seconds: float | None = None,
     seeing_steps: int = 0,
+    start: Tree | None = None,
 ) -> VideoScoreParts:
     """The scorer after `seeing_steps` updates of what frames show and `steps` of all; the moving average.
+
+    It begins with the parameters `start`, None: fresh ones.
 
     Raises:
       TimeoutError: `seconds` ran out; the same call goes on.
@@ -277,14 +280,18 @@ def train(
     queries = QueryEncoder(
         tokenizer, QUERY, config.image_token_id, config.perceiver.resampler_n_latents, _CAPTION_TOKENS
     )
-    start, began, seen = make_start(config, seed), time.monotonic(), None
+    began = time.monotonic()
+    params = None if start is None else {"scorer": start, "lessons": make_heads(config)}
+
+    def begin() -> Tree:
+        return params or make_start(config, seed)()
+
     if seeing_steps:
         seeing = make_seeing_loss(config, SEEING)
-        seen = optimise(seeing, start, seed, seeing_steps, rate, None, workdir / "seeing", seconds)
+        params = optimise(seeing, begin, seed, seeing_steps, rate, None, workdir / "seeing", seconds)
     loss = make_loss(config, queries, ALONE if pools is None else WITH_BASE)
     left = None if seconds is None else seconds - (time.monotonic() - began)
-    go_on = start if seen is None else lambda: seen
-    params = optimise(loss, go_on, seed, steps, rate, pools, workdir / "videoscore", left)
+    params = optimise(loss, begin, seed, steps, rate, pools, workdir / "videoscore", left)
     return VideoScoreParts(config, params["scorer"], tokenizer, PROCESSOR, QUERY)
 
 
@@ -296,11 +303,14 @@ def main(argv: Sequence[str]) -> None:
         "vpo_jax.shapes.train_videoscore", __doc__ or "", steps=4500, learning_rate=1e-3, carried=1280, samples=768
     )
     parser.add_argument("--seeing_steps", type=int, default=2000, help="steps before, on what frames show alone")
+    parser.add_argument("--start", type=Path, default=None, help="a miniature to train further")
     flags = parser.parse(argv)
+    start = None if flags.start is None else read_videoscore(flags.start, len(DIMENSIONS)).params
     pools = open_pools(flags)
-    parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, flags.seconds, flags.seeing_steps)
-    command = command_line("vpo_jax.shapes.train_videoscore", flags, ["seeing_steps"])
-    write_videoscore(flags.output, parts, {"recipe.json": {"commands": [command]}}, jnp.float16)
+    seconds, seeing = flags.seconds, flags.seeing_steps
+    parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, seconds, seeing, start)
+    commands = commands_of("vpo_jax.shapes.train_videoscore", flags, ["seeing_steps"])
+    write_videoscore(flags.output, parts, {"recipe.json": {"commands": commands}}, jnp.float16)
     print(f"wrote {flags.output}")
 
 
