@@ -1,5 +1,6 @@
 """The command plan, on the tests' tiny model, and its parts on numbers made by hand."""
 
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from vpo_jax import plan
 from vpo_jax.planning.chips import CHIPS, parse_topology
-from vpo_jax.planning.compiled import collectives_of, missing
+from vpo_jax.planning.compiled import collectives_of, mismatch, missing
 from vpo_jax.planning.fit import abstract_mesh, make_plan, measure_stages, propose
 from vpo_jax.planning.job import make_job
 from vpo_jax.runtime import cli
@@ -175,6 +176,14 @@ def test_libtpu_compiles_every_stage_for_a_slice_that_is_not_here(job, tmp_path)
 def test_an_unknown_stage_is_refused_before_anything_is_compiled(job):
     with pytest.raises(UserError, match="--stages: updat: no such stage; the job has encode, rollout, decode, score"):
         run(*job, "--topology=v5e:1x2", "--stages=updat")
+
+
+@pytest.mark.parametrize(("version", "said"), [("0.0.42.1", ""), ("0.0.52", "libtpu 0.0.52 is not the one")])
+def test_another_libtpu_than_jax_asks_for_is_said(monkeypatch, version, said):
+    asked = ["numpy>=2.0", "libtpu==0.0.42.*; extra == 'tpu'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: asked)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    assert mismatch().startswith(said) and bool(mismatch()) == bool(said)
 
 
 def test_a_missing_compiler_is_said_with_the_way_to_it():

@@ -12,6 +12,7 @@ from vpo_jax.checkpoints.videoscore import read_videoscore, write_videoscore
 from vpo_jax.rewards.loading import load_scorer
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.rewards.query import FIELD, IMAGE_TOKEN, QueryEncoder
+from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import flatten
 from vpo_jax.shapes import scorer_data as data
 from vpo_jax.shapes import train_videoscore, world
@@ -89,6 +90,23 @@ def test_the_scores_that_it_learns_are_those_that_the_reward_gives(small, pools,
     truth = np.asarray(data.labels(clips.goodness.at[:, data.ALIGNMENT].set(match)))
     for i, name in enumerate(DIMENSIONS):
         assert float(metrics[name]) == pytest.approx(float(np.mean((scores[name] - truth[:, i]) ** 2)), rel=1e-4), name
+
+
+def test_a_folder_that_the_recipe_cannot_go_on_from_is_refused_before_it_trains(small, tmp_path):
+    flags = [f"--workdir={tmp_path / 'work'}", f"--output={tmp_path / 'out'}"]
+    tokenizer = train_videoscore.make_tokenizer()
+    config = train_videoscore.make_config(tokenizer)
+    params = jax.jit(train_videoscore.make_start(config, 0))()["scorer"]
+    processor, query = train_videoscore.PROCESSOR, train_videoscore.QUERY
+    parts = train_videoscore.VideoScoreParts(config, params, tokenizer, processor, query)
+    write_videoscore(tmp_path / "small", parts)
+    with pytest.raises(UserError, match=r"recipe\.json: no such file"):
+        train_videoscore.main([*flags, f"--start={tmp_path / 'small'}"])
+    other = dataclasses.replace(parts.config, text=dataclasses.replace(parts.config.text, rope_theta=5.0))
+    write_videoscore(tmp_path / "other", dataclasses.replace(parts, config=other))
+    with pytest.raises(UserError, match=r"--start: .* is a VideoScore of other sizes"):
+        train_videoscore.main([*flags, f"--start={tmp_path / 'other'}"])
+    assert not (tmp_path / "work").exists() and not (tmp_path / "out").exists()
 
 
 def test_every_caption_fits_and_every_word_has_a_token():

@@ -65,7 +65,10 @@ def missing(topology: Topology) -> str:
 def mismatch() -> str:
     """What to say where libtpu is not the one that this JAX asks for, whose programs it may not understand."""
     asked = [Requirement(text) for text in importlib.metadata.requires("jax") or () if text.startswith("libtpu")]
-    found = importlib.metadata.version("libtpu")
+    try:
+        found = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:  # put there without pip
+        return ""
     if any(found not in requirement.specifier for requirement in asked):
         return f"libtpu {found} is not the one that JAX asks for ({asked[0].specifier}): pip install 'jax[tpu]'"
     return ""

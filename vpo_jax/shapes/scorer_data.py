@@ -168,19 +168,9 @@ def disturb(key: jax.Array, clip: jax.Array) -> jax.Array:
     return jnp.clip(clip + 0.04 * size[0] * still + 0.015 * size[1] * moving, 0.0, 1.0)
 
 
-def make_clips(
-    key: jax.Array,
-    count: int,
-    rows: jax.Array,
-    disturbed: bool = True,
-    soft: bool = True,
-    presence: Sequence[float] | None = None,
-) -> Labelled:
-    """Freshly rendered clips of captions drawn from `rows`, with their labels; jittable.
-
-    Without `soft` none is blurred or has grain. `presence` is that of `sample_strengths`.
-    """
-    return make_known_clips(key, count, rows, disturbed, soft, presence)[0]
+def make_clips(key: jax.Array, count: int, rows: jax.Array, **how: Any) -> Labelled:
+    """Freshly rendered clips of captions drawn from `rows`, with their labels; see `make_known_clips`; jittable."""
+    return make_known_clips(key, count, rows, **how)[0]
 
 
 # Of a frame; `make_known_clips` says in which units.
@@ -198,8 +188,10 @@ def make_known_clips(
     soft: bool = True,
     presence: Sequence[float] | None = None,
 ) -> tuple[Labelled, jax.Array]:
-    """`make_clips`, and what their frames show, float32 [B, F, 12] in the order of `SHOWN`: numbers of order one.
+    """Freshly rendered clips of captions drawn from `rows`, with their labels, and what their frames show; jittable.
 
+    Without `soft` none is blurred or has grain. `presence` is that of `sample_strengths`. What frames show is float32
+    [B, F, 12] in the order of `SHOWN`, numbers of order one.
     Place and radius of the object are from the frame's middle and from 6 pixels, in 8 and 2 pixels; colours are as
     exposed.
     """

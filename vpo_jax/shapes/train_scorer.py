@@ -7,7 +7,6 @@ the base model, and the base model's samples against the same samples made worse
 never seen. The workdir keeps the carried clips and the checkpoints; interrupted, the same command goes on.
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.scorers import ScorerParts, encode_captions, make_word_tokenizer, read_scorer, write_scorer
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.pipeline import load_pipeline
@@ -262,12 +262,16 @@ def make_parser(name: str, text: str, steps: int, learning_rate: float, carried:
 
 
 def commands_of(module: str, flags: Any, more: Sequence[str] = ()) -> list[str]:
-    """The commands that train the same scorer again, but for its folders; `more` are flags of this recipe alone."""
+    """The commands that train the same scorer again, but for its folders; `more` are flags of this recipe alone.
+
+    Raises:
+      UserError: `--start` has no recipe.json.
+    """
     names = ("seed", "steps", "learning_rate", "carried", "samples", *more)
     command = " ".join([f"python -m {module}", *(f"--{name}={getattr(flags, name)}" for name in names)])
     if flags.start is None:
         return [command]
-    earlier: list[str] = json.loads((flags.start / "recipe.json").read_text())["commands"]
+    earlier: list[str] = io.read_json(flags.start / "recipe.json")["commands"]
     return [*earlier, f"{command} --start=THE_SCORER_ABOVE"]
 
 
@@ -293,10 +297,10 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--start", type=Path, default=None, help="a scorer to train further")
     flags = parser.parse(argv)
+    commands = commands_of("vpo_jax.shapes.train_scorer", flags)
     pools = open_pools(flags)
     start = None if flags.start is None else read_scorer(flags.start).params
     parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, flags.seconds, start)
-    commands = commands_of("vpo_jax.shapes.train_scorer", flags)
     write_scorer(flags.output, parts, {"recipe.json": {"commands": commands}})
     print(f"wrote {flags.output}")
 

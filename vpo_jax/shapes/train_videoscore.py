@@ -30,6 +30,7 @@ from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.rewards.query import FAKE_TOKEN, FIELD, IMAGE_TOKEN, QueryEncoder
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import run
+from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.trees import flatten, unflatten
 from vpo_jax.shapes import scorer_data as data
@@ -295,6 +296,18 @@ def train(
     return VideoScoreParts(config, params["scorer"], tokenizer, PROCESSOR, QUERY)
 
 
+def read_miniature(folder: Path) -> Tree:
+    """Parameters of a folder that this recipe wrote.
+
+    Raises:
+      UserError: it is broken, or a VideoScore of other sizes.
+    """
+    parts = read_videoscore(folder, len(DIMENSIONS))
+    if parts.config != make_config(make_tokenizer()):
+        raise UserError(f"--start: {folder} is a VideoScore of other sizes; give a folder that this recipe wrote")
+    return parts.params
+
+
 def main(argv: Sequence[str]) -> None:
     """Makes the pools, trains, writes the folder."""
     keep_compiled_programs()
@@ -302,14 +315,16 @@ def main(argv: Sequence[str]) -> None:
     parser = make_parser(
         "vpo_jax.shapes.train_videoscore", __doc__ or "", steps=4500, learning_rate=1e-3, carried=1280, samples=768
     )
-    parser.add_argument("--seeing_steps", type=int, default=2000, help="steps before, on what frames show alone")
+    parser.add_argument("--seeing_steps", type=int, help="before, on what frames show alone: 2000; 0 with --start")
     parser.add_argument("--start", type=Path, default=None, help="a miniature to train further")
     flags = parser.parse(argv)
-    start = None if flags.start is None else read_videoscore(flags.start, len(DIMENSIONS)).params
+    if flags.seeing_steps is None:
+        flags.seeing_steps = 2000 if flags.start is None else 0
+    start = None if flags.start is None else read_miniature(flags.start)
+    commands = commands_of("vpo_jax.shapes.train_videoscore", flags, ["seeing_steps"])
     pools = open_pools(flags)
     seconds, seeing = flags.seconds, flags.seeing_steps
     parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, seconds, seeing, start)
-    commands = commands_of("vpo_jax.shapes.train_videoscore", flags, ["seeing_steps"])
     write_videoscore(flags.output, parts, {"recipe.json": {"commands": commands}}, jnp.float16)
     print(f"wrote {flags.output}")
 
