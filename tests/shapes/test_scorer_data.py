@@ -91,6 +91,16 @@ def test_a_spoiled_sample_is_worse_in_its_dimension_by_the_judge():
     assert (right[kind == 6] <= 3).all()
 
 
+def test_pairs_of_chosen_kinds_alone():
+    rows = world.caption_indices("train")[:8]
+    videos = world.to_uint8(world.render_clips(jax.random.key(2), rows, 0.0).frames)
+    make = jax.jit(lambda key: data.make_pairs(key, 6, videos, jnp.asarray(rows), kinds=(6, 2, 6)))
+    pairs = make(jax.random.key(3))
+    assert list(np.asarray(pairs.dimension)) == [data.ALIGNMENT, data.QUALITY, data.ALIGNMENT] * 2
+    same = np.asarray(pairs.better == pairs.worse).reshape(6, -1).all(1)
+    assert list(same) == [True, False, True] * 2
+
+
 def test_disturbances_keep_the_clip_recognisable():
     rows = np.resize(world.caption_indices("train"), 64)
     clips = world.render_clips(jax.random.key(4), rows, 0.0)

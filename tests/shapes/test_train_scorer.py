@@ -10,7 +10,7 @@ import pytest
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.loading import load_scorer
 from vpo_jax.rewards.protocol import DIMENSIONS
-from vpo_jax.shapes import measure, train_scorer, world
+from vpo_jax.shapes import measure, train_scorer, train_videoscore, world
 from vpo_jax.shapes import scorer_data as data
 
 
@@ -34,6 +34,19 @@ def test_a_resumed_training_ends_bitwise_where_an_uninterrupted_one_does(pools, 
     correlations = measure.synthetic_correlations(load_scorer(tmp_path / "out"), count=32)
     assert set(correlations) == set(DIMENSIONS)
     assert all(-1.0 <= value <= 1.0 for value in correlations.values())
+
+
+@pytest.mark.parametrize("rule", [train_scorer.adamw, train_videoscore.muon])
+def test_a_training_of_one_step_learns(rule, tmp_path):
+    def loss(params, key, pools):
+        value = jnp.square(params["x"] - 1.0).sum()
+        return value, {"loss": value}
+
+    def start():
+        return {"x": jnp.zeros((2, 2))}
+
+    found = train_scorer.optimise(loss, start, 0, 1, 1e-2, None, tmp_path, rule=rule)
+    assert (np.asarray(found["x"]) > 0.001).all()
 
 
 @pytest.mark.parametrize("way", ["round_trip", "denoised"])

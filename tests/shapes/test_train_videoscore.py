@@ -123,15 +123,38 @@ def test_every_caption_fits_and_every_word_has_a_token():
 
 
 def test_what_frames_show_is_learnt_from_what_was_drawn(small):
-    """With heads that answer nothing, the lessons' errors are the mean squares of the facts."""
+    """With heads that answer nothing, the errors are the mean squares of the facts and of their differences."""
     tokenizer = train_videoscore.make_tokenizer()
     config = train_videoscore.make_config(tokenizer)
     params = jax.jit(train_videoscore.make_start(config, 0))()
     key, rows = jax.random.key(2), jnp.asarray(world.caption_indices("train"))
-    _, metrics = jax.jit(train_videoscore.make_seeing_loss(config, 4))(params, key, None)
-    _, facts = jax.jit(lambda key: data.make_known_clips(key, 4, rows))(key)
+    value, metrics = jax.jit(train_videoscore.make_seeing_loss(config, 4))(params, key, None)
+    clip_key, frame_key = jax.random.split(key)
+    _, facts = jax.jit(lambda key: data.make_known_clips(key, 4, rows))(clip_key)
+    first, second = jax.random.choice(frame_key, world.NUM_FRAMES, (2,), replace=False)
+    facts = np.asarray(facts)[:, [first, second]]
     for i, name in enumerate(data.SHOWN):
         assert float(metrics[name]) == pytest.approx(float(np.square(facts[..., i]).mean()), rel=1e-5), name
+    differ = float(np.square(facts[:, 1] - facts[:, 0]).mean())
+    assert differ > 0.01 and float(metrics["differ"]) == pytest.approx(differ, rel=1e-5)
+    assert float(value) == pytest.approx(float(np.square(facts).mean()) + differ, rel=1e-5)
+
+
+def test_what_sees_learns_slower_than_what_reads(small):
+    tokenizer = train_videoscore.make_tokenizer()
+    params = jax.jit(train_videoscore.make_start(train_videoscore.make_config(tokenizer), 0))()
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
+
+    def change(rule):
+        optimizer = rule(lambda step: 1e-3)
+        return flatten(jax.jit(optimizer.update)(grads, optimizer.init(params), params)[0])
+
+    whole, slower = change(train_videoscore.muon), change(train_videoscore.muon_that_sees)
+    shares = {path: float(jnp.abs(slower[path]).sum() / jnp.abs(whole[path]).sum()) for path in whole}
+    sees = {path for path in shares if "vision_model" in path or "perceiver" in path or "modality" in path}
+    assert 10 < len(sees) < len(shares) - 10
+    for path, share in shares.items():
+        assert share == pytest.approx(0.1 if path in sees else 1.0, rel=1e-4), path
 
 
 def test_whitened_patches_have_unit_variance_and_do_not_go_together():

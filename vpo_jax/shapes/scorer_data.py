@@ -229,7 +229,8 @@ def _facts(scene: world.Scene, strengths: world.Degradation, track: world.Track)
 
 # The base model's samples, made worse in one known way.
 
-_SPOILS = 7
+EVERY_SPOIL = tuple(range(7))
+FLICKER, JITTER, _WRONG_CAPTION = EVERY_SPOIL[0], EVERY_SPOIL[1], EVERY_SPOIL[-1]
 _WEAKEST_ACROSS = 0.5
 _SPOILED = np.array([CONSISTENCY, CONSISTENCY, QUALITY, QUALITY, MOTION, FACTS, ALIGNMENT])
 
@@ -288,8 +289,10 @@ class Pairs(NamedTuple):
     strength: jax.Array  # float32 [B] in [0.2, 1]
 
 
-def make_pairs(key: jax.Array, count: int, videos: jax.Array, rows: jax.Array) -> Pairs:
-    """Pairs from samples uint8 [N, F, H, W, 3] of the captions `rows`; every kind comes equally often; jittable.
+def make_pairs(
+    key: jax.Array, count: int, videos: jax.Array, rows: jax.Array, kinds: Sequence[int] = EVERY_SPOIL
+) -> Pairs:
+    """Pairs from samples uint8 [N, F, H, W, 3] of the captions `rows`, the `kinds` of `spoil` in turn; jittable.
 
     In half of them the worse clip is another sample, made so much worse that the two samples' own difference is
     small beside it: what a dimension means must not hang on colour, shape and size.
@@ -298,14 +301,14 @@ def make_pairs(key: jax.Array, count: int, videos: jax.Array, rows: jax.Array) -
     def one(number: jax.Array) -> Pairs:
         pick, spoil_key, ask_key = jax.random.split(jax.random.fold_in(key, number), 3)
         chosen, other = jax.random.randint(pick, (2,), 0, len(videos))
-        kind = number % _SPOILS
-        across = (number // _SPOILS) % 2 == 1
-        source = jnp.where(across & (kind != _SPOILS - 1), other, chosen)
+        kind = jnp.asarray(kinds)[number % len(kinds)]
+        across = (number // len(kinds)) % 2 == 1
+        source = jnp.where(across & (kind != _WRONG_CAPTION), other, chosen)
         weakest = jnp.where(across, _WEAKEST_ACROSS, 0.2)
         clip, strength = spoil(spoil_key, videos[source].astype(jnp.float32) / 255.0, kind, weakest)
         # A sample may miss its caption in one attribute; with two or more exchanged it is still the better match.
         wrong, _ = ask(ask_key, rows[chosen], 0.0, fewest=2)
-        row = jnp.where(kind == _SPOILS - 1, wrong, rows[source])
+        row = jnp.where(kind == _WRONG_CAPTION, wrong, rows[source])
         return Pairs(videos[chosen], world.to_uint8(clip), rows[chosen], row, jnp.asarray(_SPOILED)[kind], strength)
 
     return jax.vmap(one)(jnp.arange(count))

@@ -127,10 +127,10 @@ def _draw(key: jax.Array, pool: data.Labelled, number: int) -> data.Labelled:
     return chosen._replace(videos=world.to_uint8(frames), goodness=goodness)
 
 
-def weighted(error: jax.Array) -> tuple[jax.Array, Metrics]:
-    """The loss of squared errors [B, 5], and the part of every dimension."""
+def weighted(error: jax.Array, weights: Sequence[float]) -> tuple[jax.Array, Metrics]:
+    """The loss of squared errors [B, 5] with a weight for each dimension, and the part of every dimension."""
     parts = {name: error[:, i].mean() for i, name in enumerate(DIMENSIONS)}
-    return (error * jnp.array(_DIMENSION_WEIGHTS)).mean(), parts
+    return (error * jnp.array(weights)).mean(), parts
 
 
 def ranking(scores: jax.Array, pairs: data.Pairs) -> tuple[jax.Array, Metrics]:
@@ -168,7 +168,7 @@ def make_loss(config: VideoScorerConfig, token_ids: np.ndarray, sizes: Batch) ->
         matched = apply("to_range", params, logits, data.ALIGNMENT)
         alignment_error = jnp.square(matched - data.labels(match)).mean(1)
 
-        value, metrics = weighted(error.at[:, data.ALIGNMENT].set(alignment_error))
+        value, metrics = weighted(error.at[:, data.ALIGNMENT].set(alignment_error), _DIMENSION_WEIGHTS)
         if pairs is not None:
             rows = jnp.concatenate([pairs.better_rows, pairs.worse_rows])
             logits = apply("judge_match", params, jax.tree.map(lambda x: x[number:], seen), ids[rows][:, None])[:, 0]
@@ -180,6 +180,11 @@ def make_loss(config: VideoScorerConfig, token_ids: np.ndarray, sizes: Batch) ->
     return loss
 
 
+def adamw(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The rule that the shipped scorer learns by."""
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-3))
+
+
 def optimise(
     loss: Loss,
     start: Callable[[], Tree],
@@ -189,15 +194,18 @@ def optimise(
     pools: Pools | None,
     checkpoints: Path,
     seconds: float | None = None,
+    rule: Callable[[optax.Schedule], optax.GradientTransformation] = adamw,
 ) -> Tree:
     """The moving average of the parameters after `steps` updates from those that `start` makes.
+
+    `rule` makes the optimiser of the learning rate, which warms up to `rate` and ends at a hundredth of it.
 
     Raises:
       TimeoutError: `seconds` ran out; the same call goes on.
     """
-    warm = max(1, min(100, steps // 20))
+    warm = min(100, steps // 20)
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm, steps, 0.01 * rate)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-3))
+    optimizer = rule(schedule)
 
     @jax.jit
     def update(state: Fitted, step: jax.Array, pools: Pools | None) -> tuple[Fitted, Metrics]:
