@@ -167,3 +167,10 @@ def test_whitened_patches_have_unit_variance_and_do_not_go_together():
     expected = np.diag(np.arange(60) < 48).astype(float)
     np.testing.assert_allclose(np.cov(seen.T, bias=True), expected, atol=0.15)  # the floor takes a part of the smallest
     np.testing.assert_allclose(np.diag(np.cov(seen.T, bias=True))[16:48], 1.0, atol=0.01)
+
+
+@pytest.mark.parametrize(("flag", "said"), [("--steps=0", "at least 1"), ("--seeing_steps=-1", "0 or more")])
+def test_no_training_begins_with_numbers_that_train_nothing(flag, said, tmp_path):
+    with pytest.raises(UserError, match=rf"{flag.partition('=')[0]}: .*{said}"):
+        train_videoscore.main([f"--workdir={tmp_path / 'work'}", f"--output={tmp_path / 'out'}", flag])
+    assert not list(tmp_path.iterdir())

@@ -287,8 +287,10 @@ def open_pools(flags: Any) -> Pools | None:
     """What `make_pools` makes with these flags, None without a base model.
 
     Raises:
-      UserError: the output would lie among what the recipe keeps for itself.
+      UserError: there is no step to train, or the output would lie among what the recipe keeps for itself.
     """
+    if flags.steps < 1:
+        raise UserError(f"--steps: {flags.steps} trains nothing; give at least 1")
     if flags.output.resolve().is_relative_to(flags.workdir.resolve()):
         raise UserError(f"--output: {flags.output} is inside --workdir; choose a folder outside of it")
     if flags.base is None:

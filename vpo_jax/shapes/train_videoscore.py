@@ -221,7 +221,7 @@ def make_seeing_loss(config: Idefics2Config, clips: int = _SEEING_CLIPS) -> Loss
 
 
 def muon(schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The rule that the miniature learns by: after 1200 steps its squared error in seeing is two thirds of adamw's."""
+    """The rule that the miniature learns by: Muon for matrices, Adam at a lower rate for everything else."""
     return optax.contrib.muon(
         lambda step: _MATRICES * schedule(step), weight_decay=1e-3, adam_b2=0.99, adam_learning_rate=schedule
     )
@@ -348,6 +348,8 @@ def main(argv: Sequence[str]) -> None:
     flags = parser.parse(argv)
     if flags.seeing_steps is None:
         flags.seeing_steps = 3000 if flags.start is None else 0
+    if flags.seeing_steps < 0:
+        raise UserError(f"--seeing_steps: {flags.seeing_steps} is negative; give 0 or more")
     start = None if flags.start is None else read_miniature(flags.start)
     commands = commands_of("vpo_jax.shapes.train_videoscore", flags, ["seeing_steps"])
     pools = open_pools(flags)
