@@ -55,10 +55,12 @@ def _shapes() -> ConfigDict:
     config.reward.videoscore.query_prompt = ""  # a file; "" takes query_prompt.txt of the folder
     config.reward.videoscore.frame_choice = "arange"  # or "linspace", as its authors' benchmark
     config.reward.videoscore.max_frames = 16  # up to 48 for v1.1
+    config.reward.videoscore.attention = "xla"  # "cudnn" is faster on NVIDIA GPUs
     config.reward.videoreward = ConfigDict()  # where scorers name videoreward
     config.reward.videoreward.path = ""
     config.reward.videoreward.query_prompt = ""
     config.reward.videoreward.video_fps = 8.0  # frames a second of the videos that the model makes
+    config.reward.videoreward.attention = "xla"  # as above
 
     config.held_out = ConfigDict()
     config.held_out.scorers = "judge"  # judge the result, never the loss; classical reads any videos

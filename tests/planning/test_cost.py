@@ -95,6 +95,9 @@ def test_videoscore_costs_what_pytorchs_counter_says():
     tokens = {"input_ids": array(1, 376, dtype=jnp.int32), "mask": array(1, 376, dtype=jnp.bool_)}
     cost = measure(reward.score, reward.params, array(1, 16, 256, 256, 3, dtype=jnp.uint8), tokens)
     assert cost.flops / 1e12 == pytest.approx(35.4, abs=0.05)
+    # Where no token stands for an image, a compiler leaves out all that sees.
+    images = reward.queries.frame_ids == reward.model.config.image_token_id
+    assert images.sum() == reward.model.config.perceiver.resampler_n_latents == 64
 
 
 @pytest.mark.parametrize(("frames", "side", "expected"), [(4, 336, 4.889), (8, 448, 11.549)])

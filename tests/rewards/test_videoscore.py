@@ -295,6 +295,8 @@ def test_more_tokens_than_places_is_a_user_error(original):
         ({"frame_choice": "random"}, r"^videoscore\.frame_choice"),
         ({"max_frames": 0}, r"^videoscore\.max_frames"),
         ({"dtype": "int8"}, r"^dtype: 'int8'"),
+        ({"attention": "flash"}, r"^videoscore\.attention: 'flash' is not one of xla, cudnn"),
+        ({"attention": "cudnn"}, r"^videoscore\.attention: cudnn wants an NVIDIA GPU and found cpu"),
         ({"query_prompt": "/no/such/file"}, "cannot be read as text"),
     ],
 )

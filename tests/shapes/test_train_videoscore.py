@@ -92,6 +92,55 @@ def test_the_scores_that_it_learns_are_those_that_the_reward_gives(small, pools,
         assert float(metrics[name]) == pytest.approx(float(np.mean((scores[name] - truth[:, i]) ** 2)), rel=1e-4), name
 
 
+def test_lessons_of_attributes_ask_for_what_the_caption_names_and_for_what_the_clip_has(small):
+    """Heads that answer nothing leave log(choices) an attribute; those that know one side answer that one alone."""
+    tokenizer = train_videoscore.make_tokenizer()
+    config = train_videoscore.make_config(tokenizer)
+    queries = QueryEncoder(tokenizer, train_videoscore.QUERY, config.image_token_id, 4, 16)
+    params = jax.jit(train_videoscore.make_start(config, 1))()
+    loss, key = jax.jit(train_videoscore.make_loss(config, queries, Batch(fresh=3))), jax.random.key(5)
+    chance = np.mean([np.log(len(values)) for values in world.VALUES])
+    _, metrics = loss(params, key, None)
+    assert float(metrics["named"]) == pytest.approx(chance, rel=1e-5)
+    assert float(metrics["drawn"]) == pytest.approx(chance, rel=1e-5)
+    assert float(metrics["right"]) == pytest.approx(np.log(2), rel=1e-5)
+
+    clip_key, ask_key, _ = jax.random.split(key, 3)
+    clips, _ = jax.jit(train_videoscore.draw_clips, static_argnums=1)(clip_key, Batch(fresh=3), None)
+    asked, _ = jax.vmap(data.ask)(jax.random.split(ask_key, 3), clips.rows, clips.freeze)
+    for name, rows in (("named", asked), ("drawn", clips.rows)):
+        attributes = np.asarray(world.ALL_ATTRIBUTES)[np.asarray(rows)]  # [3, 5]
+        firsts = np.cumsum([0, *(len(values) for values in world.VALUES)])[:-1]
+        counts = np.zeros(sum(len(values) for values in world.VALUES))
+        np.add.at(counts, firsts + attributes, 1.0)
+        params["lessons"][name]["bias"] = jnp.asarray(counts, jnp.float32)  # what stands there most often is likelier
+        _, metrics = loss(params, key, None)
+        expected = []
+        for i, (first, values) in enumerate(zip(firsts, world.VALUES, strict=True)):
+            part = counts[first : first + len(values)]
+            expected.append(np.mean(np.log(np.exp(part).sum()) - part[attributes[:, i]]))
+        assert float(metrics[name]) == pytest.approx(np.mean(expected), rel=1e-5), name
+
+
+def test_it_reads_with_slower_eyes_once_it_has_learnt_to_see(small, tmp_path, monkeypatch):
+    begun = []
+
+    def optimise(loss, start, seed, steps, rate, pools, checkpoints, seconds, rule):
+        begun.append((checkpoints.name, steps, rule))
+        return start()
+
+    monkeypatch.setattr(train_videoscore, "optimise", optimise)
+    rules = train_videoscore.muon, train_videoscore.muon_that_sees
+    train_videoscore.train(0, 5, 1e-3, None, tmp_path, seeing_steps=3)
+    assert begun == [("seeing", 3, rules[0]), ("videoscore", 5, rules[1])]
+    begun.clear()
+    parts = train_videoscore.train(0, 5, 1e-3, None, tmp_path)
+    assert begun == [("videoscore", 5, rules[0])]
+    begun.clear()
+    train_videoscore.train(0, 5, 1e-3, None, tmp_path, start=parts.params)
+    assert begun == [("videoscore", 5, rules[1])]
+
+
 def test_a_folder_that_the_recipe_cannot_go_on_from_is_refused_before_it_trains(small, tmp_path):
     flags = [f"--workdir={tmp_path / 'work'}", f"--output={tmp_path / 'out'}"]
     tokenizer = train_videoscore.make_tokenizer()

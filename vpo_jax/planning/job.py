@@ -154,9 +154,9 @@ def read_scorers(names: str, settings: Any) -> list[Any]:
 class _Queries:
     """Stands for a tokenizer: how many tokens there are, and nothing of what they say."""
 
-    def __init__(self, length: int, tokens_per_image: int = 0, tokens_of_head: int = 0) -> None:
+    def __init__(self, length: int, image_ids: Sequence[int] = (), tokens_of_head: int = 0) -> None:
         self.length = length
-        self.frame_ids = np.zeros(tokens_per_image + 2, np.int32)
+        self.frame_ids = np.array([0, *image_ids, 0], np.int32)
         self.head_ids = np.zeros(tokens_of_head, np.int32)
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -175,7 +175,8 @@ def _videoscore(name: str, settings: Any) -> Any:
     config = Idefics2Config.from_dict(SCORERS[name])
     params = _in_bfloat16(videoscore_shapes(config, len(DIMENSIONS)))
     model = Idefics2ForSequenceClassification(config, len(DIMENSIONS), jnp.bfloat16)
-    queries: Any = _Queries(QUERY_TOKENS[name], tokens_per_image=config.perceiver.resampler_n_latents)
+    # The real id of an image token: where none stands, a compiler leaves out what sees the frames.
+    queries: Any = _Queries(QUERY_TOKENS[name], [config.image_token_id] * config.perceiver.resampler_n_latents)
     chosen = {key: settings[name][key] for key in ("frame_choice", "max_frames")}
     return VideoScoreReward(name, model, params, queries, FrameSettings(), VideoScoreOptions(**chosen))
 

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from vpo_jax.models.attention import BACKENDS
+from vpo_jax.models.config_fields import require
 from vpo_jax.runtime.errors import UserError
 
 
@@ -19,7 +21,7 @@ class ModelOptions:
       frames_at_a_time: frames of each clip in the vision encoder at once.
       clips_at_a_time: clips of a batch when it is called by itself; a rollout has `rollout.microbatch`.
       dtype: "float32" or "bfloat16" of weights and computation; "" takes what is stored.
-      attention_backend: a name in `models.attention.BACKENDS`.
+      attention: a name in `models.attention.BACKENDS`; "cudnn" is for NVIDIA GPUs and bfloat16.
     """
 
     query_prompt: str = ""
@@ -27,7 +29,17 @@ class ModelOptions:
     frames_at_a_time: int = 4
     clips_at_a_time: int = 4
     dtype: str = ""
-    attention_backend: str = "xla"
+    attention: str = "xla"
+
+
+def check_attention(name: str, attention: str, dtype: jnp.dtype) -> None:
+    """Raises UserError for an attention that is unknown, or that cannot compute in this dtype on these devices."""
+    field = f"{name}.attention"
+    require(attention in BACKENDS, field, f"{attention!r} is not one of {', '.join(BACKENDS)}")
+    if attention == "cudnn":
+        kind = jax.devices()[0].platform
+        require(kind == "gpu", field, f"cudnn wants an NVIDIA GPU and found {kind}; take xla")
+        require(dtype.itemsize == 2, field, f"cudnn wants bfloat16 weights and found {dtype}; take xla")
 
 
 def check_videos(videos: jax.Array, prompts: int) -> None:

@@ -15,7 +15,7 @@ from vpo_jax.checkpoints.videoscore import QUERY_FILE, read_query
 from vpo_jax.models.config_fields import require, require_int
 from vpo_jax.models.qwen2_vl import Qwen2VLRewardModel, count_positions, grid_positions
 from vpo_jax.rewards.frames import SmartFrameSettings, prepare_frames, see_in_parts
-from vpo_jax.rewards.model_options import ModelOptions, check_videos
+from vpo_jax.rewards.model_options import ModelOptions, check_attention, check_videos
 from vpo_jax.rewards.query import OWN_REWARD_INSTRUCTION, VideoQueryEncoder
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import BATCH, constrain
@@ -208,7 +208,8 @@ def load_videoreward(
     require(options.num_frames % unit == 0, "videoreward.num_frames", whole)
     frames = SmartFrameSettings.from_dict(parts.image_processor, config.vision.factor, options.min_pixels, most)
     dtype = jax.tree.leaves(parts.params)[0].dtype
-    model = Qwen2VLRewardModel(config, queries.reward_token_ids, settings.outputs, dtype, options.attention_backend)
+    check_attention("videoreward", options.attention, dtype)
+    model = Qwen2VLRewardModel(config, queries.reward_token_ids, settings.outputs, dtype, options.attention)
     return VideoRewardReward(
         name or Path(folder).resolve().name, model, parts.params, queries, frames, settings, options
     )

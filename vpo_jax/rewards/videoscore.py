@@ -14,7 +14,7 @@ from vpo_jax.checkpoints.videoscore import QUERY_FILE, read_query, read_videosco
 from vpo_jax.models.config_fields import require, require_int
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
 from vpo_jax.rewards.frames import FrameSettings, prepare_frames, see_in_parts
-from vpo_jax.rewards.model_options import ModelOptions, check_videos
+from vpo_jax.rewards.model_options import ModelOptions, check_attention, check_videos
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.rewards.query import OWN_INSTRUCTION, QueryEncoder
 from vpo_jax.runtime.errors import UserError
@@ -163,7 +163,8 @@ def load_videoscore(
     tokens = config.perceiver.resampler_n_latents
     queries = QueryEncoder(parts.tokenizer, query, config.image_token_id, tokens, options.max_prompt_tokens)
     dtype = jax.tree.leaves(parts.params)[0].dtype
-    model = Idefics2ForSequenceClassification(config, len(DIMENSIONS), dtype, options.attention_backend)
+    check_attention("videoscore", options.attention, dtype)
+    model = Idefics2ForSequenceClassification(config, len(DIMENSIONS), dtype, options.attention)
     frames = FrameSettings.from_dict(parts.image_processor)
     if frames.shortest < config.vision.patch_size:
         raise UserError(

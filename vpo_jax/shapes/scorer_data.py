@@ -177,6 +177,7 @@ def make_clips(key: jax.Array, count: int, rows: jax.Array, **how: Any) -> Label
 SHOWN = (
     *("x", "y", "radius", "red", "green", "blue"),
     *("background_red", "background_green", "background_blue", "exposure", "blur", "grain"),
+    *world.SHAPES,
 )
 
 
@@ -191,9 +192,9 @@ def make_known_clips(
     """Freshly rendered clips of captions drawn from `rows`, with their labels, and what their frames show; jittable.
 
     Without `soft` none is blurred or has grain. `presence` is that of `sample_strengths`. What frames show is float32
-    [B, F, 12] in the order of `SHOWN`, numbers of order one.
+    [B, F, 15] in the order of `SHOWN`, numbers of order one.
     Place and radius of the object are from the frame's middle and from 6 pixels, in 8 and 2 pixels; colours are as
-    exposed.
+    exposed; of the shapes one is 1 and the others are -1.
     """
 
     def one(key: jax.Array) -> tuple[Labelled, jax.Array]:
@@ -223,6 +224,7 @@ def _facts(scene: world.Scene, strengths: world.Degradation, track: world.Track)
         4.0 * track.exposure[:, None],
         2.0 * every[:, None] * strengths.blur,
         2.0 * every[:, None] * jnp.sqrt(strengths.noise),
+        every[:, None] * (2.0 * jax.nn.one_hot(scene.attributes.shape, len(world.SHAPES)) - 1.0),
     ]
     return jnp.concatenate(columns, axis=-1)
 

@@ -125,8 +125,10 @@ def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Lo
     """The loss of {"scorer", "lessons"}: all five scores are read of one caption for each clip, and the lessons.
 
     The lessons beside the scores are what frames show (read of the perceiver's tokens), what changed since the frame
-    before, and which attributes the caption has right (of the decoder, behind each frame, where it also has to give
-    the scores that it would give so far). The heads that answer are dropped after the training.
+    before, which attributes the caption names, which the clip has, and which of them agree (of the decoder, behind each
+    frame, where it also has to give the scores that it would give so far). Only what lies side by side is compared:
+    without the two lessons of attributes, colours and shapes stay at chance. The heads that answer are dropped after
+    the training.
     """
     model = Idefics2ForSequenceClassification(config, len(DIMENSIONS))
     settings = FrameSettings.from_dict(PROCESSOR)
@@ -182,13 +184,25 @@ def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Lo
         changed = _answer(heads["changed"], behind[: len(facts), 1:])
         changes = jnp.square(changed[..., : len(data.SHOWN)] - 2.0 * first).mean()
         changes += jnp.square(changed[:, 1:, len(data.SHOWN) :] - 2.0 * second).mean()
+        named = _naming(_answer(heads["named"], behind[:number]), attributes[asked])
+        drawn = _naming(_answer(heads["drawn"], behind[:number]), attributes[clips.rows])
         right = (attributes[asked] == attributes[clips.rows]).astype(jnp.float32)
-        logits = _answer(heads["right"], behind[:number, -1])
-        matches = optax.sigmoid_binary_cross_entropy(logits, right).mean()
-        metrics |= {"shown": shown, "changed": changes, "right": matches}
-        return metrics["loss"] + _EARLY * early + _LESSONS * (shown + changes + matches), metrics
+        logits = _answer(heads["right"], behind[:number, 2:])
+        matches = optax.sigmoid_binary_cross_entropy(logits, right[:, None]).mean()
+        lessons = {"shown": shown, "changed": changes, "named": named, "drawn": drawn, "right": matches}
+        return metrics["loss"] + _EARLY * early + _LESSONS * sum(lessons.values()), metrics | lessons
 
     return loss
+
+
+def _naming(logits: jax.Array, attributes: jax.Array) -> jax.Array:
+    """Cross-entropy of attributes int32 [B, 5] by logits [B, F, the values of all], a mean of the attributes."""
+    parts = jnp.split(logits, np.cumsum([len(values) for values in world.VALUES])[:-1], axis=-1)
+    truth = jnp.broadcast_to(attributes[:, None], (*logits.shape[:2], attributes.shape[1]))
+    found = [
+        optax.softmax_cross_entropy_with_integer_labels(part, truth[..., i]).mean() for i, part in enumerate(parts)
+    ]
+    return jnp.stack(found).mean()
 
 
 def _answer(head: Tree, x: jax.Array) -> jax.Array:
@@ -265,10 +279,12 @@ def make_start(config: Idefics2Config, seed: int) -> Callable[[], Tree]:
 
 def make_heads(config: Idefics2Config) -> Tree:
     """Heads for the lessons that answer nothing yet."""
-    width, shown = config.text.hidden_size, len(data.SHOWN)
+    width, shown, words = config.text.hidden_size, len(data.SHOWN), sum(len(values) for values in world.VALUES)
     return {
         "shown": _make_head(config.perceiver.resampler_n_latents * width, shown),
         "changed": _make_head(width, 2 * shown),
+        "named": _make_head(width, words),
+        "drawn": _make_head(width, words),
         "right": _make_head(width, len(world.VALUES)),
     }
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vpo_jax.diffusion.samplers import make_sampler
+from vpo_jax.models.attention import BACKENDS
 from vpo_jax.rewards.combine import parse_weights
 from vpo_jax.runtime.cli import flatten_config, nearest
 from vpo_jax.runtime.errors import UserError
@@ -68,9 +69,11 @@ FIELDS: Mapping[str, Field] = {
     "reward.videoscore.query_prompt": _TEXT,
     "reward.videoscore.frame_choice": _one_of("arange", "linspace"),
     "reward.videoscore.max_frames": _whole(1),
+    "reward.videoscore.attention": _one_of(*BACKENDS),
     "reward.videoreward.path": _TEXT,
     "reward.videoreward.query_prompt": _TEXT,
     "reward.videoreward.video_fps": _POSITIVE,
+    "reward.videoreward.attention": _one_of(*BACKENDS),
     "held_out.scorers": _TEXT,
     "rollout.candidates": _whole(2, extra=" (a pair needs two)"),
     "rollout.num_inference_steps": _whole(1),

@@ -1,0 +1,108 @@
+"""Seconds and memory of the stages of a full-size job on this machine, beside what `vpo_jax.plan` says of them.
+
+    python benchmarks/stages.py --config=configs/vpo.py:modelscope --config.model.path=modelscope \
+        --config.reward.scorers=videoscore [--config.a.b=c] [--stages=rollout,update] [--repeats=3] [--output=FILE.json]
+
+Weights and inputs are random: configs by name download nothing. Each stage gets what one step gives it; memory is what
+the compiler set aside. One line a stage as it comes.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+from scorers import random_weights, timed
+
+from vpo_jax.planning.chips import CHIPS, Topology
+from vpo_jax.planning.fit import make_plan, measure_stages
+from vpo_jax.planning.job import Stage, choose_stages, make_job
+from vpo_jax.runtime import cli
+from vpo_jax.runtime.backend import keep_compiled_programs
+from vpo_jax.runtime.mesh import batch_sharding, infer_shardings, make_mesh, mesh_sizes, replicated
+from vpo_jax.training.check import check
+from vpo_jax.training.state import PARAMETER_RULES
+
+_NUMBER = 7  # a token, a timestep and a row at once: no table is that small
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures what the flags name."""
+    words, overrides = cli.split_overrides(argv)
+    parser = cli.Parser("benchmarks.stages", (__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", default="configs/vpo.py:modelscope")
+    parser.add_argument("--stages", default="", help="comma-separated; none: every stage")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", default="", help="JSON file to write beside what is printed")
+    flags = parser.parse(words)
+    config = cli.load_config(flags.config)
+    cli.override(config, overrides)
+    config.data.prompts = config.data.prompts or "shapes:train"
+    check(config)
+    keep_compiled_programs()
+
+    job = make_job(config)
+    device = jax.devices()[0]
+    kind = next((chip for name, chip in CHIPS.items() if name in device.device_kind.lower()), CHIPS["h100"])
+    topology = Topology(f"{len(jax.devices())} x {device.device_kind}", kind, len(jax.devices()))
+    plan = make_plan(job, measure_stages(job), topology, mesh_sizes(topology.count, **config.mesh))
+    planned = {stage.name: stage for stage in plan.stages}
+    mesh = make_mesh(**config.mesh)
+    found: dict[str, Any] = {"device": topology.name, "jax": jax.__version__}
+    for stage in choose_stages(job, flags.stages):
+        measured = measure(stage, mesh, flags.repeats)
+        floor = planned[stage.name].floor / stage.calls
+        measured |= {
+            "floor": floor,
+            "bound": planned[stage.name].bound,
+            "share_of_floor": floor / measured["seconds"],
+            "estimated_temporaries": planned[stage.name].temporaries,
+        }
+        print(stage.name, json.dumps(measured), flush=True)
+        found[stage.name] = measured
+        cli.write_output(flags.output, found)
+
+
+def measure(stage: Stage, mesh: Any, repeats: int) -> dict[str, Any]:
+    """Of one call: {"seconds": ..., "compile_seconds": ..., "argument_bytes": ..., "temporary_bytes": ...}."""
+    function, shapes = stage.build(stage.batch)
+
+    def placed(tree: Any, role: str) -> Any:
+        if role == "rules":
+            return jax.device_put(random_weights(tree), infer_shardings(tree, mesh, PARAMETER_RULES))
+        return jax.device_put(jax.tree.map(_fill, tree), batch_sharding(mesh) if role == "batch" else replicated(mesh))
+
+    with jax.set_mesh(mesh):
+        arguments = [placed(tree, role) for tree, role in zip(shapes, stage.arguments, strict=True)]
+        compiled, compiling = timed(lambda: jax.jit(function).lower(*arguments).compile())
+        memory: Any = compiled.memory_analysis()
+        timed(compiled, *arguments)
+        seconds = statistics.median(timed(compiled, *arguments)[1] for _ in range(repeats))
+    return {
+        "batch": stage.batch,
+        "microbatch": stage.microbatch,
+        "seconds": seconds,
+        "compile_seconds": compiling,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+
+
+def _fill(shape: Any) -> jax.Array:
+    if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), shape.shape)
+    if jnp.issubdtype(shape.dtype, jnp.floating):
+        return jax.random.normal(jax.random.key(1), shape.shape, shape.dtype)
+    if shape.dtype == jnp.uint8:
+        return jax.random.bits(jax.random.key(2), shape.shape, shape.dtype)
+    return jnp.full(shape.shape, _NUMBER, shape.dtype)
+
+
+if __name__ == "__main__":
+    cli.run(main)
