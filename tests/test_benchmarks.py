@@ -1,12 +1,17 @@
 """The embedded job's bars, cleared by a better model and missed by others; agreement of scorers with judges."""
 
+import copy
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vpo_jax.pipeline import load_pipeline
+from vpo_jax.planning import specs
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.trees import bytes_of
 from vpo_jax.shapes import judge
 
 
@@ -100,3 +105,37 @@ def test_bytes_on_a_ring_follow_the_kind_of_collective():
            "sent": 14e6, "seconds": 1.5, "efficiency": 0.9876}  # fmt: skip
     shown = [next(iter(column.cells)) for column in scaling.table_of([row]).columns]
     assert shown == ["v5e:2x4", "8", "update all-reduce 2.0; rollout none", "14.0", "1.5000", "98.76%"]
+
+
+def test_a_scorers_benchmark_runs_all_of_it_on_videos_that_count(monkeypatch, tmp_path):
+    full = copy.deepcopy(specs.SCORERS["videoscore"])
+    full["vision_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 64}
+    full["vision_config"] |= {"num_attention_heads": 2, "patch_size": 32}
+    full["perceiver_config"] |= {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4}
+    full["perceiver_config"] |= {"resampler_head_dim": 8, "num_key_value_heads": 2}
+    full["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    full["text_config"] |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setitem(specs.SCORERS, "videoscore", full)
+    output = tmp_path / "found.json"
+    scorers = load("scorers")
+    scorers.main(["--clips=4", "--prompts=2", "--frames=3", "--size=48", "--repeats=1", f"--output={output}"])
+    found = json.loads(output.read_text())
+    assert (found["clips"], found["frames"], found["side"]) == (4, 3, 378)
+    assert found["tokens"] == specs.QUERY_TOKENS["videoscore"] + 3 * 6
+    assert found["seconds_a_video"] > 0 and found["apart_from_xla"] == 0.0
+    assert found["tflop_a_video"] * 4e12 > 3 * 4 * 2 * (378 // 32) ** 2 * 3 * 32**2 * 32  # patches alone
+
+    with pytest.raises(UserError, match=r"--peer: .* videoscore alone"):
+        scorers.main(["--scorer=videoreward", "--peer"])
+
+
+def test_stages_are_run_at_the_batch_of_a_step(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    output = tmp_path / "found.json"
+    flags = ["--config=configs/vpo.py:tiny", "--config.train.prompts_per_step=3", "--stages=encode", "--repeats=1"]
+    load("stages").main([*flags, f"--output={output}"])
+    found = json.loads(output.read_text())["encode"]
+    pipeline = load_pipeline("shapes")
+    ids = 3 * pipeline.text_encoder.config.max_position_embeddings * 4
+    assert (found["batch"], found["argument_bytes"]) == (3, bytes_of(pipeline.params["text_encoder"]) + ids)
+    assert found["seconds"] > 0 and found["floor"] > 0
