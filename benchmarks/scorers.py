@@ -8,6 +8,7 @@ published peak. `--peer` also times transformers' Idefics2Model in bfloat16 with
 tokens and the same frames, already resized: in a process of its own, so that neither sees the other's memory.
 """
 
+import argparse
 import dataclasses
 import json
 import statistics
@@ -24,8 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vpo_jax.models.attention import BACKENDS
 from vpo_jax.planning import cost
-from vpo_jax.planning.chips import CHIPS
+from vpo_jax.planning.chips import CHIPS, Chip
 from vpo_jax.planning.job import read_scorers
 from vpo_jax.planning.specs import SCORERS
 from vpo_jax.runtime import cli
@@ -43,10 +45,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--at_a_time", type=int, default=4, help="frames of each clip in the vision encoder at once")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--attention", default="xla")
+    parser.add_argument("--attention", choices=tuple(BACKENDS), default="xla")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peer", action="store_true", help="time PyTorch too (videoscore)")
-    parser.add_argument("--only_peer", default="", help=cli.argparse.SUPPRESS)
+    parser.add_argument("--only_peer", default="", help=argparse.SUPPRESS)
     parser.add_argument("--output", default="", help="JSON file to write beside what is printed")
     flags = parser.parse(argv)
     if flags.only_peer:
@@ -64,9 +66,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def measure(flags: Any) -> dict[str, Any]:
-    """Of scoring `clips` random videos: {"seconds_a_video": ..., "share_of_floor": ..., "peak_bytes": ..., ...}."""
+    """Of scoring `clips` random videos: {"seconds_a_video": ..., "share_of_peak": ..., "peak_bytes": ..., ...}."""
     keep_compiled_programs()
-    settings = cli.load_config("configs/vpo.py").reward
+    settings = cli.load_config(str(cli.ROOT / "configs" / "vpo.py")).reward
     (reward,) = read_scorers(flags.scorer, settings)
     options = dataclasses.replace(reward.options, frames_at_a_time=flags.at_a_time)
     plain = dataclasses.replace(reward, options=options)
@@ -87,7 +89,7 @@ def measure(flags: Any) -> dict[str, Any]:
     device = jax.devices()[0]
     memory = device.memory_stats() or {}
     expected = scores if flags.attention == "xla" else jax.jit(plain.score)(params, videos, prepared)
-    kind = next((chip for name, chip in CHIPS.items() if name in device.device_kind.lower()), None)
+    kind = chip_of(device)
     text = int(prepared["input_ids"].shape[1])
     result = {
         "device": device.device_kind,
@@ -109,6 +111,11 @@ def measure(flags: Any) -> dict[str, Any]:
         result["side"] = max(reward.frames.output_size(flags.size, flags.size))
         result["tokens"] = text + len(seen) * len(reward.queries.frame_ids)
     return result
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """What its maker publishes of a device; None where the planner does not know it."""
+    return next((chip for name, chip in CHIPS.items() if name in device.device_kind.lower()), None)
 
 
 def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
-from scorers import random_weights, timed
+from scorers import chip_of, random_weights, timed
 
 from vpo_jax.planning.chips import CHIPS, Topology
 from vpo_jax.planning.fit import make_plan, measure_stages
@@ -49,12 +49,12 @@ def main(argv: Sequence[str]) -> None:
 
     job = make_job(config)
     device = jax.devices()[0]
-    kind = next((chip for name, chip in CHIPS.items() if name in device.device_kind.lower()), CHIPS["h100"])
+    kind = chip_of(device) or CHIPS["h100"]  # one that the planner does not know is held against an H100
     topology = Topology(f"{len(jax.devices())} x {device.device_kind}", kind, len(jax.devices()))
     plan = make_plan(job, measure_stages(job), topology, mesh_sizes(topology.count, **config.mesh))
     planned = {stage.name: stage for stage in plan.stages}
     mesh = make_mesh(**config.mesh)
-    found: dict[str, Any] = {"device": topology.name, "jax": jax.__version__}
+    found: dict[str, Any] = {"device": topology.name, "jax": jax.__version__, "floor_of": kind.name}
     for stage in choose_stages(job, flags.stages):
         measured = measure(stage, mesh, flags.repeats)
         floor = planned[stage.name].floor / stage.calls
