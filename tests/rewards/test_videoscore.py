@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import to_torch
 from vpo_jax.checkpoints.videoscore import videoscore_shapes
+from vpo_jax.models.attention import BACKENDS
 from vpo_jax.models.idefics2_config import Idefics2Config
 from vpo_jax.rewards.loading import load_reward, load_scorer
 from vpo_jax.rewards.protocol import DIMENSIONS, Reward
@@ -303,6 +304,20 @@ def test_more_tokens_than_places_is_a_user_error(original):
 def test_wrong_options_are_user_errors(original, options, message):
     with pytest.raises(UserError, match=message):
         load_videoscore(original, options=VideoScoreOptions(**options))
+
+
+def test_the_attention_of_the_options_is_what_attends(original, monkeypatch):
+    used = []
+
+    def counted(*arguments):
+        used.append(arguments[0].shape)
+        return BACKENDS["xla"](*arguments)
+
+    monkeypatch.setitem(BACKENDS, "counted", counted)
+    plain, chosen = (load_videoscore(original, options=VideoScoreOptions(attention=a)) for a in ("xla", "counted"))
+    scores = [np.asarray(r.score(r.params, noise(1), r.prepare(["a"]))) for r in (plain, chosen)]
+    assert len(used) >= 3  # vision, perceiver, text
+    np.testing.assert_array_equal(*scores)
 
 
 def test_a_broken_folder_names_the_file_and_the_fix(folder):
