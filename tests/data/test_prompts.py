@@ -1,5 +1,6 @@
 """Prompt lists: what is read, and what each bad file is told."""
 
+import os
 import sys
 import tracemalloc
 
@@ -153,3 +154,14 @@ def test_a_data_set_on_the_hub_is_named_with_the_way_around_while_offline():
         load_prompts("hub:owner/name/prompts.jsonl")
     with pytest.raises(UserError, match=r"write hub:OWNER/NAME/FILE\.jsonl"):
         load_prompts("hub:name")
+
+
+def test_a_pipe_is_refused_since_prompts_are_read_again():
+    reads, writes = os.pipe()
+    try:
+        os.write(writes, b"a red circle\n")
+        os.close(writes)
+        with pytest.raises(UserError, match=r"is a pipe, .* write them to a file"):
+            load_prompts(f"/dev/fd/{reads}")
+    finally:
+        os.close(reads)

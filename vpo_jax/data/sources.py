@@ -46,7 +46,7 @@ def read_file(path: Path, field: str) -> Prompts:
     In memory stay 8 bytes a prompt. Blank lines are skipped; only .jsonl can hold the empty prompt.
 
     Raises:
-      UserError: no such file, not UTF-8, nothing in it, or a line that is not an object with a "prompt"; and, when
+      UserError: no such file, a pipe, not UTF-8, nothing in it, or a line that is not an object with a "prompt"; and, when
         a prompt is read later, a file that has become shorter.
     """
     is_json = path.suffix == ".jsonl"
@@ -59,6 +59,9 @@ def read_file(path: Path, field: str) -> Prompts:
         raise UserError(
             f"{field}: {str(path)!r} cannot be read: {error.strerror}; give a text or .jsonl file"
         ) from None
+    if not file.seekable():
+        file.close()
+        raise UserError(f"{field}: {str(path)!r} is a pipe, and prompts are read more than once; write them to a file")
     try:
         # By line feeds alone, not splitlines(): it would also cut at rare separators that may stand inside a prompt.
         for number, line in enumerate(file, start=1):
