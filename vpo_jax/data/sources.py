@@ -46,8 +46,8 @@ def read_file(path: Path, field: str) -> Prompts:
     In memory stay 8 bytes a prompt. Blank lines are skipped; only .jsonl can hold the empty prompt.
 
     Raises:
-      UserError: no such file, a pipe, not UTF-8, nothing in it, or a line that is not an object with a "prompt"; and, when
-        a prompt is read later, a file that has become shorter.
+      UserError: no such file, a pipe, not UTF-8, nothing in it, or a line that is not an object with a "prompt"; and,
+        when a prompt is read later, a file that has become shorter.
     """
     is_json = path.suffix == ".jsonl"
     places, place = [], 0
