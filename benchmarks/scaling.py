@@ -21,13 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vpo_jax.planning.chips import Topology, parse_topology
-from vpo_jax.planning.compiled import compile_stage, missing, topology_mesh
+from vpo_jax.planning.compiled import compile_stage, missing, topology_meshes
 from vpo_jax.planning.fit import Linear, measure_stages
 from vpo_jax.planning.job import Job, choose_stages, make_job
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import mesh_sizes
-from vpo_jax.training.check import check, check_mesh
+from vpo_jax.training.check import check, check_meshes
 
 SLICES = "v5e:2x4,v5e:4x4,v5e:4x8,v5e:8x8,v5e:8x16,v5e:16x16"
 
@@ -75,11 +74,11 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
         check(config)
         job = make_job(config)
         chosen = choose_stages(job, flags.stages)
-        mesh = topology_mesh(topology, mesh_sizes(topology.count, **config.mesh))
-        if mesh is None:
+        meshes = topology_meshes(topology, config.mesh)
+        if meshes is None:
             raise UserError(f"--slices: libtpu counts the devices of {topology.name} in another way")
-        check_mesh(config, mesh)
-        compiled = {stage.name: compile_stage(stage, mesh) for stage in chosen}
+        check_meshes(config, meshes)
+        compiled = {stage.name: compile_stage(stage, meshes) for stage in chosen}
         sent = {name: wire_bytes(found.collectives, topology.count) for name, found in compiled.items()}
         seconds = step_seconds(job, measure_stages(job), topology, sent)
         rows.append({

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from scorers import chip_of, random_weights, timed
 
 from vpo_jax.planning.chips import CHIPS, Topology
-from vpo_jax.planning.fit import make_plan, measure_stages
+from vpo_jax.planning.fit import abstract_meshes, make_plan, measure_stages
 from vpo_jax.planning.job import Stage, choose_stages, make_job
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs
-from vpo_jax.runtime.mesh import batch_sharding, infer_shardings, make_mesh, mesh_sizes, replicated
+from vpo_jax.runtime.mesh import batch_sharding, infer_shardings, make_meshes, replicated
 from vpo_jax.training.check import check
 from vpo_jax.training.state import PARAMETER_RULES
 
@@ -51,12 +51,12 @@ def main(argv: Sequence[str]) -> None:
     device = jax.devices()[0]
     kind = chip_of(device) or CHIPS["h100"]  # one that the planner does not know is held against an H100
     topology = Topology(f"{len(jax.devices())} x {device.device_kind}", kind, len(jax.devices()))
-    plan = make_plan(job, measure_stages(job), topology, mesh_sizes(topology.count, **config.mesh))
+    plan = make_plan(job, measure_stages(job), topology, abstract_meshes(config.mesh, topology.count))
     planned = {stage.name: stage for stage in plan.stages}
-    mesh = make_mesh(**config.mesh)
+    meshes = make_meshes(config.mesh)
     found: dict[str, Any] = {"device": topology.name, "jax": jax.__version__, "floor_of": kind.name}
     for stage in choose_stages(job, flags.stages):
-        measured = measure(stage, mesh, flags.repeats)
+        measured = measure(stage, getattr(meshes, stage.role), flags.repeats)
         floor = planned[stage.name].floor / stage.calls
         measured |= {
             "floor": floor,

@@ -22,7 +22,7 @@ from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
-from vpo_jax.runtime.mesh import make_mesh
+from vpo_jax.runtime.mesh import make_meshes
 from vpo_jax.training.check import check, check_inputs
 from vpo_jax.training.stages import Stages
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
 
 def measure(config: Any, repeats: int) -> dict[str, Any]:
     """Seconds of each stage: {"first": {...}, "median": {...}, "videos_per_second": ..., ...}."""
-    mesh = make_mesh(**config.mesh)
+    meshes = make_meshes(config.mesh)
     pipeline = load_pipeline(config.model.path)
     rewards = load_rewards(config.reward.scorers, training=True, settings=config.reward)
     check_inputs(config, pipeline, rewards)
@@ -61,8 +61,8 @@ def measure(config: Any, repeats: int) -> dict[str, Any]:
         seconds[stage].append(time.perf_counter() - began)
         return value
 
-    with jax.set_mesh(mesh):
-        stages = Stages(config, pipeline, rewards, mesh)
+    with jax.set_mesh(meshes.update):
+        stages = Stages(config, pipeline, rewards, meshes)
         state = stages.fresh_state()
         for step in range(repeats + 1):
             text = stages.encode(prompts)

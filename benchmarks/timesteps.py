@@ -28,7 +28,7 @@ from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import make_mesh
+from vpo_jax.runtime.mesh import make_meshes
 from vpo_jax.training.check import check, check_inputs
 from vpo_jax.training.losses import PairCoefficients
 from vpo_jax.training.stages import Stages
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled_programs()
     keep_freed_memory()
 
-    mesh = make_mesh(**config.mesh)
+    meshes = make_meshes(config.mesh)
     pipeline = load_pipeline(config.model.path)
     rewards = load_rewards(config.reward.scorers, training=True, settings=config.reward)
     check_inputs(config, pipeline, rewards)
@@ -73,8 +73,8 @@ def main(argv: Sequence[str]) -> None:
     np.random.default_rng(config.seed).shuffle(prompts)
     edges = np.linspace(0.0, 1.0, flags.parts + 1)
     found: list[list[list[np.ndarray]]] = [[] for _ in range(flags.parts)]
-    with jax.set_mesh(mesh):
-        stages = Stages(config, pipeline, rewards, mesh)
+    with jax.set_mesh(meshes.update):
+        stages = Stages(config, pipeline, rewards, meshes)
         state = stages.fresh_state()
         gradient = jax.jit(make_gradients(stages.policy.denoise, config.train.microbatch))
         ones = PairCoefficients(*(jnp.ones(stages.size),) * 2)

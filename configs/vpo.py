@@ -141,6 +141,8 @@ def _shapes() -> ConfigDict:
     config.mesh.fsdp = 1
     config.mesh.context = 1
     config.mesh.tensor = 1
+    config.mesh.rollout = ""  # sampling's own cut of the same devices: "data=4,context=2"; "" = as above
+    config.mesh.score = ""  # the scorers', likewise, or of reward.devices; unnamed axes are 1, data the rest
 
     config.log = ConfigDict()
     config.log.every = 1  # steps

@@ -22,12 +22,12 @@ from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory, unused_accelerator
-from vpo_jax.runtime.mesh import make_mesh, split_devices
+from vpo_jax.runtime.mesh import make_meshes
 from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.processes import is_main, join_processes, main_first
 from vpo_jax.runtime.signals import Stop, catch_signals
 from vpo_jax.runtime.workdir import Workdir, completed_steps, open_workdir
-from vpo_jax.training.check import check, check_inputs, check_mesh
+from vpo_jax.training.check import check, check_inputs, check_meshes
 from vpo_jax.training.policy import read_start
 from vpo_jax.training.train import Alarmed, NonFinite, train
 
@@ -66,10 +66,9 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     keep_compiled_programs()
     if is_main() and (idle := unused_accelerator()):
         print(f"warning: {idle}", file=sys.stderr)
-    devices, scoring = split_devices(config.reward.devices)
-    mesh = make_mesh(**config.mesh, devices=devices)
-    check_mesh(config, mesh)
-    console.print(f"on {mesh.size} x {mesh.devices.flat[0].device_kind}", highlight=False)
+    meshes = make_meshes(config.mesh, config.reward.devices)
+    check_meshes(config, meshes)
+    console.print(f"on {meshes.update.size} x {meshes.update.devices.flat[0].device_kind}", highlight=False)
     prompts = load_prompts(config.data.prompts, "data.prompts")
     if config.data.held_out:
         held_out_prompts = load_prompts(config.data.held_out, "data.held_out")
@@ -86,8 +85,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
             pipeline,
             rewards,
             opened,
-            mesh=mesh,
-            score_mesh=make_mesh(devices=scoring) if scoring else None,
+            meshes=meshes,
             prompts=prompts,
             tuning_prompts=tuning_prompts(config, prompts),
             # A judge that may not train may not steer either: it sees the result only.

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from vpo_jax.planning.chips import CHIPS, parse_topology
-from vpo_jax.planning.compiled import compile_stage, mismatch, missing, topology_mesh
-from vpo_jax.planning.fit import abstract_mesh, make_plan, make_split_plan, measure_stages, propose
+from vpo_jax.planning.compiled import compile_stage, mismatch, missing, topology_meshes
+from vpo_jax.planning.fit import abstract_meshes, make_plan, make_split_plan, measure_stages, propose
 from vpo_jax.planning.job import choose_stages, make_job
 from vpo_jax.planning.show import (
     compiled_table,
@@ -23,8 +23,7 @@ from vpo_jax.planning.show import (
 )
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import mesh_sizes
-from vpo_jax.training.check import check, check_mesh
+from vpo_jax.training.check import check, check_meshes
 
 CONFIG = "configs/vpo.py"
 
@@ -61,27 +60,27 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
         raise UserError(
             f"reward.devices: {apart} of {topology.count} devices leave none to train on; give at most {most}"
         )
-    sizes = mesh_sizes(topology.count - apart, **config.mesh) if topology else {}
-    if sizes:
-        check_mesh(config, abstract_mesh(sizes))
+    meshes = abstract_meshes(config.mesh, topology.count - apart, apart) if topology else None
+    if meshes:
+        check_meshes(config, meshes)
 
     job = make_job(config)
     chosen = choose_stages(job, flags.stages)
     console.print(describe_job(job), soft_wrap=True, highlight=False)
     lines = measure_stages(job)
     written: dict[str, Any] = {}
-    if topology is None:
+    if topology is None or meshes is None:
         proposals = {name: propose(job, lines, chip) for name, chip in CHIPS.items()}
         console.print(proposals_text(proposals, flags.price, flags.utilisation), soft_wrap=True, highlight=False)
         written["proposals"] = {name: plan_as_json(plan) for name, plan in proposals.items()}
     elif apart:
-        train, score, both = make_split_plan(job, lines, topology, sizes)
+        train, score, both = make_split_plan(job, lines, topology, meshes)
         for part in (*plan_tables(train), *plan_tables(score), result_text(both, flags.price, flags.utilisation)):
             console.print(part, soft_wrap=True, highlight=False)
         console.print("not compiled: scorers have devices of their own", highlight=False)
         written |= {"plan": plan_as_json(train), "scoring": plan_as_json(score), "seconds": both.seconds}
     else:
-        plan = make_plan(job, lines, topology, sizes)
+        plan = make_plan(job, lines, topology, meshes)
         for part in (*plan_tables(plan), result_text(plan, flags.price, flags.utilisation)):
             console.print(part, soft_wrap=True, highlight=False)
         written["plan"] = plan_as_json(plan)
@@ -90,8 +89,8 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
         console.print(proposed, soft_wrap=True, highlight=False)
         written["smallest"] = plan_as_json(smallest)
         why = "--analytic" if flags.analytic else missing(topology)
-        mesh = None if why else topology_mesh(topology, sizes)
-        if mesh is None:
+        described = None if why else topology_meshes(topology, config.mesh)
+        if described is None:
             console.print(f"not compiled: {why or 'libtpu counts its devices in another way'}", highlight=False)
         else:
             if warning := mismatch():
@@ -99,7 +98,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
             compiled = {}
             for stage in chosen:
                 print(f"compiling {stage.name}: ", end="", file=sys.stderr, flush=True)
-                found = compiled[stage.name] = compile_stage(stage, mesh)
+                found = compiled[stage.name] = compile_stage(stage, described)
                 print(f"{found.seconds:.0f} s, temporaries {found.temporaries / 1e9:.3g} GB", file=sys.stderr)
             console.print(compiled_table(compiled, plan))
             written["compiled"] = {name: result._asdict() for name, result in compiled.items()}

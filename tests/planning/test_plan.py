@@ -11,10 +11,11 @@ from rich.console import Console
 from vpo_jax import plan
 from vpo_jax.planning.chips import CHIPS, parse_topology
 from vpo_jax.planning.compiled import collectives_of, mismatch, missing
-from vpo_jax.planning.fit import abstract_mesh, make_plan, measure_stages, propose
+from vpo_jax.planning.fit import abstract_mesh, abstract_meshes, make_plan, measure_stages, propose
 from vpo_jax.planning.job import make_job
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import Meshes
 from vpo_jax.runtime.trees import bytes_of
 
 
@@ -109,8 +110,8 @@ def test_no_prompts_are_needed(job):
 def test_fsdp_cuts_weights_and_gathers_them_in_every_forward(planned):
     job, lines = planned
     topology = parse_topology("v5e:1x2")
-    whole = make_plan(job, lines, topology, {"data": 2, "fsdp": 1, "context": 1, "tensor": 1})
-    cut = make_plan(job, lines, topology, {"data": 1, "fsdp": 2, "context": 1, "tensor": 1})
+    whole = make_plan(job, lines, topology, Meshes.of(abstract_mesh(2)))
+    cut = make_plan(job, lines, topology, Meshes.of(abstract_mesh(1, 2)))
     assert whole.resident["frozen denoiser"] == bytes_of(job.policy.frozen)
     assert cut.resident["frozen denoiser"] < 0.75 * whole.resident["frozen denoiser"]
     gathered = {stage.name: stage.collectives.get("all-gather", 0) for stage in cut.stages}
@@ -122,10 +123,7 @@ def test_fsdp_cuts_weights_and_gathers_them_in_every_forward(planned):
 
 def test_twice_the_chips_halve_the_compute_of_a_chip_and_leave_the_work(planned):
     job, lines = planned
-    one, two = (
-        make_plan(job, lines, parse_topology(f"gpu:{n}xh100"), {"data": n, "fsdp": 1, "context": 1, "tensor": 1})
-        for n in (1, 2)
-    )
+    one, two = (make_plan(job, lines, parse_topology(f"gpu:{n}xh100"), Meshes.of(abstract_mesh(n))) for n in (1, 2))
     rollouts = [next(stage for stage in p.stages if stage.name == "rollout") for p in (one, two)]
     assert rollouts[0].flops == pytest.approx(rollouts[1].flops)
     assert rollouts[0].seconds["compute"] == pytest.approx(2 * rollouts[1].seconds["compute"])
@@ -135,7 +133,7 @@ def test_what_does_not_fit_is_cut_into_microbatches_and_then_over_more_chips(pla
     import dataclasses
 
     job, lines = planned
-    plain = make_plan(job, lines, parse_topology("v5e:1x1"), {"data": 1, "fsdp": 1, "context": 1, "tensor": 1})
+    plain = make_plan(job, lines, parse_topology("v5e:1x1"), Meshes.of(abstract_mesh()))
     room = dataclasses.replace(CHIPS["v5e"], memory=0.9 * plain.peak)
     smaller = propose(job, lines, room)
     assert smaller is not None and smaller.fits and (smaller.changes or smaller.topology.count > 1)
@@ -143,7 +141,25 @@ def test_what_does_not_fit_is_cut_into_microbatches_and_then_over_more_chips(pla
 
 
 def test_an_abstract_mesh_has_no_devices_and_the_sizes():
-    assert abstract_mesh({"data": 2, "fsdp": 3, "context": 1, "tensor": 1}).shape["fsdp"] == 3
+    axes = {"data": -1, "fsdp": 3, "context": 1, "tensor": 1, "rollout": "context=2", "score": ""}
+    meshes = abstract_meshes(axes, 6)
+    assert [tuple(mesh.shape.values()) for mesh in meshes] == [(2, 3, 1, 1), (3, 1, 2, 1), (2, 3, 1, 1)]
+
+
+def test_weights_that_sampling_wants_whole_are_gathered_once_a_step(planned):
+    job, lines = planned
+    topology = parse_topology("v5e:1x2")
+    cut = make_plan(job, lines, topology, Meshes.of(abstract_mesh(1, 2)))
+    mixed = make_plan(job, lines, topology, Meshes.of(abstract_mesh(1, 2))._replace(rollout=abstract_mesh(2)))
+    before, after = (next(stage for stage in p.stages if stage.name == "rollout") for p in (cut, mixed))
+    whole = bytes_of((job.policy.frozen, job.policy.start))
+    held = cut.resident["frozen denoiser"] + cut.resident["start of the policy"]
+    assert after.collectives["all-gather"] == whole - held < before.collectives["all-gather"]
+    assert after.temporaries == pytest.approx(before.temporaries + whole)
+    assert mixed.resident == cut.resident and after.seconds["interconnect"] < before.seconds["interconnect"]
+    scores = make_plan(job, lines, topology, Meshes.of(abstract_mesh(2))._replace(score=abstract_mesh(1, 2)))
+    assert scores.resident["scorers"] == cut.resident["scorers"] < bytes_of([r.params for r in job.rewards])
+    assert scores.resident["frozen denoiser"] == bytes_of(job.policy.frozen)
 
 
 def test_collectives_are_counted_by_kind_in_a_programs_text():

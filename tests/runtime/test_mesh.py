@@ -41,7 +41,9 @@ EIGHT = """
     import jax, jax.numpy as jnp, pytest
     from jax.sharding import PartitionSpec as P
     from vpo_jax.runtime.errors import UserError
-    from vpo_jax.runtime.mesh import batch_sharding, batch_size, constrain, infer_shardings, make_mesh
+    from vpo_jax.runtime.mesh import (
+        batch_sharding, batch_size, constrain, infer_shardings, make_mesh, make_meshes, replicated)
+    from vpo_jax.runtime.processes import move
 
     assert dict(make_mesh().shape)["data"] == 8
     mesh = make_mesh(fsdp=2, tensor=2)
@@ -59,6 +61,25 @@ EIGHT = """
     assert specs["unet"]["odd"]["kernel"] == P(None, "tensor"), "3 rows are not cut in 4"
     assert specs["unet"]["to_q"]["bias"] == P(None), "a dimension that is not there"
     assert specs["n"] == P()
+
+    axes = dict(data=-1, fsdp=4, context=1, tensor=1, rollout="context=2", score="")
+    meshes = make_meshes(axes)
+    sizes = [tuple(mesh.shape.values()) for mesh in meshes]
+    assert sizes == [(2, 4, 1, 1), (4, 1, 2, 1), (2, 4, 1, 1)] and meshes.score is meshes.update and not meshes.apart
+    assert [mesh.devices.flat[i] for mesh in meshes for i in range(8)] == [*meshes.update.devices.flat] * 3
+    meshes = make_meshes(axes | dict(fsdp=2, score="fsdp=2"), scoring=2)
+    assert [mesh.size for mesh in meshes] == [6, 6, 2] and meshes.apart and meshes.score.shape["fsdp"] == 2
+    with pytest.raises(UserError, match="mesh.score: 'data=4' uses 4 of 8 devices; leave data out"):
+        make_meshes(axes | dict(score="data=4"))
+    with pytest.raises(UserError, match="mesh.rollout=fsdp=3: mesh.data: 8 devices are not a multiple of 3"):
+        make_meshes(axes | dict(rollout="fsdp=3"))
+
+    first = jax.device_put(jnp.arange(16.0).reshape(8, 2), jax.NamedSharding(meshes.update, P("fsdp")))
+    again = move(first, jax.NamedSharding(meshes.rollout, P()))
+    assert again.sharding.is_fully_replicated and (again == first).all()
+    same = move(again, replicated(meshes.update))
+    pointers = [[s.data.unsafe_buffer_pointer() for s in x.addressable_shards] for x in (again, same)]
+    assert same.sharding.mesh == meshes.update and pointers[0] == pointers[1], "equal cuts are not copied"
 
     x = jax.device_put(jnp.arange(8.0), batch_sharding(mesh))
     with jax.set_mesh(mesh):

@@ -13,7 +13,7 @@ import pytest
 
 from vpo_jax.diffusion.schedules import make_schedule
 from vpo_jax.models.layers import Conv, Dense
-from vpo_jax.runtime.mesh import make_mesh
+from vpo_jax.runtime.mesh import Meshes, make_mesh
 from vpo_jax.runtime.signals import Stop
 from vpo_jax.runtime.workdir import open_workdir
 from vpo_jax.training.check import check
@@ -160,7 +160,11 @@ def make_config(**overrides: Any) -> Any:
 
 def run_training(config: Any, folder: Path, **options: Any) -> Any:
     """`train` on the tiny pipeline, one device unless a mesh is given."""
-    options = {"mesh": make_mesh(1, devices=jax.devices()[:1]), "prompts": PROMPTS, "stop": Stop()} | options
+    options = {
+        "meshes": Meshes.of(make_mesh(1, devices=jax.devices()[:1])),
+        "prompts": PROMPTS,
+        "stop": Stop(),
+    } | options
     rewards = options.pop("rewards", (ToyReward(),))
     pipeline = options.pop("pipeline", None) or make_pipeline()
     with open_workdir(folder, config.to_dict()) as workdir:

@@ -12,13 +12,13 @@ from pathlib import Path
 import jax, numpy as np
 spec = importlib.util.spec_from_file_location("tiny", sys.argv[1])
 tiny = importlib.util.module_from_spec(spec); sys.modules["tiny"] = tiny; spec.loader.exec_module(tiny)
-from vpo_jax.runtime.mesh import make_mesh, split_devices
+from vpo_jax.runtime.mesh import Meshes, make_mesh, split_devices
 from vpo_jax.runtime.signals import Interrupted, Stop
 
 home = Path(sys.argv[2])
 devices, scoring = split_devices(2)
-apart = dict(mesh=make_mesh(devices=devices), score_mesh=make_mesh(devices=scoring))
-together = dict(mesh=make_mesh(devices=devices))
+together = dict(meshes=Meshes.of(make_mesh(devices=devices)))
+apart = dict(meshes=together["meshes"]._replace(score=make_mesh(devices=scoring)))
 
 class Recorder(tiny.ToyReward):
     # Scores on the host, keeps what it saw, and may ask for a stop there.

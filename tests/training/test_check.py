@@ -1,12 +1,13 @@
 import re
 
 import pytest
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from vpo_jax.runtime.cli import flatten_config, load_config, override
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import make_mesh
-from vpo_jax.training.check import FIELDS, check, check_mesh
+from vpo_jax.runtime.mesh import AXES, Meshes, make_mesh
+from vpo_jax.training.check import FIELDS, check, check_meshes
 
 
 def changed(key, value):
@@ -116,14 +117,33 @@ def test_a_missing_field_is_named():
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_named_with_one_that_it_does():
-    class Mesh:
-        shape = {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}  # noqa: RUF012
-
-    check_mesh(changed("train.prompts_per_step", 16), make_mesh())
-    with pytest.raises(UserError, match=r"train\.prompts_per_step: 12 is not a multiple of 8.*choose 16"):
-        check_mesh(changed("train.prompts_per_step", 12), Mesh())
+    one = Meshes.of(make_mesh())
+    eight = AbstractMesh((4, 2, 1, 1), AXES)
+    check_meshes(changed("train.prompts_per_step", 16), one)
+    with pytest.raises(UserError, match=r"train\.prompts_per_step: 12 is not a multiple of 8.*\(4 x 2\); choose 16"):
+        check_meshes(changed("train.prompts_per_step", 12), one._replace(update=eight))
     with pytest.raises(UserError, match=r"train\.microbatch: 4 is not a multiple of 8"):
-        check_mesh(changed("train.microbatch", 4), Mesh())
+        check_meshes(changed("train.microbatch", 4), one._replace(update=eight))
+    with pytest.raises(
+        UserError, match=r"rollout\.microbatch: 2 is not a multiple of 8, into which mesh\.rollout cuts"
+    ):
+        check_meshes(changed("rollout.microbatch", 2), one._replace(rollout=eight))
+    three = AbstractMesh((3, 1, 1, 1), AXES)
+    clips = r"train\.prompts_per_step x rollout\.candidates: 64 is not a multiple of 3"
+    with pytest.raises(UserError, match=clips + r", into which mesh\.score cuts it"):
+        check_meshes(changed("rollout.microbatch", 0), one._replace(score=three))
+    apart = changed("rollout.microbatch", 0)
+    apart.reward.devices = 3
+    with pytest.raises(UserError, match=clips + r", into which reward\.devices cuts it"):
+        check_meshes(apart, one._replace(score=three))
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "fsdp=2,fsdp=4", "frames=2", "data=1e3", "tensor=", "=2"])
+def test_a_role_s_mesh_is_axes_with_sizes(text):
+    for key in ("mesh.rollout", "mesh.score"):
+        with pytest.raises(UserError, match=rf"{key}: '.*' is not a size of an axis; give some of data, fsdp"):
+            check(changed(key, text))
+        check(changed(key, "context=2, fsdp=4"))
 
 
 def test_scorers_apart_need_pairs_that_may_be_a_step_old():

@@ -14,7 +14,7 @@ import jax, jax.numpy as jnp, numpy as np
 spec = importlib.util.spec_from_file_location("tiny", sys.argv[1])
 tiny = importlib.util.module_from_spec(spec); spec.loader.exec_module(tiny)
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
-from vpo_jax.runtime.mesh import make_mesh
+from vpo_jax.runtime.mesh import Meshes, make_mesh, make_meshes
 from vpo_jax.training.stages import Stages
 from vpo_jax.training.step import make_gradients
 
@@ -24,10 +24,11 @@ UNET = UNet3DConditionModel(UNet3DConfig.from_dict(dict(
     norm_num_groups=4, cross_attention_dim=8, down_block_types=["DownBlock3D"], up_block_types=["UpBlock3D"],
 )))
 
-def step(mesh, rank, chunk, unet):
+def step(meshes, rank, chunk, unet):
+    meshes = meshes if isinstance(meshes, Meshes) else Meshes.of(meshes)
     config = tiny.make_config(lora__rank=rank, rollout__microbatch=4 * chunk, train__microbatch=chunk)
-    with jax.set_mesh(mesh):
-        stages = Stages(config, tiny.make_pipeline(unet), [tiny.ToyReward()], mesh)
+    with jax.set_mesh(meshes.update):
+        stages = Stages(config, tiny.make_pipeline(unet), [tiny.ToyReward()], meshes)
         state = stages.fresh_state()
         prompts = [tiny.PROMPTS[i % 5] for i in range(8)]
         text = stages.encode(prompts)
@@ -54,9 +55,11 @@ def step(mesh, rank, chunk, unet):
         return jax.device_get(out), sharded, latents_spread
 
 kind = sys.argv[2]
+# Weights cut for the update, gathered once to sample, which cuts frames instead; decoded and scored on a third cut.
+axes = dict(data=4, fsdp=2, context=1, tensor=1, rollout="data=4,context=2", score="fsdp=4")
 meshes = {
     "lora": [("data", make_mesh(8), 0)],
-    "full": [("fsdp", make_mesh(4, 2), 0), ("chunks", make_mesh(2, 2, devices=jax.devices()[:4]), 4)],
+    "full": [("roles", make_meshes(axes), 0), ("chunks", make_mesh(2, 2, devices=jax.devices()[:4]), 4)],
     "denoiser": [("together", make_mesh(1, 2, 2, 2), 0)],
     "axis": [("context", make_mesh(1, 1, 4, devices=jax.devices()[:4]), 0), ("tensor", make_mesh(4, 1, 1, 2), 0)],
 }[kind]

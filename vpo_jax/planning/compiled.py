@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import importlib.util
-import math
 import os
 import re
 import time
@@ -13,12 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh
 from packaging.requirements import Requirement
 
 from vpo_jax.planning.chips import Topology
 from vpo_jax.planning.job import Stage
-from vpo_jax.runtime.mesh import batch_sharding, infer_shardings, make_mesh, replicated
+from vpo_jax.runtime.mesh import Meshes, batch_sharding, infer_shardings, make_meshes, replicated
 from vpo_jax.training.state import PARAMETER_RULES
 
 # What libtpu asks the machine for; any worker of any slice will do.
@@ -74,21 +72,22 @@ def mismatch() -> str:
     return ""
 
 
-def topology_mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh | None:
-    """The mesh on a described slice; None where libtpu counts its devices in another way."""
+def topology_meshes(topology: Topology, axes: Mapping[str, Any]) -> Meshes | None:
+    """A config's meshes on a described slice; None where libtpu counts its devices in another way."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     sides = [int(side) for side in topology.name.partition(":")[2].split("x")]
     # A host of its four chips, unless the slice is smaller.
     host: Any = {"chips_per_host_bounds": [min(sides[0], 2), min(sides[1], 2), 1]} if min(sides[:2]) < 2 else {}
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **host)
-    if len(described.devices) != math.prod(sizes.values()):
+    if len(described.devices) != topology.count:
         return None
-    return make_mesh(**sizes, devices=described.devices)
+    return make_meshes(axes, devices=described.devices)
 
 
-def compile_stage(stage: Stage, mesh: Mesh) -> Compiled:
+def compile_stage(stage: Stage, meshes: Meshes) -> Compiled:
     """Compiles a stage at its full batch with the shardings that a run gives it."""
+    mesh = getattr(meshes, stage.role)
     function, arguments = stage.build(stage.batch)
 
     def placed(tree: Any, role: str) -> Any:

@@ -11,9 +11,9 @@ from jax.sharding import AbstractMesh, AxisType
 from vpo_jax.planning.chips import USABLE, Topology
 from vpo_jax.planning.cost import Cost, measure
 from vpo_jax.planning.job import Job, Stage
-from vpo_jax.runtime.mesh import AXES, infer_shardings, mesh_sizes
+from vpo_jax.runtime.mesh import AXES, Meshes, infer_shardings, sizes_by_role
 from vpo_jax.runtime.trees import bytes_of
-from vpo_jax.training.state import PARAMETER_RULES, infer_state_shardings
+from vpo_jax.training.state import PARAMETER_RULES, TrainState, infer_state_shardings
 
 Tree = Any
 MOST = 256  # devices that are tried
@@ -81,7 +81,7 @@ class Plan:
 
     Attributes:
       topology: the chips.
-      mesh: axis -> size.
+      meshes: abstract.
       resident: what -> bytes a chip, from start to end.
       stages: in order.
       changes: config key -> value, what the plan sets differently from the config.
@@ -90,7 +90,7 @@ class Plan:
     """
 
     topology: Topology
-    mesh: Mapping[str, int]
+    meshes: Meshes
     resident: Mapping[str, float]
     stages: tuple[StagePlan, ...]
     changes: Mapping[str, Any]
@@ -129,9 +129,17 @@ class Plan:
         return 1000 / self.pairs * hours * self.topology.count * price
 
 
-def abstract_mesh(sizes: Mapping[str, int]) -> Any:
+def abstract_meshes(axes: Mapping[str, Any], count: int, scoring: int = 0) -> Meshes:
+    """The meshes that a config's `mesh` makes of `count` devices and `scoring` others, of no devices.
+
+    Raises UserError when the sizes do not fit.
+    """
+    return Meshes(*(abstract_mesh(**sizes) for sizes in sizes_by_role(axes, count, scoring)))
+
+
+def abstract_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> AbstractMesh:
     """A mesh of no devices."""
-    return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return AbstractMesh((data, fsdp, context, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shard_bytes(tree: Tree, shardings: Tree) -> float:
@@ -148,31 +156,22 @@ def make_plan(
     job: Job,
     lines: Mapping[str, Linear],
     topology: Topology,
-    mesh: Mapping[str, int],
+    meshes: Meshes,
     changes: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The plan of a job on a mesh; `changes` may set rollout.microbatch and train.microbatch.
+    """The plan of a job on meshes; `changes` may set rollout.microbatch and train.microbatch.
 
     The batch is taken to be cut over data and fsdp, and a stage's work over context and tensor too.
     """
     changes = dict(changes or {})
-    parts, inner = mesh["data"] * mesh["fsdp"], mesh["context"] * mesh["tensor"]
-    abstract = abstract_mesh(mesh)
-    resident = {}
-    for name, (tree, role) in job.resident.items():
-        if role == "whole":
-            resident[name] = float(bytes_of(tree))
-        else:
-            state = role == "state"
-            shardings = (
-                infer_state_shardings(tree, abstract) if state else infer_shardings(tree, abstract, PARAMETER_RULES)
-            )
-            resident[name] = shard_bytes(tree, shardings)
+    resident = {name: _held(tree, getattr(meshes, role)) for name, (tree, role) in job.resident.items()}
     trained = bytes_of(job.policy.start)
 
     stages = []
     for stage in job.stages:
-        key = "rollout.microbatch" if stage.name in ("rollout", "decode") or stage.name.startswith("score") else ""
+        mesh = getattr(meshes, stage.role).shape
+        parts, inner = mesh["data"] * mesh["fsdp"], mesh["context"] * mesh["tensor"]
+        key = "rollout.microbatch" if stage.role != "update" else ""
         key = "train.microbatch" if stage.name in ("errors", "update") else key
         microbatch = changes.get(key, stage.microbatch) or stage.batch
         chunks = stage.calls * stage.batch / microbatch
@@ -182,6 +181,13 @@ def make_plan(
         if mesh["fsdp"] > 1 and stage.weights:
             share = (mesh["fsdp"] - 1) / mesh["fsdp"] / mesh["tensor"]
             collectives["all-gather"] = stage.passes * chunks * stage.weights * share
+        copied = 0.0
+        if stage.role == "rollout" and _cuts_weights(meshes.rollout) != _cuts_weights(meshes.update):
+            # The sampler's own cut of the weights, made once a step and dropped after it.
+            weights = (job.policy.frozen, job.policy.start)
+            copied = _held(weights, meshes.rollout)
+            moved = max(0.0, copied - _held(weights, meshes.update))
+            collectives["all-gather"] = collectives.get("all-gather", 0.0) + moved
         if parts > 1 and stage.name == "update":
             collectives["all-reduce"] = chunks * 2 * trained * (parts - 1) / parts
         seconds = {
@@ -189,23 +195,36 @@ def make_plan(
             "memory": chunks * cost.traffic / inner / topology.chip.bandwidth,
             "interconnect": sum(collectives.values()) / topology.interconnect,
         }
-        stages.append(StagePlan(stage.name, chunks * whole.flops, seconds, cost.temporaries / inner, collectives))
+        stages.append(
+            StagePlan(stage.name, chunks * whole.flops, seconds, copied + cost.temporaries / inner, collectives)
+        )
     pairs = job.config.train.prompts_per_step
-    return Plan(topology, mesh, resident, tuple(stages), changes, pairs * job.config.rollout.candidates, pairs)
+    return Plan(topology, meshes, resident, tuple(stages), changes, pairs * job.config.rollout.candidates, pairs)
+
+
+def _held(tree: Tree, mesh: Any) -> float:
+    """Bytes of parameters or of a training state on one device of the mesh."""
+    if isinstance(tree, TrainState):
+        return shard_bytes(tree, infer_state_shardings(tree, mesh))
+    return shard_bytes(tree, infer_shardings(tree, mesh, PARAMETER_RULES))
+
+
+def _cuts_weights(mesh: AbstractMesh) -> tuple[int, ...]:
+    """What tells whether two meshes of the same devices lay parameters alike."""
+    return tuple(mesh.shape.values()) if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 else ()
 
 
 def make_split_plan(
-    job: Job, lines: Mapping[str, Linear], topology: Topology, mesh: Mapping[str, int]
+    job: Job, lines: Mapping[str, Linear], topology: Topology, meshes: Meshes
 ) -> tuple[Plan, Plan, Plan]:
     """Plans of the devices that train, of the `reward.devices` that score, and of both.
 
-    They work side by side, so the slower sets the step's floor. `mesh` is that of those that train.
+    They work side by side, so the slower sets the step's floor.
     """
     scoring = job.config.reward.devices
-    parts = {"train": (topology.count - scoring, mesh), "score": (scoring, mesh_sizes(scoring))}
     train, score = (
-        make_plan(job.of(role), lines, dataclasses.replace(topology, name=f"{n} that {role}", count=n), sizes)
-        for role, (n, sizes) in parts.items()
+        make_plan(job.of(role), lines, dataclasses.replace(topology, name=f"{n} that {role}", count=n), meshes)
+        for role, n in {"train": topology.count - scoring, "score": scoring}.items()
     )
     slower = train if train.seconds >= score.seconds else score
     return train, score, dataclasses.replace(slower, topology=topology)
@@ -214,21 +233,33 @@ def make_split_plan(
 def propose(job: Job, lines: Mapping[str, Linear], chip: Any, most: int = MOST) -> Plan | None:
     """The smallest mesh of `chip` that holds the job; None where none up to `most` devices does.
 
-    The config is kept where it can be; else one clip and one pair a device at a time, which costs no work.
+    The config is kept where it can be; else one clip and one pair a device at a time, which costs no work. Meshes of
+    their own for sampling and scoring are taken where they make the floor of a step lower by 1 % or more.
     """
-    best = None
     for topology in _sizes(chip, most):
-        for changes in ({}, {"rollout.microbatch": topology.count, "train.microbatch": topology.count}):
-            for fsdp in _powers(topology.count):
-                mesh = {"data": topology.count // fsdp, "fsdp": fsdp, "context": 1, "tensor": 1}
-                if not divides(job.config, topology.count, changes):
-                    continue
-                plan = make_plan(job, lines, topology, mesh, changes)
-                if plan.fits and (best is None or plan.seconds < best.seconds):
+        count = topology.count
+        for changes in ({}, {"rollout.microbatch": count, "train.microbatch": count}):
+            if not divides(job.config, count, changes):
+                continue
+            best = None
+            for update, rollout, score in _cuts(count):
+                cut: dict[str, Any] = {"mesh.fsdp": update} if update > 1 else {}
+                cut |= {"mesh.rollout": f"fsdp={rollout}"} if rollout != update else {}
+                cut |= {"mesh.score": f"fsdp={score}"} if score != update else {}
+                meshes = Meshes(*(abstract_mesh(count // fsdp, fsdp) for fsdp in (update, rollout, score)))
+                plan = make_plan(job, lines, topology, meshes, changes | cut)
+                if plan.fits and (best is None or plan.seconds < 0.99 * best.seconds):
                     best = plan
             if best is not None:
                 return best
     return None
+
+
+def _cuts(count: int) -> list[tuple[int, int, int]]:
+    """Sizes of fsdp to try for (update, rollout, score), the plain ones first."""
+    plain = [(fsdp, fsdp, fsdp) for fsdp in _powers(count)]
+    mixed = [(u, r, s) for u in _powers(count) for r in {1, u} for s in _powers(count) if (u, r, s) not in plain]
+    return plain + mixed
 
 
 def divides(config: Any, parts: int, changes: Mapping[str, Any]) -> bool:

@@ -54,6 +54,13 @@ class Stage:
     weights: int = 0
     passes: int = 1
 
+    @property
+    def role(self) -> str:
+        """Which of the job's meshes it is computed on: see `runtime.mesh.Meshes`."""
+        if self.name == "decode" or self.name.startswith("score"):
+            return "score"
+        return "rollout" if self.name == "rollout" else "update"
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -81,22 +88,22 @@ class Job:
 
     def of(self, role: str) -> "Job":
         """The part of devices that only train or only score."""
-        scores = [stage.name == "decode" or stage.name.startswith("score") for stage in self.stages]
-        stages = tuple(stage for stage, scored in zip(self.stages, scores, strict=True) if scored == (role == "score"))
+        stages = tuple(stage for stage in self.stages if (stage.role == "score") == (role == "score"))
         return dataclasses.replace(self, stages=stages, role=role)
 
     @property
     def resident(self) -> dict[str, tuple[Tree, str]]:
-        """What lies in memory from start to end: name -> (shapes, role)."""
-        autoencoder = {"autoencoder": (self.pipeline.params["vae"], "rules")}
-        scorers = {"scorers": ([shapes_of(reward.params) for reward in self.rewards], "rules")}
+        """What lies in memory from start to end: name -> (shapes, role of the mesh that it is cut over)."""
+        looks = "update" if self.role == "train" else "score"
+        autoencoder = {"autoencoder": (self.pipeline.params["vae"], looks)}
+        scorers = {"scorers": ([shapes_of(reward.params) for reward in self.rewards], "score")}
         if self.role == "score":
             return autoencoder | scorers
         trained = {
-            "frozen denoiser": (self.policy.frozen, "rules"),
-            "start of the policy": (self.policy.start, "rules"),
-            "training state": (self.state, "state"),
-            "text encoder": (self.pipeline.params["text_encoder"], "rules"),
+            "frozen denoiser": (self.policy.frozen, "update"),
+            "start of the policy": (self.policy.start, "update"),
+            "training state": (self.state, "update"),
+            "text encoder": (self.pipeline.params["text_encoder"], "update"),
         }
         return trained | autoencoder | (scorers if self.role == "all" else {})
 

@@ -9,6 +9,7 @@ from vpo_jax.planning.chips import USABLE
 from vpo_jax.planning.compiled import Compiled
 from vpo_jax.planning.fit import MOST, Plan
 from vpo_jax.planning.job import Job
+from vpo_jax.runtime.mesh import Meshes
 from vpo_jax.runtime.trees import count
 
 
@@ -32,7 +33,7 @@ def describe_job(job: Job) -> str:
 def plan_tables(plan: Plan) -> Iterator[Table | str]:
     """The plan of one mesh: bytes, stages, and whether it fits."""
     chip = plan.topology.chip
-    memory = Table("a chip's memory", "GB", title=f"{plan.topology.name}: {_spell(plan.mesh)}")
+    memory = Table("a chip's memory", "GB", title=f"{plan.topology.name}: {_spell(plan.meshes)}")
     for name, size in plan.resident.items():
         memory.add_row(name, _gb(size))
     widest = max(plan.stages, key=lambda stage: stage.temporaries)
@@ -71,11 +72,11 @@ def proposals_text(proposals: Mapping[str, Plan | None], price: float, utilisati
         if plan is None:
             lines.append(f"  {name}: none up to {MOST} devices holds it, or divides its batch")
             continue
-        flags = [f"--config.mesh.fsdp={plan.mesh['fsdp']}", *(f"--config.{k}={v}" for k, v in plan.changes.items())]
+        flags = [f"--config.{key}={value}" for key, value in plan.changes.items()]
         lines += [
             f"  {plan.topology.name}: {_gb(plan.peak)} GB a chip, floor {plan.seconds:.4g} s,"
             f" {_result(plan, price, utilisation)}",
-            f"    {' '.join(flags)}",
+            f"    {' '.join(flags) or 'as the config is'}",
         ]
     return "\n".join(lines)
 
@@ -101,7 +102,9 @@ def plan_as_json(plan: Plan | None) -> dict[str, Any] | None:
     return {
         "topology": plan.topology.name,
         "devices": plan.topology.count,
-        "mesh": dict(plan.mesh),
+        "mesh": dict(plan.meshes.update.shape),
+        "rollout_mesh": dict(plan.meshes.rollout.shape),
+        "score_mesh": dict(plan.meshes.score.shape),
         "changes": dict(plan.changes),
         "fits": plan.fits,
         "peak_bytes": plan.peak,
@@ -126,8 +129,12 @@ def _result(plan: Plan, price: float, utilisation: float) -> str:
     return f"{text}, {plan.cost_a_thousand_pairs(price, utilisation):,.2f} a thousand pairs" if price else text
 
 
-def _spell(mesh: Mapping[str, int]) -> str:
-    return " x ".join(f"{axis}={size}" for axis, size in mesh.items())
+def _spell(meshes: Meshes) -> str:
+    def sizes(mesh: Any) -> str:
+        return " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+
+    own = {role: getattr(meshes, role) for role in ("rollout", "score") if getattr(meshes, role) != meshes.update}
+    return "; ".join([sizes(meshes.update), *(f"{role} {sizes(mesh)}" for role, mesh in own.items())])
 
 
 def _gb(size: float) -> str:

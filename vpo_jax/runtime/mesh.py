@@ -1,8 +1,8 @@
 """Devices as a mesh of four axes, and sharding as data: an ordered list of (path pattern, spec)."""
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -42,6 +42,92 @@ def make_mesh(
         )
     # Auto axes: under make_mesh's default, Explicit, linen's logical constraints raise.
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:fixed])
+
+
+class Meshes(NamedTuple):
+    """What each part of a step is computed on; abstract meshes, where a job is planned.
+
+    Attributes:
+      update: all but the two below; the state lies on it.
+      rollout: sampling; the devices of `update`, which may be cut in another way.
+      score: decoding for the scorers, and these: the same devices, or others.
+    """
+
+    update: Any
+    rollout: Any
+    score: Any
+
+    @classmethod
+    def of(cls, mesh: Any) -> "Meshes":
+        """One mesh for everything."""
+        return cls(mesh, mesh, mesh)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the scorers have devices of their own."""
+        return set(self.score.devices.flat) != set(self.update.devices.flat)
+
+
+def make_meshes(axes: Mapping[str, Any], scoring: int = 0, devices: Sequence[jax.Device] | None = None) -> Meshes:
+    """The meshes of a config's `mesh`: its axes, and its `rollout` and `score` as `parse_axes` reads them.
+
+    The last `scoring` devices do nothing but score.
+    Raises UserError when the sizes do not fit the devices.
+    """
+    rest, last = split_devices(scoring, devices)
+    sizes, for_rollout, for_score = sizes_by_role(axes, len(rest), len(last))
+    update = make_mesh(**sizes, devices=rest)
+    own = list(update.devices.flat)
+    return Meshes(
+        update,
+        update if for_rollout == sizes else _cut(own, for_rollout),
+        update if for_score == sizes and not last else _cut(last or own, for_score),
+    )
+
+
+def _cut(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> Mesh:
+    # In the order that they have: what moves from one of a run's meshes to another is compiled for one order.
+    shaped = np.array(devices, object).reshape(tuple(sizes.values()))
+    return Mesh(shaped, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def sizes_by_role(axes: Mapping[str, Any], count: int, scoring: int = 0) -> tuple[dict[str, int], ...]:
+    """Sizes of the axes for (update, rollout, score) by a config's `mesh`, on `count` devices and `scoring` others.
+
+    Raises UserError when they do not fit.
+    """
+    update = mesh_sizes(count, **{axis: axes[axis] for axis in AXES})
+    own = int(np.prod(list(update.values())))
+    rollout = _sizes_of_all(own, axes["rollout"], "mesh.rollout") if axes["rollout"] else update
+    score = _sizes_of_all(scoring or own, axes["score"], "mesh.score") if axes["score"] or scoring else update
+    return update, rollout, score
+
+
+def _sizes_of_all(count: int, text: str, key: str) -> dict[str, int]:
+    axes = parse_axes(text, key)
+    try:
+        sizes = mesh_sizes(count, **axes)
+    except UserError as error:
+        raise UserError(f"{key}={text}: {error}") from error
+    if (used := int(np.prod(list(sizes.values())))) < count:
+        raise UserError(f"{key}: {text!r} uses {used} of {count} devices; leave data out, and it takes the rest")
+    return sizes
+
+
+def parse_axes(text: str, key: str) -> dict[str, int]:
+    """Sizes by axis of "fsdp=8,tensor=2"; an axis that is not named is 1, and data the rest.
+
+    Raises UserError that names `key` for anything else.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or axis in sizes or not re.fullmatch(r"-1|[1-9]\d{0,8}", size):
+            raise UserError(
+                f"{key}: {part!r} is not a size of an axis; give some of {', '.join(AXES)}, each once: fsdp=8,tensor=2"
+            )
+        sizes[axis] = int(size)
+    return {"data": -1} | sizes
 
 
 def split_devices(count: int, devices: Sequence[jax.Device] | None = None) -> tuple[list[jax.Device], list[jax.Device]]:

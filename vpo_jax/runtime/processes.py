@@ -128,6 +128,17 @@ def place(tree: Tree, shardings: Tree) -> Tree:
     return jax.tree.map(one, tree, shardings)
 
 
+def move(tree: Tree, shardings: Tree) -> Tree:
+    """Global arrays cut in another way over the same devices; what is cut so already is not copied."""
+
+    def one(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+        if x.sharding.is_equivalent_to(sharding, x.ndim):
+            return jax.make_array_from_single_device_arrays(x.shape, sharding, [s.data for s in x.addressable_shards])
+        return jax.device_put(x, sharding)
+
+    return jax.tree.map(one, tree, shardings)
+
+
 def fetch(tree: Tree) -> Tree:
     """Global arrays as numpy arrays, whole, in every process; all have to call it."""
 

@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.models.attention import BACKENDS
 from vpo_jax.rewards.combine import parse_weights
 from vpo_jax.runtime.cli import flatten_config, nearest
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import batch_size
+from vpo_jax.runtime.mesh import Meshes, batch_size, parse_axes
 from vpo_jax.training.policy import make_policy
 
 
@@ -132,6 +131,8 @@ FIELDS: Mapping[str, Field] = {
     "mesh.fsdp": _AXIS,
     "mesh.context": _AXIS,
     "mesh.tensor": _AXIS,
+    "mesh.rollout": _TEXT,
+    "mesh.score": _TEXT,
     "log.every": _whole(1),
     "log.tensorboard": _FLAG,
     "log.samples": _whole(0),
@@ -148,6 +149,8 @@ def check(config: Mapping[str, Any]) -> None:
         if key not in values:
             raise UserError(f"{key}: missing in the config; give {field.words}")
         _check_value(key, values[key], field)
+    for key in ("mesh.rollout", "mesh.score"):
+        parse_axes(values[key], key)
     if values["reward.devices"] and not values["preference.max_pair_age"]:
         raise UserError(
             "preference.max_pair_age: with reward.devices, candidates are one step old when they are scored;"
@@ -189,16 +192,26 @@ def _check_value(key: str, value: Any, field: Field) -> None:
         raise UserError(f"{key}: {value!r} is not {field.words}")
 
 
-def check_mesh(config: Any, mesh: Mesh) -> None:
-    """Raises UserError where the mesh does not divide the batch."""
-    parts = batch_size(mesh)
-    sizes = {"train.prompts_per_step": config.train.prompts_per_step, "train.microbatch": config.train.microbatch}
-    for key, size in (sizes | {"rollout.microbatch": config.rollout.microbatch}).items():
-        if size % parts:
-            raise UserError(
-                f"{key}: {size} is not a multiple of {parts}, into which mesh.data={mesh.shape['data']} and"
-                f" mesh.fsdp={mesh.shape['fsdp']} cut it; choose {-(-size // parts) * parts}, or another mesh"
-            )
+def check_meshes(config: Any, meshes: Meshes) -> None:
+    """Raises UserError where a mesh does not divide the batches that are computed on it."""
+    prompts = config.train.prompts_per_step
+    clips = {
+        "rollout.microbatch": config.rollout.microbatch,
+        "train.prompts_per_step x rollout.candidates": prompts * config.rollout.candidates,
+    }
+    pairs = {"train.prompts_per_step": prompts, "train.microbatch": config.train.microbatch}
+    for role, mesh, sizes in (
+        ("mesh.data x mesh.fsdp", meshes.update, pairs),
+        ("mesh.rollout", meshes.rollout, clips),
+        ("reward.devices" if config.reward.devices and not config.mesh.score else "mesh.score", meshes.score, clips),
+    ):
+        parts = batch_size(mesh)
+        for key, size in sizes.items():
+            if size % parts:
+                raise UserError(
+                    f"{key}: {size} is not a multiple of {parts}, into which {role} cuts it ({mesh.shape['data']} x"
+                    f" {mesh.shape['fsdp']}); choose {-(-size // parts) * parts}, or another mesh"
+                )
 
 
 def check_inputs(config: Any, pipeline: Any, rewards: Sequence[Any], judges: Sequence[Any] = ()) -> None:

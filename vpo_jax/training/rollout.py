@@ -168,8 +168,8 @@ class Scores:
 
 
 def bring(batch: jax.Array, mesh: Mesh) -> jax.Array:
-    """A batch on the devices of `mesh`: as it is if it is there, else copied and cut along its first axis."""
-    if batch.sharding.device_set == set(mesh.devices.flat):
+    """A batch on `mesh`: as it is if it is there, else copied and cut along its first axis."""
+    if getattr(batch.sharding, "mesh", None) == mesh:
         return batch
     return jax.device_put(batch, batch_sharding(mesh))
 

@@ -8,15 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from vpo_jax.data.text_cache import TextCache, open_text_cache
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.rewards.combine import dimension_names
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import BATCH, constrain, infer_shardings, replicated
-from vpo_jax.runtime.processes import place
-from vpo_jax.training.check import check_mesh
+from vpo_jax.runtime.mesh import BATCH, VIDEO, Meshes, constrain, infer_shardings, replicated
+from vpo_jax.runtime.processes import move, place
+from vpo_jax.training.check import check_meshes
 from vpo_jax.training.optimizer import make_optimizer
 from vpo_jax.training.pairs import Pairs, make_pairing, push, steps_kept
 from vpo_jax.training.policy import make_policy
@@ -36,7 +35,7 @@ Tree = Any
 
 
 class Stages:
-    """Encode, sample, score, pair and update for one config on one mesh; `jax.set_mesh(mesh)` is the caller's.
+    """Encode, sample, score, pair and update for one config; `jax.set_mesh(meshes.update)` is the caller's.
 
     Attributes:
       policy: see `Policy`.
@@ -53,37 +52,42 @@ class Stages:
         config: Any,
         pipeline: Any,
         rewards: Sequence[Any],
-        mesh: Mesh,
+        meshes: Meshes,
         adapters: Tree | None = None,
-        score_mesh: Mesh | None = None,
     ) -> None:
+        mesh, self._meshes, self.ahead = meshes.update, meshes, meshes.apart
         self.size, candidates = config.train.prompts_per_step, config.rollout.candidates
         self.clips, chunk = self.size * candidates, config.rollout.microbatch
-        check_mesh(config, mesh)
+        check_meshes(config, meshes)
         for reward in rewards:
             if not reward.trains:
                 raise UserError(f"reward.scorers: {reward.name!r} may only judge; name it in held_out.scorers")
         self.num_frames, height, width = pipeline.video_size(
             config.rollout.num_frames, config.rollout.height, config.rollout.width
         )
-        if self.num_frames % mesh.shape["context"]:
-            raise UserError(
-                f"mesh.context: {mesh.shape['context']} does not divide the {self.num_frames} frames of a video"
-                f" (rollout.num_frames); choose a divisor"
-            )
+        for key, cut in (("mesh.context", mesh), ("mesh.rollout", meshes.rollout)):
+            if self.num_frames % cut.shape["context"]:
+                raise UserError(
+                    f"{key}: context {cut.shape['context']} does not divide the {self.num_frames} frames of a video"
+                    f" (rollout.num_frames); choose a divisor"
+                )
         latent_shape = pipeline.latent_shape(self.num_frames, height, width)
 
         # Policy, reference and start share one frozen backbone.
         self.policy = make_policy(config, pipeline.unet, pipeline.params["unet"], adapters)
+        vae, self._look_mesh = pipeline.params["vae"], mesh if self.ahead else meshes.score
         self.frozen, self.start, self._text_params, self._vae_params = (
-            place(tree, infer_shardings(tree, mesh, PARAMETER_RULES))
-            for tree in (
-                self.policy.frozen,
-                self.policy.start,
-                pipeline.params["text_encoder"],
-                pipeline.params["vae"],
+            place(tree, infer_shardings(tree, at, PARAMETER_RULES))
+            for tree, at in (
+                (self.policy.frozen, mesh),
+                (self.policy.start, mesh),
+                (pipeline.params["text_encoder"], mesh),
+                (vae, self._look_mesh),
             )
         )
+        self._vae_params_to_score = self._vae_params
+        if self.ahead:
+            self._vae_params_to_score = place(vae, infer_shardings(vae, meshes.score, PARAMETER_RULES))
 
         # The copies on the host are not needed any more, and every stage below holds the policy.
         self.policy = dataclasses.replace(self.policy, frozen=self.frozen, start=self.start)
@@ -110,12 +114,7 @@ class Stages:
         every = tuple(range(self.num_frames))
         self._decode = make_decode(pipeline, frames, chunk)
         self._decode_all = self._decode if frames == every else make_decode(pipeline, every, chunk)
-        self.ahead, self._mesh = score_mesh is not None, mesh
-        self.weights = Weights(score_mesh or mesh, config.reward.offload)
-        self._vae_params_to_score = self._vae_params
-        if score_mesh is not None:
-            shardings = infer_shardings(pipeline.params["vae"], score_mesh, PARAMETER_RULES)
-            self._vae_params_to_score = place(pipeline.params["vae"], shardings)
+        self.weights = Weights(meshes.score, config.reward.offload)
         self._score = Scores(rewards, self.weights, self.num_frames, frames, chunk)
 
         self._extrapolates = config.ema.extrapolation != 1.0
@@ -173,12 +172,25 @@ class Stages:
 
     def sample(self, adapters: Tree, text: jax.Array, step: int) -> jax.Array:
         """Candidates of a step's prompts: clean latents [P * N, F, h, w, C]."""
-        return self._rollout(self.frozen, adapters, self._repeat(text), self._negative, self._keys(np.int32(step)))
+        return self._sample(adapters, self._repeat(text), self._keys(np.int32(step)))
+
+    def _sample(self, adapters: Tree, text: jax.Array, keys: jax.Array) -> jax.Array:
+        update, mesh = self._meshes.update, self._meshes.rollout
+        if mesh == update:
+            return self._rollout(self.frozen, adapters, text, self._negative, keys)
+        # Weights lie as the update wants them, and are gathered once for all steps of the sampler.
+        weights = (self.frozen, adapters)
+        frozen, adapters = move(weights, infer_shardings(weights, mesh, PARAMETER_RULES))
+        negative = jax.device_put(self._negative, replicated(mesh))
+        with jax.set_mesh(mesh):
+            latents = self._rollout(frozen, adapters, bring(text, mesh), negative, bring(keys, mesh))
+        return move(latents, infer_shardings(latents, update, (("", VIDEO),)))
 
     def generate(self, adapters: Tree, prompts: Sequence[str], keys: jax.Array) -> jax.Array:
         """One video for each of P * N prompts and keys: uint8 [P * N, F, H, W, 3], all frames."""
-        latents = self._rollout(self.frozen, adapters, self.encode(prompts), self._negative, keys)
-        return self._decode_all(self._vae_params, latents)
+        latents = self._sample(adapters, self.encode(prompts), keys)
+        with jax.set_mesh(self._look_mesh):
+            return self._decode_all(self._vae_params, bring(latents, self._look_mesh))
 
     def score(self, latents: jax.Array, prompts: Sequence[str]) -> jax.Array:
         """Scores [P * N, D] of the candidates of P prompts; only the frames that a scorer reads are decoded."""
@@ -186,7 +198,8 @@ class Stages:
         with jax.set_mesh(self.weights.mesh):
             videos = self._decode(self._vae_params_to_score, bring(latents, self.weights.mesh))
         scores = self._score(videos, [prompt for prompt in prompts for _ in range(candidates)])
-        return jax.device_put(scores, replicated(self._mesh)) if self.ahead else scores
+        update = self._meshes.update
+        return scores if self._meshes.score == update else jax.device_put(scores, replicated(update))
 
     def pair(
         self, state: TrainState, latents: jax.Array, text: jax.Array, scores: jax.Array

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from vpo_jax.checkpoints.orbax_store import CheckpointStore
 from vpo_jax.data.index import PromptIndex
@@ -20,6 +19,7 @@ from vpo_jax.evaluation.alarms import Alarm
 from vpo_jax.rewards.combine import motion_columns
 from vpo_jax.runtime.clock import Stopwatch
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import Meshes
 from vpo_jax.runtime.metrics import MetricsWriter
 from vpo_jax.runtime.processes import fetch, is_main, main_first
 from vpo_jax.runtime.signals import Stop
@@ -68,8 +68,7 @@ def train(
     rewards: Sequence[Any],
     workdir: Workdir,
     *,
-    mesh: Mesh,
-    score_mesh: Mesh | None = None,
+    meshes: Meshes,
     prompts: Sequence[str],
     tuning_prompts: Sequence[str] = (),
     held_out: Sequence[Any] = (),
@@ -84,8 +83,7 @@ def train(
       pipeline: the model to start from.
       rewards: the training scorers.
       workdir: open and locked.
-      mesh: of all stages.
-      score_mesh: devices that score, where they do nothing else.
+      meshes: what each part of a step is computed on.
       prompts: what candidates are made for.
       tuning_prompts: for the looks at `eval.every`; other prompts than those that the result is reported on.
       held_out: judges at those looks. Their mean chooses the best checkpoint: they steer.
@@ -99,10 +97,10 @@ def train(
       Alarmed: an alarm rang and `eval.on_alarm` is "stop".
       NonFinite: a step was not finite; the last finite state is saved apart.
     """
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(meshes.update):
         # ==== Stages, each compiled once ==========================================================================
         stop = stop or Stop()
-        stages = Stages(config, pipeline, rewards, mesh, adapters, score_mesh)
+        stages = Stages(config, pipeline, rewards, meshes, adapters)
         if config.data.text_cache:
             stages.cache_text(config.data.text_cache, [*prompts, *tuning_prompts])
         index = PromptIndex(len(prompts), stages.size, config.seed, config.data.shuffle)
