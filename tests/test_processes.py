@@ -21,10 +21,10 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start_together(job, workdir, processes, devices=1):
+def start_together(job, workdir, processes, devices=1, flags=()):
     """Starts the same run as so many processes of so many fake devices each."""
     port, started = free_port(), []
-    more = [f"--config.train.steps={STEPS}", f"--config.train.prompts_per_step={PROMPTS}", f"--workdir={workdir}"]
+    more = [f"--config.train.steps={STEPS}", f"--config.train.prompts_per_step={PROMPTS}", f"--workdir={workdir}", *flags]
     for number in range(processes):
         environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         if processes > 1:
@@ -63,7 +63,9 @@ def alone(job, tmp_path_factory):
 
 def test_two_processes_stop_together_and_four_go_on_to_what_one_process_makes(job, alone, tmp_path):
     workdir = tmp_path / "run"
-    two = start_together(job, workdir, 2, devices=2)
+    # Weights cut over both processes to update and to score, and gathered from both to sample.
+    roles = "--config.mesh.fsdp=4", "--config.mesh.rollout=data=4", "--config.mesh.score=fsdp=2,tensor=2"
+    two = start_together(job, workdir, 2, devices=2, flags=roles)
     wait_for_step(two[0], workdir, 1)
     two[1].send_signal(signal.SIGTERM)  # a preemption notice that one host alone gets
     ended = ends(two)

@@ -183,7 +183,7 @@ class Stages:
         frozen, adapters = move(weights, infer_shardings(weights, mesh, PARAMETER_RULES))
         negative = jax.device_put(self._negative, replicated(mesh))
         with jax.set_mesh(mesh):
-            latents = self._rollout(frozen, adapters, bring(text, mesh), negative, bring(keys, mesh))
+            latents = self._rollout(frozen, adapters, bring(text, mesh), negative, keys)
         return move(latents, infer_shardings(latents, update, (("", VIDEO),)))
 
     def generate(self, adapters: Tree, prompts: Sequence[str], keys: jax.Array) -> jax.Array:
