@@ -96,6 +96,8 @@ yaml() {
     job="source launch/environment.sh && load_flags launch/flags/$flags.env && exec $(quoted \
         python -m vpo_jax.main "--workdir=/bucket/runs/$name" "$@")"
     [ "$spot" = 0 ] || printf -v selector '%s\n                cloud.google.com/gke-spot: "true"' "$selector"
+    # As vpo_jax/runtime/buckets.py mounts: folders can be renamed, and every pod sees what the others wrote.
+    local mount_options="implicit-dirs,rename-dir-limit=200000,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0"
     cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -172,7 +174,7 @@ spec:
                     driver: gcsfuse.csi.storage.gke.io
                     volumeAttributes:
                       bucketName: $bucket
-                      mountOptions: implicit-dirs
+                      mountOptions: $mount_options
                 - name: memory
                   emptyDir: {medium: Memory}
 YAML

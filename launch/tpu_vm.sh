@@ -121,6 +121,8 @@ create() {
     done
 }
 
+# As vpo_jax/runtime/buckets.py mounts: folders can be renamed, and every worker sees what the others wrote.
+gcsfuse_flags="--implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0"
 google=https://packages.cloud.google.com/apt
 key=/usr/share/keyrings/cloud.google.asc
 install_gcsfuse="command -v gcsfuse >/dev/null || { curl -fsSL $google/doc/apt-key.gpg | sudo tee $key >/dev/null \
@@ -139,7 +141,7 @@ setup() {
     on all "mkdir -p $remote && tar -xzf vpo_jax.tar.gz -C $remote && bash $remote/launch/local.sh --help >/dev/null"
     if [ -n "$bucket" ]; then
         on all "$install_gcsfuse"
-        on all "cd $remote && mkdir -p bucket && { mountpoint -q bucket || gcsfuse --implicit-dirs $bucket bucket; }"
+        on all "cd $remote && mkdir -p bucket && { mountpoint -q bucket || gcsfuse $gcsfuse_flags $bucket bucket; }"
     fi
 }
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vpo_jax.runtime.buckets import MOUNT_FLAGS
+
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
 HERE = ["--name=try", "--zone=us-west4-a"]
@@ -134,7 +136,7 @@ def test_setup_copies_the_checkout_without_its_environment(cluster):
     done = cluster.run("tpu_vm.sh", "setup", *HERE, "--bucket=b")
     assert done.returncode == 0, done.stderr
     assert cluster.called("scp", "--worker=all") and "--exclude=./.venv" in done.stderr
-    assert any("gcsfuse --implicit-dirs b bucket" in text for text in remote(cluster.calls))
+    assert any(f"gcsfuse {' '.join(MOUNT_FLAGS)} b bucket" in text for text in remote(cluster.calls))
 
 
 def test_watch_asks_again_for_a_preempted_tpu_and_deletes_it_at_the_end(cluster):
@@ -270,6 +272,10 @@ def test_a_jobset_has_a_pod_for_every_host_of_the_topology(cluster, topology, ho
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == resource and selector in pod["nodeSelector"].values()
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    bucket = next(volume["csi"]["volumeAttributes"] for volume in pod["volumes"] if volume["name"] == "bucket")
+    options = [flag.removeprefix("--").replace("metadata-cache-", "metadata-cache:") for flag in MOUNT_FLAGS]
+    options = [o.replace("ttl-secs=", "ttl-secs:") for o in options]
+    assert bucket == {"bucketName": "b", "mountOptions": ",".join(options)}
     flags = re.search(r"load_flags (\S+)", container["command"][2])[1]
     assert (ROOT / flags).is_file()
 

@@ -24,7 +24,12 @@ def free_port():
 def start_together(job, workdir, processes, devices=1, flags=()):
     """Starts the same run as so many processes of so many fake devices each."""
     port, started = free_port(), []
-    more = [f"--config.train.steps={STEPS}", f"--config.train.prompts_per_step={PROMPTS}", f"--workdir={workdir}", *flags]
+    more = [
+        f"--config.train.steps={STEPS}",
+        f"--config.train.prompts_per_step={PROMPTS}",
+        f"--workdir={workdir}",
+        *flags,
+    ]
     for number in range(processes):
         environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         if processes > 1:

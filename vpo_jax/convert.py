@@ -20,6 +20,7 @@ from vpo_jax.checkpoints.videocrafter import read_videocrafter
 from vpo_jax.pipeline import DTYPES, SHIPPED, load_pipeline
 from vpo_jax.report.card import ModelCard, licence_of, read_scores, write_card
 from vpo_jax.runtime import cli
+from vpo_jax.runtime.buckets import local_folder
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.training.check import check
 from vpo_jax.training.policy import make_policy
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     """Converts what the flags name."""
     parser = cli.Parser("vpo_jax.convert", (__doc__ or "").partition("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--workdir", help="directory of the run")
+    source.add_argument("--workdir", help="directory of the run, also gs://BUCKET/FOLDER")
     source.add_argument("--from_videocrafter", metavar="FILE", help="VideoCrafter2's checkpoint as safetensors")
     parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
     parser.add_argument("--weights", choices=("ema", "policy"), default=None, help="default: ema where the run has it")
@@ -79,14 +80,15 @@ def convert(
 
     Raises UserError when there is no such run, checkpoint, average or adapter, or `output` cannot be written.
     """
-    config = read_config(Path(workdir))
+    workdir = local_folder(workdir)
+    config = read_config(workdir)
     averaged = config.ema.decay > 0
     if weights == "ema" and not averaged:
         raise UserError("--weights: this run kept no average (ema.decay=0); choose --weights=policy")
     if lora_only and config.lora.rank == 0:
         raise UserError("--lora_only: this run trained every weight (lora.rank=0); leave the flag out")
     weights = weights or ("ema" if averaged else "policy")
-    store = CheckpointStore(Path(workdir, "checkpoints"), read_only=True)
+    store = CheckpointStore(workdir / "checkpoints", read_only=True)
     step, state, _ = store.read(step, parts=[weights])
     adapters = state[weights]
     pipeline = load_pipeline(config.model.path)

@@ -22,6 +22,7 @@ from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory, unused_accelerator
+from vpo_jax.runtime.buckets import local_folder
 from vpo_jax.runtime.mesh import make_meshes
 from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.processes import is_main, join_processes, main_first
@@ -39,7 +40,9 @@ def main(argv: Sequence[str]) -> None:
     words, overrides = cli.split_overrides(argv)
     parser = cli.Parser("vpo_jax.main", (__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", default=CONFIG, help="FILE.py or FILE.py:PRESET (default: %(default)s)")
-    parser.add_argument("--workdir", default="", help="where everything goes (default: runs/NAME of the config)")
+    parser.add_argument(
+        "--workdir", default="", help="where everything goes, a directory or gs://BUCKET/FOLDER (default: runs/NAME)"
+    )
     if "--help" in words or "-h" in words:
         given = [word.partition("=")[2] for word in words if word.startswith("--config=")]
         parser.epilog = "fields of the config:\n" + cli.describe_config(cli.load_config(given[-1] if given else CONFIG))
@@ -59,6 +62,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     check(config)
     join_processes()
     console = console or Console(quiet=not is_main())
+    workdir = local_folder(workdir)
     if completed_steps(workdir, config.to_dict()) == config.train.steps:
         console.print(f"complete: {config.train.steps} steps are done in {workdir}", soft_wrap=True)
         console.print(f"look at {Path(workdir) / 'report.html'}", soft_wrap=True)

@@ -1,3 +1,5 @@
+import errno
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from vpo_jax.checkpoints import orbax_store
 from vpo_jax.checkpoints.orbax_store import CheckpointStore
+from vpo_jax.runtime import buckets
 from vpo_jax.runtime.errors import UserError
 
 
@@ -194,3 +197,57 @@ def test_a_disk_that_fills_in_mid_save_is_told_and_the_checkpoint_before_is_whol
     step, state, _ = again.restore(None, target)
     assert step == 1
     np.testing.assert_array_equal(state["x"], noise(1, 1.2)["x"])
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A folder that passes for gcsfuse's mount of a bucket without folders: none of its folders can be renamed."""
+    folder, table, rename = tmp_path / "bucket", tmp_path / "mounts", os.rename
+    folder.mkdir()
+    table.write_text(f"mine {folder} fuse.gcsfuse rw 0 0\n")
+    monkeypatch.setattr(buckets, "_MOUNTS", table)
+
+    def files_only(source, target, **places):
+        if Path(source).is_dir() and Path(source).is_relative_to(folder):
+            raise OSError(errno.EMFILE, "Too many open files", str(source))
+        rename(source, target, **places)
+
+    monkeypatch.setattr(os, "rename", files_only)
+    return folder
+
+
+def test_a_bucket_s_checkpoints_need_no_folder_renamed(bucket):
+    store = save_steps(bucket, [1, 2, 3])
+    assert store.all_steps() == [2, 3] and (bucket / "3" / "commit_success.txt").is_file()
+    store.close()
+    (bucket / "3" / "commit_success.txt").unlink()  # as a kill leaves it
+    again = CheckpointStore(bucket)
+    assert again.all_steps() == [2]
+    step, state, meta = again.restore(None, target_of(make_state()))
+    assert step == 2 and meta == {"position": 2}
+    np.testing.assert_array_equal(state["policy"]["down_blocks.0"]["kernel"], np.full((3, 4), 2.0))
+    again.save(3, make_state(3), {"position": 3})
+    again.close()
+    assert CheckpointStore(bucket, read_only=True).read(3, ["policy"])[2] == {"position": 3}
+
+
+def test_a_bucket_s_broken_checkpoint_is_set_aside_by_copying(bucket):
+    save_steps(bucket / "checkpoints", [1, 2]).close()
+    for file in (bucket / "checkpoints" / "2" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    store = CheckpointStore(bucket / "checkpoints")
+    assert store.restore(None, target_of(make_state()))[0] == 1 and store.broken == [2]
+    assert (bucket / "checkpoints.broken" / "2" / "state").is_dir() and store.all_steps() == [1]
+
+
+def test_checkpoints_that_a_disk_made_go_on_in_a_bucket(bucket, tmp_path):
+    save_steps(tmp_path / "disk", [1, 2]).close()
+    shutil.copytree(tmp_path / "disk", bucket / "checkpoints")
+    store = CheckpointStore(bucket / "checkpoints")
+    assert store.all_steps() == [1, 2] and store.restore(None, target_of(make_state()))[0] == 2
+    store.save(3, make_state(3), {"position": 3})
+    store.close()
+    # And back on a disk.
+    shutil.copytree(bucket / "checkpoints", tmp_path / "back")
+    assert CheckpointStore(tmp_path / "back").restore(None, target_of(make_state()))[0] == 3

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.workdir import completed_steps, open_workdir
+from vpo_jax.runtime.workdir import open_workdir
 
 CONFIG = {
     "seed": 0,
@@ -139,11 +139,3 @@ def test_one_run_holds_the_directory_until_its_process_dies_by_any_death(tmp_pat
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     open_workdir(tmp_path, CONFIG).close()
-
-
-def test_a_bucket_is_no_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for call in (completed_steps, open_workdir):
-        with pytest.raises(UserError, match=r"gs:/+bucket/run is no directory; mount the bucket with gcsfuse"):
-            call("gs://bucket/run", {"seed": 0})
-    assert not list(tmp_path.iterdir())

@@ -351,12 +351,13 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def _swap(partial: Path, path: Path) -> None:
+    # Moved, not renamed: a bucket's mount may refuse to rename a folder, and then it is copied.
     if not path.exists():
-        partial.rename(path)
+        shutil.move(partial, path)
         return
     # A folder cannot be renamed over one that is not empty, so the old one steps aside first.
     previous = path.parent / f".{path.name}.previous"
     shutil.rmtree(previous, ignore_errors=True)
-    path.rename(previous)
-    partial.rename(path)
+    shutil.move(path, previous)
+    shutil.move(partial, path)
     shutil.rmtree(previous, ignore_errors=True)

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
+from vpo_jax.runtime.buckets import in_bucket
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.processes import agree, main_first
 from vpo_jax.runtime.trees import bytes_of
@@ -33,6 +35,8 @@ class CheckpointStore:
         self.broken: list[int] = []
         if read_only and not self.directory.is_dir():
             raise UserError(f"{directory}: there are no checkpoints; give the workdir of a run that has saved one")
+        # Renaming a folder makes a checkpoint whole at once, but not in a bucket: there a file in it says so.
+        mode = AtomicityMode.COMMIT_FILE if in_bucket(self.directory) else AtomicityMode.AUTO
         policies = [LatestN(keep), BestN(get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
@@ -41,6 +45,7 @@ class CheckpointStore:
             create=not read_only,
             read_only=read_only,
             enable_async_checkpointing=not read_only,
+            atomicity_options=AtomicityOptions(mode),
         )
         with _explained(self.directory):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -156,7 +161,7 @@ class CheckpointStore:
             with _explained(aside):
                 aside.mkdir(exist_ok=True)
                 shutil.rmtree(aside / str(step), ignore_errors=True)
-                (self.directory / str(step)).rename(aside / str(step))
+                shutil.move(self.directory / str(step), aside / str(step))
 
         main_first(move)
         self._manager.reload()

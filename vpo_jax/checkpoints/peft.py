@@ -130,7 +130,7 @@ def write_adapter(path: str | Path, adapters: Mapping[str, Any], lora: LoRAConfi
         write_weights(partial, "adapter_model", tensors)
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
+        shutil.move(partial, path)
     except OSError as error:
         raise UserError(f"--output: {path} cannot be written ({error}); free space or choose another folder") from error
     finally:

@@ -29,7 +29,7 @@ def write_scorer_folder(folder: str | Path, files: Mapping[str, str], params: An
             (partial / name).write_text(text, encoding="utf-8")
         io.write_weights(partial, io.TRANSFORMERS_STEM, to_torch(params))
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        shutil.move(partial, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({error}); free space or choose another folder") from error
     finally:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from vpo_jax.runtime.buckets import local_folder
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.processes import agree, is_main
 
@@ -88,9 +89,9 @@ def completed_steps(path: str | Path, config: Mapping[str, Any]) -> int | None:
 
     Raises UserError for what `open_workdir` would refuse, so that nobody waits for a model to load first.
     """
-    path = Path(path)
+    path = local_folder(path)
     with writing(path):
-        _refuse_other_places(path)
+        _refuse_files(path)
         _refuse_strangers(path)
         there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if not os.access(there, os.W_OK):
@@ -110,7 +111,7 @@ def open_workdir(path: str | Path, config: Mapping[str, Any]) -> Workdir:
     is no directory, may not be written, is held by another run, or belongs to another config: mesh.*, log.*,
     *.every, reward.timeout and a higher train.steps are the only differences that a resumed run may have.
     """
-    path = Path(path)
+    path = local_folder(path)
     resolved: dict[str, Any] = json.loads(json.dumps(config))
     opened, failure = Workdir(path, resolved, False, None), None
     if is_main():
@@ -129,7 +130,7 @@ def open_workdir(path: str | Path, config: Mapping[str, Any]) -> Workdir:
 
 def _open(path: Path, resolved: dict[str, Any]) -> Workdir:
     with writing(path):
-        _refuse_other_places(path)
+        _refuse_files(path)
         _refuse_strangers(path)
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
@@ -147,12 +148,7 @@ def _open(path: Path, resolved: dict[str, Any]) -> Workdir:
     return Workdir(path, resolved, before is not None, lock)
 
 
-def _refuse_other_places(path: Path) -> None:
-    if re.match(r"\w+:/", str(path)):
-        raise UserError(
-            f"--workdir: {path} is no directory; mount the bucket with gcsfuse, as the scripts in launch/ do, and give"
-            " the folder inside the mount"
-        )
+def _refuse_files(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir: {path} is a file; give a directory")
 
