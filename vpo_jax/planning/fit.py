@@ -244,8 +244,8 @@ def propose(job: Job, lines: Mapping[str, Linear], chip: Any, most: int = MOST) 
             best = None
             for update, rollout, score in _cuts(count):
                 cut: dict[str, Any] = {"mesh.fsdp": update} if update > 1 else {}
-                cut |= {"mesh.rollout": f"fsdp={rollout}"} if rollout != update else {}
-                cut |= {"mesh.score": f"fsdp={score}"} if score != update else {}
+                for key, fsdp in (("mesh.rollout", rollout), ("mesh.score", score)):
+                    cut |= {key: f"fsdp={fsdp}" if fsdp > 1 else "data=-1"} if fsdp != update else {}
                 meshes = Meshes(*(abstract_mesh(count // fsdp, fsdp) for fsdp in (update, rollout, score)))
                 plan = make_plan(job, lines, topology, meshes, changes | cut)
                 if plan.fits and (best is None or plan.seconds < 0.99 * best.seconds):
