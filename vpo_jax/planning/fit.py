@@ -158,13 +158,23 @@ def make_plan(
     topology: Topology,
     meshes: Meshes,
     changes: Mapping[str, Any] | None = None,
+    known: dict[Any, float] | None = None,
 ) -> Plan:
     """The plan of a job on meshes; `changes` may set rollout.microbatch and train.microbatch.
 
     The batch is taken to be cut over data and fsdp, and a stage's work over context and tensor too.
+    `known` carries what a device holds from one plan of the job to the next.
     """
-    changes = dict(changes or {})
-    resident = {name: _held(tree, getattr(meshes, role)) for name, (tree, role) in job.resident.items()}
+    changes, known = dict(changes or {}), {} if known is None else known
+    trees = job.resident
+
+    def held(name: str, mesh: AbstractMesh) -> float:
+        key = name, tuple(mesh.shape.values())
+        if key not in known:
+            known[key] = _held(trees[name][0], mesh)
+        return known[key]
+
+    resident = {name: held(name, getattr(meshes, role)) for name, (_, role) in trees.items()}
     trained = bytes_of(job.policy.start)
 
     stages = []
@@ -184,9 +194,9 @@ def make_plan(
         copied = 0.0
         if stage.role == "rollout" and _cuts_weights(meshes.rollout) != _cuts_weights(meshes.update):
             # The sampler's own cut of the weights, made once a step and dropped after it.
-            weights = (job.policy.frozen, job.policy.start)
-            copied = _held(weights, meshes.rollout)
-            moved = max(0.0, copied - _held(weights, meshes.update))
+            weights = ("frozen denoiser", "start of the policy")
+            copied = sum(held(name, meshes.rollout) for name in weights)
+            moved = max(0.0, copied - sum(resident[name] for name in weights))
             collectives["all-gather"] = collectives.get("all-gather", 0.0) + moved
         if parts > 1 and stage.name == "update":
             collectives["all-reduce"] = chunks * 2 * trained * (parts - 1) / parts
@@ -236,6 +246,7 @@ def propose(job: Job, lines: Mapping[str, Linear], chip: Any, most: int = MOST) 
     The config is kept where it can be; else one clip and one pair a device at a time, which costs no work. Meshes of
     their own for sampling and scoring are taken where they make the floor of a step lower by 1 % or more.
     """
+    known: dict[Any, float] = {}
     for topology in _sizes(chip, most):
         count = topology.count
         for changes in ({}, {"rollout.microbatch": count, "train.microbatch": count}):
@@ -243,11 +254,12 @@ def propose(job: Job, lines: Mapping[str, Linear], chip: Any, most: int = MOST) 
                 continue
             best = None
             for update, rollout, score in _cuts(count):
-                cut: dict[str, Any] = {"mesh.fsdp": update} if update > 1 else {}
-                for key, fsdp in (("mesh.rollout", rollout), ("mesh.score", score)):
-                    cut |= {key: f"fsdp={fsdp}" if fsdp > 1 else "data=-1"} if fsdp != update else {}
+                cut: dict[str, Any] = {"mesh.fsdp": update}
+                for role, fsdp in (("rollout", rollout), ("score", score)):
+                    own = "" if fsdp == update else f"fsdp={fsdp}" if fsdp > 1 else "data=-1"
+                    cut |= {f"mesh.{role}": own} if own or job.config.mesh[role] else {}
                 meshes = Meshes(*(abstract_mesh(count // fsdp, fsdp) for fsdp in (update, rollout, score)))
-                plan = make_plan(job, lines, topology, meshes, changes | cut)
+                plan = make_plan(job, lines, topology, meshes, changes | cut, known)
                 if plan.fits and (best is None or plan.seconds < 0.99 * best.seconds):
                     best = plan
             if best is not None:

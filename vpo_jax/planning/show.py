@@ -76,7 +76,7 @@ def proposals_text(proposals: Mapping[str, Plan | None], price: float, utilisati
         lines += [
             f"  {plan.topology.name}: {_gb(plan.peak)} GB a chip, floor {plan.seconds:.4g} s,"
             f" {_result(plan, price, utilisation)}",
-            f"    {' '.join(flags) or 'as the config is'}",
+            f"    {' '.join(flags)}",
         ]
     return "\n".join(lines)
 
