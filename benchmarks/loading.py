@@ -27,9 +27,8 @@ import numpy as np
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.folders import param_shapes, read_component
 from vpo_jax.checkpoints.keys import torch_key, torch_shape
-from vpo_jax.runtime.mesh import infer_shardings, make_mesh
+from vpo_jax.runtime.mesh import PARAMETER_RULES, infer_shardings, make_mesh
 from vpo_jax.runtime.trees import bytes_of, flatten
-from vpo_jax.training.state import PARAMETER_RULES
 
 SIZES: dict[str, dict[str, Any]] = {
     "full": {},

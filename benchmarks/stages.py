@@ -25,9 +25,8 @@ from vpo_jax.planning.fit import abstract_meshes, make_plan, measure_stages
 from vpo_jax.planning.job import Stage, choose_stages, make_job
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs
-from vpo_jax.runtime.mesh import batch_sharding, infer_shardings, make_meshes, replicated
+from vpo_jax.runtime.mesh import PARAMETER_RULES, batch_sharding, infer_shardings, make_meshes, replicated
 from vpo_jax.training.check import check
-from vpo_jax.training.state import PARAMETER_RULES
 
 _NUMBER = 7  # a token, a timestep and a row at once: no table is that small
 

@@ -97,11 +97,13 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
             adapters=adapters,
             stop=stop,
         )
+        tuned = result.pipeline
         if adapters is not None:
             # What the run is compared with is what it started from.
             start = result.policy.merged(pipeline.params["unet"], adapters)
             pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": start})
-        return finish(config, opened, pipeline, result.pipeline, held_out_prompts, rewards, judges, stop, console)
+        del result  # and with it what training kept on the devices
+        return finish(config, opened, pipeline, tuned, held_out_prompts, rewards, judges, stop, console)
 
 
 def tuning_prompts(config: Any, prompts: Sequence[str]) -> Sequence[str]:

@@ -97,12 +97,12 @@ class Pipeline:
         factor = self.vae.config.scale_factor
         return frames, height // factor, width // factor, self.unet.config.in_channels
 
-    def on_device(self, sharding: jax.sharding.Sharding | None = None) -> "Pipeline":
+    def on_device(self, shardings: Any = None) -> "Pipeline":
         """The same pipeline with its parameters on the device already: each call would copy them from the host.
 
-        With those of a mesh, replicated, and under `jax.set_mesh`, a call cuts its batches over the mesh.
+        With `shardings`, one or a tree of them, on a mesh, and under `jax.set_mesh`, a call cuts its batches over it.
         """
-        return dataclasses.replace(self, params=jax.device_put(self.params, sharding))
+        return dataclasses.replace(self, params=jax.device_put(self.params, shardings))
 
     # Pure parts.
 

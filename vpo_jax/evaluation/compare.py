@@ -11,16 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from vpo_jax.evaluation.win_rate import mean_difference, win_rate
-from vpo_jax.rewards.loading import Scorer
+from vpo_jax.rewards.loading import Scorer, make_scorer
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
-from vpo_jax.runtime.mesh import make_mesh, replicated
+from vpo_jax.runtime.mesh import PARAMETER_RULES, infer_shardings, make_mesh
 from vpo_jax.runtime.processes import largest, share, unshare
+from vpo_jax.runtime.trees import bytes_of
 
 # What a scorer has had to do with the tuned model; only the last kind of number is evidence by itself.
 ROLES = ("trained", "steered", "held out", "measured", "unknown")
@@ -113,9 +115,11 @@ def compare(
     after every batch.
     """
     sampling = sampling or Sampling()
-    base_scores, base_videos = evaluate(base, prompts, rewards, sampling, keep, progress and _named(progress, "base"))
-    tuned_scores, tuned_videos = evaluate(
-        tuned, prompts, rewards, sampling, keep, progress and _named(progress, "tuned")
+    mesh = local_mesh(base.params, rewards)
+    scorers = [make_scorer(reward, mesh) for reward in rewards]
+    (base_scores, base_videos), (tuned_scores, tuned_videos) = (
+        _evaluate(pipeline, prompts, scorers, mesh, sampling, keep, progress and _named(progress, name))
+        for name, pipeline in (("base", base), ("tuned", tuned))
     )
     return Comparison(
         rows=compare_scores(base_scores, tuned_scores, roles),
@@ -141,19 +145,48 @@ def evaluate(
     Each process makes its share of the clips on its own devices, and all get everything.
     The noise of prompt i, sample s is `stream_key(seed, "eval", 0, i, s)`: it depends on neither batch nor model.
     """
+    mesh = local_mesh(pipeline.params, rewards)
+    scorers = [make_scorer(reward, mesh) for reward in rewards]
+    return _evaluate(pipeline, prompts, scorers, mesh, sampling, keep, progress)
+
+
+def local_mesh(params: Any, rewards: Sequence[Any]) -> Mesh:
+    """This process's devices: each takes its share of the clips and holds all weights, where they leave it room.
+
+    Else weights are cut over a few devices: see `parts_to_cut`.
+    """
+    devices = jax.local_devices()
+    whole = bytes_of(params) + sum(bytes_of(reward.params) for reward in rewards if reward.jittable)
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")  # a CPU does not say
+    parts = parts_to_cut(whole, limit, len(devices))
+    return make_mesh(len(devices) // parts, parts, devices=devices)
+
+
+def parts_to_cut(whole: int, limit: int | None, count: int) -> int:
+    """The smallest divisor of `count` devices that makes `whole` bytes half of a device's `limit`; else `count`."""
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    return next((n for n in divisors if limit is None or whole / n <= limit / 2), count)
+
+
+def _evaluate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    scorers: Sequence[Scorer],
+    mesh: Mesh,
+    sampling: Sampling,
+    keep: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Scores, np.ndarray]:
     if not prompts:
         raise UserError("prompts: none to evaluate on; give at least one")
     every = np.array([(i, s) for i in range(len(prompts)) for s in range(sampling.samples)])  # [T, 2]
     tasks = share(every)
     most = -(-len(every) // jax.process_count())  # as many batches in each process, whatever its share
-    scorers = [_callable(reward) for reward in rewards]
     parts: list[Scores] = []
     kept: np.ndarray | None = None
     size = min(sampling.batch, most)
-    devices = jax.local_devices()
-    size += -size % len(devices)
-    mesh = make_mesh(len(devices), devices=devices)
-    pipeline = pipeline.on_device(replicated(mesh))
+    size += -size % mesh.size
+    pipeline = pipeline.on_device(infer_shardings(pipeline.params, mesh, PARAMETER_RULES))
     for start in range(0, most, size):
         chunk = tasks[start : start + size]
         # The last batch is filled up with clips that do not count, so that one compiled program serves all.
@@ -179,7 +212,7 @@ def evaluate(
 
 def score_videos(rewards: Sequence[Any], videos: np.ndarray, prompts: Sequence[str]) -> Scores:
     """{"scorer/dimension": float32 [B]} of whole videos uint8 [B, F, H, W, 3] and their prompts, and frames/change."""
-    return _score([_callable(reward) for reward in rewards], videos, prompts)
+    return _score([make_scorer(reward) for reward in rewards], videos, prompts)
 
 
 def compare_scores(base: Scores, tuned: Scores, roles: Mapping[str, str] | None = None) -> tuple[Row, ...]:
@@ -291,10 +324,6 @@ def _noise(pipeline: Any, tasks: np.ndarray, sampling: Sampling) -> jax.Array:
     slots, samples = jnp.asarray(tasks.T)
     keys = jax.vmap(lambda i, s: stream_key(sampling.seed, "eval", 0, i, s))(slots, samples)
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
-
-
-def _callable(reward: Any) -> Scorer:
-    return Scorer(reward, jax.jit(reward.score) if reward.jittable else reward.score)
 
 
 def _score(scorers: Sequence[Scorer], videos: np.ndarray, prompts: Sequence[str]) -> Scores:

@@ -16,8 +16,7 @@ from packaging.requirements import Requirement
 
 from vpo_jax.planning.chips import Topology
 from vpo_jax.planning.job import Stage
-from vpo_jax.runtime.mesh import Meshes, batch_sharding, infer_shardings, make_meshes, replicated
-from vpo_jax.training.state import PARAMETER_RULES
+from vpo_jax.runtime.mesh import PARAMETER_RULES, Meshes, batch_sharding, infer_shardings, make_meshes, replicated
 
 # What libtpu asks the machine for; any worker of any slice will do.
 _ENVIRONMENT = {

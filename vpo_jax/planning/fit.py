@@ -11,9 +11,9 @@ from jax.sharding import AbstractMesh, AxisType
 from vpo_jax.planning.chips import USABLE, Topology
 from vpo_jax.planning.cost import Cost, measure
 from vpo_jax.planning.job import Job, Stage
-from vpo_jax.runtime.mesh import AXES, Meshes, infer_shardings, sizes_by_role
+from vpo_jax.runtime.mesh import AXES, PARAMETER_RULES, Meshes, infer_shardings, sizes_by_role
 from vpo_jax.runtime.trees import bytes_of
-from vpo_jax.training.state import PARAMETER_RULES, TrainState, infer_state_shardings
+from vpo_jax.training.state import TrainState, infer_state_shardings
 
 Tree = Any
 MOST = 256  # devices that are tried

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from vpo_jax.checkpoints import videoreward, videoscore
 from vpo_jax.checkpoints.scorers import CLASS, scorer_class
@@ -18,6 +19,8 @@ from vpo_jax.rewards.shapes import load_video_scorer
 from vpo_jax.rewards.videoreward import VideoRewardOptions, load_videoreward
 from vpo_jax.rewards.videoscore import VideoScoreOptions, load_videoscore
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import CLIPS, PARAMETER_RULES, constrain, infer_shardings
+from vpo_jax.runtime.processes import place
 
 SHIPPED_SCORER = Path(__file__).resolve().parents[1] / "shapes" / "assets" / "scorer"
 _BATCH = 32  # clips scored in one compiled call, where the scorer has no number of its own
@@ -120,6 +123,8 @@ class Scorer:
 
     reward: Reward
     _score: Callable[..., jax.Array | np.ndarray]
+    _params: Any = None  # where the reward's own lie elsewhere
+    _devices: int = 1
 
     def __call__(self, videos: np.ndarray, prompts: str | Sequence[str]) -> dict[str, np.ndarray]:
         """Scores of uint8 [B, F, H, W, 3] against a prompt for each: {dimension: float32 [B]}.
@@ -135,17 +140,39 @@ class Scorer:
             raise UserError(f"prompts: {len(prompts)} for {len(videos)} videos; give one to each")
         frames = list(self.reward.frame_indices(videos.shape[1]))
         prepared = self.reward.prepare(prompts)
-        batch = min(getattr(self.reward, "clips_at_a_time", _BATCH), len(videos))
+        params = self.reward.params if self._params is None else self._params
+        most = -(-len(videos) // self._devices) * self._devices
+        batch = min(getattr(self.reward, "clips_at_a_time", _BATCH) * self._devices, most)
         parts = []
         for start in range(0, len(videos), batch):
             # The last batch is filled up with clips that are not returned: one shape, one compilation.
             rows = np.minimum(np.arange(start, start + batch), len(videos) - 1)
-            part = self._score(
-                self.reward.params, videos[rows][:, frames], jax.tree.map(lambda x, rows=rows: x[rows], prepared)
-            )
+            part = self._score(params, videos[rows][:, frames], jax.tree.map(lambda x, rows=rows: x[rows], prepared))
             parts.append(np.asarray(part)[: len(videos) - start])
         scores = np.concatenate(parts).astype(np.float32)
         return {name: scores[:, i] for i, name in enumerate(self.reward.dimensions)}
+
+
+def make_scorer(reward: Reward, mesh: Mesh | None = None) -> Scorer:
+    """A scorer as a function; on a mesh its weights are cut by the rules, and each device scores its share of clips."""
+    if not reward.jittable:
+        return Scorer(reward, reward.score)
+    if mesh is None:
+        # Else every call would copy the weights from the host, which a CPU does not.
+        params = None if jax.default_backend() == "cpu" else jax.device_put(reward.params)
+        return Scorer(reward, jax.jit(reward.score), params)
+
+    def shared(params: Any, videos: jax.Array, prepared: Any) -> jax.Array | np.ndarray:
+        return reward.score(params, *jax.tree.map(lambda x: constrain(x, CLIPS), (videos, prepared)))
+
+    score = jax.jit(shared)
+
+    def on_mesh(*arguments: Any) -> jax.Array:
+        with jax.set_mesh(mesh):
+            return score(*arguments)
+
+    params = place(reward.params, infer_shardings(reward.params, mesh, PARAMETER_RULES))
+    return Scorer(reward, on_mesh, params, mesh.size)
 
 
 def load_scorer(name_or_path: str, field: str = "scorer") -> Scorer:
@@ -154,5 +181,4 @@ def load_scorer(name_or_path: str, field: str = "scorer") -> Scorer:
     Raises:
       UserError: as `load_reward`; its message names `field`.
     """
-    reward = load_reward(str(name_or_path), field=field)
-    return Scorer(reward, jax.jit(reward.score) if reward.jittable else reward.score)
+    return make_scorer(load_reward(str(name_or_path), field=field))

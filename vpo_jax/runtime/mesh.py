@@ -18,6 +18,15 @@ CLIPS = PartitionSpec(("data", "fsdp", "context"))  # [B, ...] where every clip,
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
+# Of every model's parameters. Kernels are [..., in, out]; the input side is cut, so that a layer's weights are gathered
+# once for its product. Adapters are small and stay whole.
+PARAMETER_RULES: Rules = (
+    (r"lora_[AB]$", PartitionSpec()),
+    (r"temp_convs.*kernel$", PartitionSpec(None, None, None, "fsdp", "tensor")),
+    (r"(conv1|conv2|conv_in|conv_out|conv_shortcut|conv)/kernel$", PartitionSpec(None, None, "fsdp", "tensor")),
+    (r"(kernel|embedding)$", PartitionSpec("fsdp", "tensor")),
+)
+
 
 def make_mesh(
     data: int = -1,

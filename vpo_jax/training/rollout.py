@@ -16,9 +16,8 @@ from jax.sharding import Mesh
 from vpo_jax.diffusion.guidance import guide
 from vpo_jax.diffusion.samplers import Sampler, sample
 from vpo_jax.runtime.keys import stream_key
-from vpo_jax.runtime.mesh import BATCH, CLIPS, VIDEO, batch_sharding, constrain, infer_shardings
+from vpo_jax.runtime.mesh import BATCH, CLIPS, PARAMETER_RULES, VIDEO, batch_sharding, constrain, infer_shardings
 from vpo_jax.runtime.processes import fetch, place, share, unshare
-from vpo_jax.training.state import PARAMETER_RULES
 from vpo_jax.training.step import Denoise, join_batch, split_batch
 
 Tree = Any

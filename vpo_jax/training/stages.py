@@ -13,7 +13,7 @@ from vpo_jax.data.text_cache import TextCache, open_text_cache
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.rewards.combine import dimension_names
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import BATCH, VIDEO, Meshes, constrain, infer_shardings, replicated
+from vpo_jax.runtime.mesh import BATCH, PARAMETER_RULES, VIDEO, Meshes, constrain, infer_shardings, replicated
 from vpo_jax.runtime.processes import move, place
 from vpo_jax.training.check import check_meshes
 from vpo_jax.training.optimizer import make_optimizer
@@ -28,7 +28,7 @@ from vpo_jax.training.rollout import (
     make_decode,
     make_rollout,
 )
-from vpo_jax.training.state import PARAMETER_RULES, TrainState, infer_state_shardings, init_state
+from vpo_jax.training.state import TrainState, infer_state_shardings, init_state
 from vpo_jax.training.step import Metrics, Update
 
 Tree = Any

@@ -6,23 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from vpo_jax.rewards.combine import RewardStatistics, init_statistics
-from vpo_jax.runtime.mesh import VIDEO, Rules, batch_sharding, infer_shardings, replicated
+from vpo_jax.runtime.mesh import PARAMETER_RULES, VIDEO, Rules, batch_sharding, infer_shardings, replicated
 from vpo_jax.training.pairs import Pairs, empty_buffer
 from vpo_jax.training.reference import Curriculum, init_curriculum
 
 Tree = Any
-
-# Kernels are [..., in, out]; the input side is cut, so that a layer's weights are gathered once for its product.
-# Adapters are small and stay whole.
-PARAMETER_RULES: Rules = (
-    (r"lora_[AB]$", P()),
-    (r"temp_convs.*kernel$", P(None, None, None, "fsdp", "tensor")),
-    (r"(conv1|conv2|conv_in|conv_out|conv_shortcut|conv)/kernel$", P(None, None, "fsdp", "tensor")),
-    (r"(kernel|embedding)$", P("fsdp", "tensor")),
-)
 
 
 class TrainState(NamedTuple):
