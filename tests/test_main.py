@@ -1,11 +1,13 @@
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -123,6 +125,24 @@ def test_help_lists_every_field(capsys):
     assert "--workdir" in shown
 
 
+def test_a_comparison_that_does_not_fit_leaves_the_export_and_says_how_to_go_on(finished, job, tmp_path, monkeypatch):
+    workdir = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    (workdir / "complete").unlink()
+
+    def full(*arguments, **more):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "compare", full)
+        with pytest.raises(
+            SystemExit, match=r"^stopped: the closing comparison .* --tuned=\S+export --batch=1"
+        ) as done:
+            main.command([*job, f"--workdir={workdir}"])
+    assert isinstance(done.value.code, str)  # which Python prints, and exits with 1
+    assert (workdir / "export" / "model_index.json").is_file() and not (workdir / "complete").exists()
+    assert main.clips_at_a_time(0) == 16 and main.clips_at_a_time(8) == 8
+
+
 def test_the_default_workdir_is_named_by_config_and_preset(monkeypatch):
     asked = []
     monkeypatch.setattr(main, "run", lambda config, workdir: asked.append(str(workdir)))
@@ -165,6 +185,7 @@ def test_memory_that_was_freed_is_not_asked_for_again():
     """Page faults of a large buffer that is made and freed ten times: those of one, where it was kept."""
     code = """
 import resource, sys
+import jax
 import numpy as np
 from vpo_jax.runtime.backend import keep_freed_memory
 if sys.argv[1] == "keep": keep_freed_memory()

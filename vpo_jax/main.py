@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from vpo_jax.checkpoints.folders import beyond_diffusers
@@ -33,6 +34,10 @@ from vpo_jax.training.policy import read_start
 from vpo_jax.training.train import Alarmed, NonFinite, train
 
 CONFIG = "configs/vpo.py"
+
+
+class DoesNotFit(Exception):
+    """The devices are too small for the closing comparison; the run is exported and not complete."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -144,6 +149,7 @@ def finish(
         guidance_rescale=rollout.guidance_rescale or None,
         negative_prompt=rollout.negative_prompt,
         sampler=rollout.sampler or None,
+        batch=clips_at_a_time(rollout.microbatch),
     )
     roles = {reward.name: "trained" for reward in rewards}
     for judge in judges:
@@ -156,15 +162,16 @@ def finish(
             stop.check()
             status.update(f"comparing: {what} {done}/{total}")
 
-        comparison = compare(
-            base,
-            tuned,
-            prompts[: config.eval.prompts],
-            scorers,
-            sampling,
-            roles,
-            progress=show,
-        )
+        try:
+            comparison = compare(base, tuned, prompts[: config.eval.prompts], scorers, sampling, roles, progress=show)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise DoesNotFit(
+                f"the closing comparison does not fit into a device's memory; the tuned model is in {workdir.export}:"
+                f" python -m vpo_jax.evaluate --base={config.model.path} --tuned={workdir.export} --batch=1 compares"
+                f" where there is more of it"
+            ) from error
     main_first(lambda: write_result(config, workdir, comparison))
     console.print(table(comparison))
     console.print(f"look at  {workdir.report}", soft_wrap=True, highlight=False)
@@ -175,6 +182,11 @@ def finish(
         console.print(f"diffusers has no {' and no '.join(missing)}: its videos are others", soft_wrap=True)
     main_first(lambda: workdir.complete(config.train.steps))
     return comparison
+
+
+def clips_at_a_time(microbatch: int) -> int:
+    """Clips that a process compares at a time: on each device what a rollout gives it, as far as that is known."""
+    return max(1, microbatch * jax.local_device_count() // jax.device_count()) if microbatch else Sampling.batch
 
 
 def write_result(config: Any, workdir: Workdir, comparison: Comparison) -> None:
@@ -199,10 +211,10 @@ def loading_lines(export: Path, comparison: Comparison) -> list[str]:
 
 
 def command(argv: Sequence[str]) -> None:
-    """`main`, with a run that stopped by itself (a non-finite step, an alarm) as a message and exit code 1."""
+    """`main`, with a run that stopped by itself (not finite, an alarm, no memory) as a message and exit code 1."""
     try:
         main(argv)
-    except (Alarmed, NonFinite) as error:
+    except (Alarmed, DoesNotFit, NonFinite) as error:
         raise SystemExit(f"stopped: {error}") from error
 
 
