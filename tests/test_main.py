@@ -107,8 +107,6 @@ def test_killed_interrupted_and_continued_the_run_ends_as_if_nothing_had_been(fi
 
 
 def test_more_steps_go_on_where_the_run_ended(finished, job, tmp_path):
-    import shutil
-
     workdir = Path(shutil.copytree(finished[0], tmp_path / "run"))
     main.main([*job, f"--workdir={workdir}", "--config.train.steps=3"])
     assert [line["step"] for line in lines(workdir)] == [1, 2, 3]
