@@ -247,6 +247,7 @@ def _full_size(config: ConfigDict, num_frames: int, height: int, width: int, gui
     Memory a chip, arithmetic: backbone 2.8 GB in bfloat16, text encoder 1.4 GB and autoencoder 0.3 GB in float32,
     LoRA of 26.6 M parameters 0.5 GB (policy, reference, gradient and two moments in float32), a scorer of VideoScore's
     size 16.5 GB; activations come on top. The host holds the float32 model as well, 7.3 GB.
+    Chips with less memory hold all but the scorer, which mesh.score cuts over them (docs/plans.md).
     On fewer chips than eight lower rollout.microbatch and train.microbatch to what fits; nothing else changes.
     """
     _custom(config)
