@@ -23,7 +23,9 @@ class StandInPipeline:
         self.gain = 2 if "tuned" in path else 1
         self.arguments: list[dict[str, Any]] = []
 
-    def on_device(self, sharding: Any = None) -> "StandInPipeline":
+    params: Any = {}  # noqa: RUF012
+
+    def on_device(self, shardings: Any = None) -> "StandInPipeline":
         return self
 
     def latent_shape(self, num_frames: int, height: int | None, width: int | None) -> tuple[int, ...]:
