@@ -69,9 +69,10 @@ EIGHT = """
     assert [mesh.devices.flat[i] for mesh in meshes for i in range(8)] == [*meshes.update.devices.flat] * 3
     meshes = make_meshes(axes | dict(fsdp=2, score="fsdp=2"), scoring=2)
     assert [mesh.size for mesh in meshes] == [6, 6, 2] and meshes.apart and meshes.score.shape["fsdp"] == 2
+    assert make_meshes(axes | dict(rollout="fsdp=-1")).rollout.shape["fsdp"] == 8, "-1 is the rest, as in mesh.fsdp"
     with pytest.raises(UserError, match="mesh.score: 'data=4' uses 4 of 8 devices; leave data out"):
         make_meshes(axes | dict(score="data=4"))
-    with pytest.raises(UserError, match="mesh.rollout=fsdp=3: mesh.data: 8 devices are not a multiple of 3"):
+    with pytest.raises(UserError, match="mesh.rollout: 'fsdp=3' needs a multiple of 3 devices and has 8; choose smaller"):
         make_meshes(axes | dict(rollout="fsdp=3"))
 
     first = jax.device_put(jnp.arange(16.0).reshape(8, 2), jax.NamedSharding(meshes.update, P("fsdp")))

@@ -143,6 +143,8 @@ def test_a_role_s_mesh_is_axes_with_sizes(text):
     for key in ("mesh.rollout", "mesh.score"):
         with pytest.raises(UserError, match=rf"{key}: '.*' is not a size of an axis; give some of data, fsdp"):
             check(changed(key, text))
+        with pytest.raises(UserError, match=rf"{key}: 'data=-1,fsdp=-1' gives the rest to several axes"):
+            check(changed(key, "data=-1,fsdp=-1"))
         check(changed(key, "context=2, fsdp=4"))
 
 

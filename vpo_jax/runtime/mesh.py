@@ -114,17 +114,17 @@ def sizes_by_role(axes: Mapping[str, Any], count: int, scoring: int = 0) -> tupl
 
 def _sizes_of_all(count: int, text: str, key: str) -> dict[str, int]:
     axes = parse_axes(text, key)
-    try:
-        sizes = mesh_sizes(count, **axes)
-    except UserError as error:
-        raise UserError(f"{key}={text}: {error}") from error
+    fixed = int(np.prod([size for size in axes.values() if size != -1]))
+    if count % fixed:
+        raise UserError(f"{key}: {text!r} needs a multiple of {fixed} devices and has {count}; choose smaller sizes")
+    sizes = mesh_sizes(count, **axes)
     if (used := int(np.prod(list(sizes.values())))) < count:
         raise UserError(f"{key}: {text!r} uses {used} of {count} devices; leave data out, and it takes the rest")
     return sizes
 
 
 def parse_axes(text: str, key: str) -> dict[str, int]:
-    """Sizes by axis of "fsdp=8,tensor=2"; an axis that is not named is 1, and data the rest.
+    """Sizes by axis of "fsdp=8,tensor=2"; an axis that is not named is 1, and data the rest if none has it.
 
     Raises UserError that names `key` for anything else.
     """
@@ -136,7 +136,9 @@ def parse_axes(text: str, key: str) -> dict[str, int]:
                 f"{key}: {part!r} is not a size of an axis; give some of {', '.join(AXES)}, each once: fsdp=8,tensor=2"
             )
         sizes[axis] = int(size)
-    return {"data": -1} | sizes
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError(f"{key}: {text!r} gives the rest to several axes; only one may be -1")
+    return {"data": 1 if -1 in sizes.values() else -1} | sizes
 
 
 def split_devices(count: int, devices: Sequence[jax.Device] | None = None) -> tuple[list[jax.Device], list[jax.Device]]:
