@@ -12,10 +12,9 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measuring import chip_of, random_weights, run_peer, timed
 
 from vpo_jax.models.attention import BACKENDS
 from vpo_jax.planning import cost
-from vpo_jax.planning.chips import CHIPS, Chip
 from vpo_jax.planning.job import read_scorers
 from vpo_jax.planning.specs import SCORERS
 from vpo_jax.runtime import cli
@@ -59,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     result = measure(flags)
     if flags.peer:
         sizes = {name: result[name] for name in ("clips", "frames", "side", "tokens")}
-        result |= run_peer(sizes | {"repeats": flags.repeats})
+        result |= run_peer(__file__, sizes | {"repeats": flags.repeats})
         result["torch_over_ours"] = result["torch_seconds_a_video"] / result["seconds_a_video"]
     print(json.dumps(result, indent=2))
     cli.write_output(flags.output, result)
@@ -111,42 +110,6 @@ def measure(flags: Any) -> dict[str, Any]:
         result["side"] = max(reward.frames.output_size(flags.size, flags.size))
         result["tokens"] = text + len(seen) * len(reward.queries.frame_ids)
     return result
-
-
-def chip_of(device: jax.Device) -> Chip | None:
-    """What its maker publishes of a device; None where the planner does not know it."""
-    return next((chip for name, chip in CHIPS.items() if name in device.device_kind.lower()), None)
-
-
-def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-    """The result and its seconds."""
-    began = time.perf_counter()
-    value = jax.block_until_ready(function(*args))
-    return value, time.perf_counter() - began
-
-
-def random_weights(shapes: Any) -> Any:
-    """Arrays of those shapes, with a variance that keeps what goes through them of order one."""
-
-    def one(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        inputs = int(np.prod(shape[:-1])) if len(shape) > 1 else 1
-        return (jax.random.normal(key, shape, dtype) / np.sqrt(inputs)).astype(dtype)
-
-    leaves, structure = jax.tree.flatten(shapes)
-    fill = jax.jit(one, static_argnums=(1, 2))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    filled = [fill(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, filled)
-
-
-def run_peer(case: dict[str, int]) -> dict[str, Any]:
-    """What `torch_peer` measures, in a process of its own."""
-    command = [sys.executable, __file__, f"--only_peer={json.dumps(case)}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"--peer: {done.stderr.strip().splitlines()[-1]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def torch_peer(clips: int, frames: int, side: int, tokens: int, repeats: int) -> dict[str, Any]:

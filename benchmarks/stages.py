@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
-from scorers import chip_of, random_weights, timed
+from measuring import chip_of, random_weights, timed
 
 from vpo_jax.planning.chips import CHIPS, Topology
 from vpo_jax.planning.fit import abstract_meshes, make_plan, measure_stages

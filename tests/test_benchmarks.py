@@ -5,13 +5,16 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.planning import specs
+from vpo_jax.rewards.loading import load_reward
+from vpo_jax.runtime.cli import load_config
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.trees import bytes_of
+from vpo_jax.runtime.trees import bytes_of, flatten
 from vpo_jax.shapes import judge
 
 
@@ -23,7 +26,12 @@ def load(name):
     return module
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+
+@pytest.fixture
 def learning():
     return load("learning")
 
@@ -129,8 +137,7 @@ def test_a_scorers_benchmark_runs_all_of_it_on_videos_that_count(monkeypatch, tm
         scorers.main(["--scorer=videoreward", "--peer"])
 
 
-def test_stages_are_run_at_the_batch_of_a_step(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+def test_stages_are_run_at_the_batch_of_a_step(tmp_path):
     output = tmp_path / "found.json"
     flags = ["--config=configs/vpo.py:tiny", "--config.train.prompts_per_step=3", "--stages=encode", "--repeats=1"]
     load("stages").main([*flags, f"--output={output}"])
@@ -139,3 +146,39 @@ def test_stages_are_run_at_the_batch_of_a_step(monkeypatch, tmp_path):
     ids = 3 * pipeline.text_encoder.config.max_position_embeddings * 4
     assert (found["batch"], found["argument_bytes"]) == (3, bytes_of(pipeline.params["text_encoder"]) + ids)
     assert found["seconds"] > 0 and found["floor"] > 0
+
+
+def test_random_folders_load_as_the_real_ones(tmp_path):
+    full_size = load("full_size")
+    full_size.make_base(tmp_path / "base", "small")
+    full_size.make_videoscore(tmp_path / "videoscore", "small")
+    pipeline, reward = load_pipeline(tmp_path / "base"), load_reward(str(tmp_path / "videoscore"))
+    shipped, whole = load_pipeline("shapes"), load_reward("vpo_jax/shapes/assets/videoscore")
+    for made, real in ((pipeline.params, shipped.params), (reward.params, whole.params)):
+        assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, real)
+        kernels = [
+            np.float32(leaf) for path, leaf in flatten(made).items() if path.endswith("/kernel") and leaf.size > 1000
+        ]
+        assert all(0.8 < np.std(leaf) * np.prod(leaf.shape[:-1]) ** 0.5 < 1.2 for leaf in kernels)
+
+
+def test_a_finished_run_is_summed_up_without_its_first_step(tmp_path):
+    full_size = load("full_size")
+    lines = [{"step": i, "time/step": seconds, "time/rollout": 1.0} for i, seconds in enumerate((90.0, 3.0, 5.0, 4.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = full_size.summary(load_config("configs/vpo.py:tiny"), tmp_path)
+    assert (found["first_step_seconds"], found["time/step"], found["steps"]) == (90.0, 4.0, 4)
+
+
+def test_a_denoisers_benchmark_runs_both_halves_of_a_guided_call(monkeypatch, tmp_path):
+    small = {"block_out_channels": [32, 32, 32, 32], "attention_head_dim": 8, "cross_attention_dim": 16}
+    monkeypatch.setitem(specs.MODELSCOPE, "unet", specs.MODELSCOPE["unet"] | small)
+    output = tmp_path / "found.json"
+    flops = []
+    for clips in (1, 2):
+        load("denoiser").main([f"--clips={clips}", "--frames=2", "--size=64", "--repeats=1", f"--output={output}"])
+        found = json.loads(output.read_text())
+        assert found["seconds"] > 0 and found["apart_from_xla"] == 0.0
+        flops.append(found["tflop"])
+    per_clip = 2 * 2 * 8 * 8 * 2 * 9 * 4 * 32  # guidance, frames, latents: the first convolution alone
+    assert flops[1] - flops[0] > per_clip / 1e12 and flops[1] < 2.1 * flops[0]

@@ -210,3 +210,32 @@ def test_the_compilation_cache_is_where_the_environment_says(monkeypatch, tmp_pa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert backend.keep_compiled_programs() == tmp_path / "home" / "vpo_jax" / "jax"
     jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize(
+    ("platforms", "gpu", "flags", "expected"),
+    [
+        (None, True, None, backend._REPEATABLE),
+        ("cuda,cpu", True, "--xla_a=1", f"--xla_a=1 {backend._REPEATABLE}"),
+        (None, True, "--xla_gpu_deterministic_ops=true", "--xla_gpu_deterministic_ops=true"),
+        (None, True, backend._REPEATABLE.replace("true", "false"), backend._REPEATABLE.replace("true", "false")),
+        (None, False, None, None),
+        ("cpu", True, None, None),
+        ("tpu,cpu", True, None, None),
+    ],
+)
+def test_programs_for_a_gpu_give_the_same_bits_each_time(monkeypatch, platforms, gpu, flags, expected):
+    for name, value in (("JAX_PLATFORMS", platforms), ("XLA_FLAGS", flags)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(backend, "_has_nvidia", lambda: gpu)
+    for _ in range(2):
+        backend.keep_compiled_programs()
+        assert os.environ.get("XLA_FLAGS") == expected
+
+
+def test_xla_knows_the_flag_for_a_gpu():
+    environment = os.environ | {"XLA_FLAGS": backend._REPEATABLE}
+    code = "import jax; assert jax.numpy.ones(3).sum() == 3"
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

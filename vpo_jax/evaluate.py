@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> None:
     """Compares what the flags name."""
     flags = parse(argv)
     check(flags)
+    keep_compiled_programs()
+    keep_freed_memory()
     console = Console()
     prompts = load_prompts(flags.prompts, "--prompts")
     # The judge reads captions of the embedded world only.
@@ -38,8 +40,6 @@ def main(argv: Sequence[str]) -> None:
     if not rewards:
         raise UserError("--scorers: is empty; name at least one scorer, as shapes")
     base, tuned = load_pipeline(flags.base), load_pipeline(flags.tuned)
-    keep_compiled_programs()
-    keep_freed_memory()
     output = folder_for(flags.output)
     sampling = Sampling(
         seed=flags.seed,

@@ -64,6 +64,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
 
     Raises UserError for wrong input, before anything is written; Interrupted after saving.
     """
+    keep_compiled_programs()
     check(config)
     join_processes()
     console = console or Console(quiet=not is_main())
@@ -72,7 +73,6 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
         console.print(f"complete: {config.train.steps} steps are done in {workdir}", soft_wrap=True)
         console.print(f"look at {Path(workdir) / 'report.html'}", soft_wrap=True)
         return None
-    keep_compiled_programs()
     if is_main() and (idle := unused_accelerator()):
         print(f"warning: {idle}", file=sys.stderr)
     meshes = make_meshes(config.mesh, config.reward.devices)

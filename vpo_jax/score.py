@@ -43,9 +43,9 @@ def main(argv: Sequence[str]) -> None:
     prompts = load_prompts(flags.prompts, "--prompts") if flags.prompts else [""] * len(paths)
     if len(prompts) != len(paths):
         raise UserError(f"--prompts: {len(prompts)} prompts for {len(paths)} videos; give one to each, in their order")
-    scorer = load_scorer(flags.scorer, "--scorer")
     keep_compiled_programs()
     keep_freed_memory()
+    scorer = load_scorer(flags.scorer, "--scorer")
     rows = score_files(scorer, paths, prompts, flags.every_pixel)
     write_rows(output, rows)
     print(f"{len(rows)} videos, {'with' if flags.prompts else 'without'} prompts: {output}")

@@ -141,7 +141,7 @@ class UNet3DConditionModel(nn.Module):
         """
         if self.attention_backend not in BACKENDS:
             raise UserError(
-                f"model.attention: unknown backend {self.attention_backend!r}; known: {', '.join(BACKENDS)}"
+                f"attention_backend: unknown backend {self.attention_backend!r}; known: {', '.join(BACKENDS)}"
             )
         cfg = self.config
         compute = Compute(self.dtype, self.attention_backend, self.remat, self.lora_scale)

@@ -1,0 +1,166 @@
+"""The main job with random weights of the published sizes: seconds of a step's parts, beside their floor, and memory.
+
+    python benchmarks/full_size.py --folder=DIR [--config=configs/vpo.py:modelscope] [--size=small]
+        [--config.a.b=c] [--output=FILE.json]
+
+Makes DIR/base (ModelScope's networks, 3.7 GB in float16) and DIR/videoscore (8.3 billion parameters, 16.5 GB in
+bfloat16) where they are not there yet, with the shipped tokenizers, and runs the job in DIR/run as `vpo_jax.main` does:
+load, train, compare, export. The first step compiles and does not count. It learns nothing; `small` runs in a minute.
+"""
+
+import functools
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from measuring import chip_of
+
+from vpo_jax.checkpoints import safetensors_io as io
+from vpo_jax.checkpoints.folders import COMPONENTS, param_shapes
+from vpo_jax.checkpoints.keys import torch_key, torch_shape
+from vpo_jax.checkpoints.videoscore import CLASS, QUERY_FILE, videoscore_shapes
+from vpo_jax.main import run
+from vpo_jax.models.idefics2_config import Idefics2Config
+from vpo_jax.pipeline import SHIPPED
+from vpo_jax.planning.chips import Topology
+from vpo_jax.planning.fit import abstract_meshes, make_plan, measure_stages
+from vpo_jax.planning.job import make_job
+from vpo_jax.planning.specs import MODELSCOPE, SCORERS
+from vpo_jax.rewards.protocol import DIMENSIONS
+from vpo_jax.runtime import cli
+from vpo_jax.runtime.backend import keep_freed_memory
+from vpo_jax.runtime.metrics import read_metrics
+from vpo_jax.runtime.trees import flatten
+from vpo_jax.runtime.workdir import completed_steps
+
+SHIPPED_VIDEOSCORE = cli.ROOT / "vpo_jax" / "shapes" / "assets" / "videoscore"
+INSTRUCTION = "rate the video in frames " * 50  # as many tokens as VideoScore's, in the shipped tokenizer's words
+_NOISE = 4_194_301  # numbers, repeated: a prime, so that rows differ
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the job that the flags name, and prints what it took."""
+    words, overrides = cli.split_overrides(argv)
+    parser = cli.Parser("benchmarks.full_size", (__doc__ or "").partition("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="of the weights and the run; 25 GB")
+    parser.add_argument("--config", default="configs/vpo.py:modelscope")
+    parser.add_argument("--size", choices=("full", "small"), default="full", help="small: the shipped models' sizes")
+    parser.add_argument("--output", default="", help="JSON file to write beside what is printed")
+    flags = parser.parse(words)
+    began = time.perf_counter()
+    make_base(flags.folder / "base", flags.size)
+    make_videoscore(flags.folder / "videoscore", flags.size)
+    written = time.perf_counter() - began
+
+    config = cli.load_config(flags.config)
+    config.model.path = str(flags.folder / "base")
+    config.data.prompts, config.data.held_out = "shapes:train", "shapes:held_out"
+    config.reward.scorers, config.reward.videoscore.path = "videoscore", str(flags.folder / "videoscore")
+    cli.override(config, overrides)
+    keep_freed_memory()
+    began = time.perf_counter()
+    workdir = flags.folder / "run"
+    run(config, workdir)
+    if completed_steps(workdir, config.to_dict()) != config.train.steps:
+        return
+    result = {"written_seconds": written, "run_seconds": time.perf_counter() - began, **summary(config, workdir)}
+    print(json.dumps(result, indent=2))
+    cli.write_output(flags.output, result)
+
+
+def summary(config: Any, workdir: Path) -> dict[str, Any]:
+    """Of a finished run: medians of the steps after the first, the floor of a step, the most memory of a device."""
+    devices = jax.devices()
+    lines = read_metrics(workdir)
+    steady = lines[1:] or lines
+    times = {name: statistics.median(line[name] for line in steady) for name in lines[0] if name.startswith("time/")}
+    found = {
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "jax": jax.__version__,
+        "steps": len(lines),
+        "videos_a_step": config.train.prompts_per_step * config.rollout.candidates,
+        "first_step_seconds": lines[0]["time/step"],
+        **times,
+        "peak_bytes": (devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
+    }
+    if chip := chip_of(devices[0]):
+        job = make_job(config)
+        topology = Topology(found["devices"], chip, len(devices))
+        plan = make_plan(job, measure_stages(job), topology, abstract_meshes(config.mesh, len(devices)))
+        floors = {f"floor/{stage.name}": stage.floor for stage in plan.stages}
+        found |= floors | {"planned_peak_bytes": plan.peak, "share_of_floor": sum(floors.values()) / times["time/step"]}
+    return found
+
+
+def make_base(folder: Path, size: str) -> None:
+    """A diffusers folder of ModelScope's networks (small: of the shipped model's), all random."""
+    if folder.is_dir():
+        return
+    shipped = Path(SHIPPED["shapes"])
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(shipped, partial, ignore=shutil.ignore_patterns("*.safetensors", "vpo_jax.json", "recipe.json"))
+    words = partial / "tokenizer" / "tokenizer_config.json"
+    if size == "full":
+        words.write_text(json.dumps(io.read_json(words) | {"model_max_length": 77}))
+        scheduler = {"_diffusers_version": "0.42.1", **MODELSCOPE["scheduler"]}
+        (partial / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    for name, component in COMPONENTS.items():
+        config = io.read_json(shipped / name / "config.json")
+        if size == "full":
+            config = {"_class_name": config.get("_class_name"), **MODELSCOPE[name]}
+            (partial / name / "config.json").write_text(json.dumps(config))
+        write_random(partial / name, component.stem, param_shapes(name, config), "float16")
+    partial.rename(folder)
+
+
+def make_videoscore(folder: Path, size: str) -> None:
+    """A VideoScore's folder, all random, with the shipped miniature's tokenizer."""
+    if folder.is_dir():
+        return
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(SHIPPED_VIDEOSCORE, partial, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = io.read_json(partial / "config.json")
+    if size == "full":
+        config = {**SCORERS["videoscore"], "architectures": [CLASS], "image_token_id": config["image_token_id"]}
+        (partial / "config.json").write_text(json.dumps(config))
+        processor = {"size": {"shortest_edge": 378, "longest_edge": 980}, "do_image_splitting": False}
+        (partial / "preprocessor_config.json").write_text(json.dumps(processor))
+        (partial / QUERY_FILE).write_text(INSTRUCTION + "{text_prompt}")
+    shapes = videoscore_shapes(Idefics2Config.from_dict(config), len(DIMENSIONS))
+    write_random(partial, io.TRANSFORMERS_STEM, shapes, "bfloat16")
+    partial.rename(folder)
+
+
+def write_random(folder: Path, stem: str, shapes: Mapping[str, Any], dtype: str) -> None:
+    """Weights of those shapes, with a variance that keeps what goes through them of order one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).standard_normal(_NOISE, np.float32)
+
+    @functools.cache
+    def scaled(scale: float) -> np.ndarray:
+        return (noise * scale).astype(jnp.dtype(dtype))
+
+    def one(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        if path.endswith("/scale"):
+            return np.ones(shape, jnp.dtype(dtype))
+        inputs = int(np.prod(shape[:-1]))
+        return np.resize(scaled(inputs**-0.5 if path.endswith("/kernel") else 0.02), torch_shape(path, shape))
+
+    state = {torch_key(path): one(path, leaf.shape) for path, leaf in flatten(shapes).items()}
+    io.write_weights(folder, stem, state)
+
+
+if __name__ == "__main__":
+    cli.run(main)
