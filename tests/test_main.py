@@ -13,7 +13,9 @@ import pytest
 
 from tests.running import lines, rewrite_steps, start, wait_for_step, weights, without_time
 from vpo_jax import main
+from vpo_jax.pipeline import load_pipeline
 from vpo_jax.runtime import backend, cli
+from vpo_jax.runtime.trees import bytes_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DIMENSIONS = (
@@ -126,8 +128,11 @@ def test_help_lists_every_field(capsys):
 def test_a_comparison_that_does_not_fit_leaves_the_export_and_says_how_to_go_on(finished, job, tmp_path, monkeypatch):
     workdir = Path(shutil.copytree(finished[0], tmp_path / "run"))
     (workdir / "complete").unlink()
+    on_devices = lambda: sum(array.nbytes for array in jax.live_arrays())  # noqa: E731
+    before, grown = on_devices(), []
 
-    def full(*arguments, **more):
+    def full(base, tuned, prompts, scorers, *arguments, **more):
+        grown.append(on_devices() - before - sum(bytes_of(scorer.params) for scorer in scorers))
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.")
 
     with monkeypatch.context() as patch:
@@ -138,6 +143,8 @@ def test_a_comparison_that_does_not_fit_leaves_the_export_and_says_how_to_go_on(
             main.command([*job, f"--workdir={workdir}"])
     assert isinstance(done.value.code, str)  # which Python prints, and exits with 1
     assert (workdir / "export" / "model_index.json").is_file() and not (workdir / "complete").exists()
+    denoiser = bytes_of(load_pipeline(workdir / "export").params["unet"])
+    assert grown[0] < denoiser / 2, "training's arrays lie on the devices beside the comparison's"
     assert main.clips_at_a_time(0) == 16 and main.clips_at_a_time(8) == 8
 
 

@@ -4,6 +4,7 @@ python -m vpo_jax.main --config=configs/vpo.py[:PRESET] [--config.a.b=c] [--work
 """
 
 import dataclasses
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,7 +108,8 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
             # What the run is compared with is what it started from.
             start = result.policy.merged(pipeline.params["unet"], adapters)
             pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": start})
-        del result  # and with it what training kept on the devices
+        del result  # and with it what training kept on the devices, some of it in circles
+        gc.collect()
         return finish(config, opened, pipeline, tuned, held_out_prompts, rewards, judges, stop, console)
 
 
