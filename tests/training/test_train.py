@@ -13,6 +13,7 @@ from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.signals import Interrupted, Stop
 from vpo_jax.runtime.trees import flatten
 from vpo_jax.training.policy import lora_config, read_start
+from vpo_jax.training.progress import Progress
 from vpo_jax.training.train import NonFinite, due, mean_of
 
 
@@ -193,6 +194,20 @@ def test_without_dynamic_degree_the_log_says_that_the_motion_gate_is_off(configu
     said = capsys.readouterr().err
     assert "the motion gate is off" in said
     assert "step 1/1  reward 0." in said and "win accuracy" in said and "videos/s" in said and "left" in said
+
+
+def test_steps_without_a_pair_say_what_dropped_them(capsys):
+    progress = Progress(total=20)
+    nothing = {"reward/total": 0.5, "pair/margin": float("nan"), "pair/kept": 0.0}
+    nothing |= {"pair/dropped_margin": 3.0, "pair/dropped_motion": 1.0, "pair/dropped_tie": 0.0}
+    progress.update(1, nothing | {"pair/kept": 2.0})
+    for step in range(2, 20):
+        progress.update(step, nothing)
+    shown = capsys.readouterr().err
+    said = [line for line in shown.splitlines() if "no pair was kept" in line]
+    assert [line.split(":")[0] for line in said] == ["step 2", "step 11"]
+    assert "(3 by margin, 1 by motion)" in said[0] and "preference.margin" in said[0]
+    assert "nan" not in shown and "reward 0.500" in shown
 
 
 def test_what_is_due_every_so_many_steps_is_also_due_at_the_end():

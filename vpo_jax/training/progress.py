@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: one line with the numbers that matter."""
 
+import math
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -22,7 +23,7 @@ class Progress:
     ) -> None:
         self.total, self.completed, self.every = total, completed, max(1, every)
         self.console = console or Console(stderr=True, quiet=silent)
-        self._began, self._from = time.perf_counter(), completed
+        self._began, self._from, self._without = time.perf_counter(), completed, 0
         self._bar: Bar | None = None
         if self.console.is_terminal and not silent:
             self._bar = Bar(
@@ -47,8 +48,12 @@ class Progress:
             self._bar.stop()
 
     def update(self, completed: int, metrics: Mapping[str, float]) -> None:
-        """Shows a finished step; reads reward/total, pair/margin, loss/implicit_accuracy, time/videos_per_second."""
+        """Shows a finished step; reads reward/total, pair/*, loss/implicit_accuracy, time/videos_per_second."""
         self.completed = completed
+        if metrics.get("pair/kept") == 0.0:
+            self._without += 1
+            if self._without in (1, 10, 100, 1000):
+                self.say(f"step {completed}: {without_pairs(metrics)}")
         line = describe(metrics) + f"  {self._left()} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=completed, description=line)
@@ -66,12 +71,26 @@ class Progress:
         return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
+def without_pairs(metrics: Mapping[str, float]) -> str:
+    """What to tell a person of a step that kept no pair: how many were dropped for what, and what decides that."""
+    counts = {name.removeprefix("pair/dropped_"): n for name, n in metrics.items() if name.startswith("pair/dropped_")}
+    dropped = ", ".join(f"{n:.0f} by {name}" for name, n in counts.items() if n > 0)
+    return (
+        f"no pair was kept ({dropped or 'none was made'}), so there is nothing new to learn; "
+        "preference.margin and preference.motion_tolerance decide"
+    )
+
+
 def describe(metrics: Mapping[str, float]) -> str:
-    """The numbers of a step that matter, as text; what is missing is left out."""
+    """The numbers of a step that matter, as text; what is missing or means nothing is left out."""
     parts = (
         ("reward", "reward/total", "{:.3f}"),
         ("win margin", "pair/margin", "{:.2f}"),
         ("win accuracy", "loss/implicit_accuracy", "{:.2f}"),
         ("videos/s", "time/videos_per_second", "{:.2f}"),
     )
-    return "  ".join(f"{label} {form.format(metrics[name])}" for label, name, form in parts if name in metrics)
+    return "  ".join(
+        f"{label} {form.format(metrics[name])}"
+        for label, name, form in parts
+        if math.isfinite(metrics.get(name, math.nan))
+    )
