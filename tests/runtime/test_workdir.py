@@ -31,12 +31,16 @@ def with_value(key, value):
     return config
 
 
-def test_a_new_directory_holds_the_config_and_the_environment(tmp_path):
+def test_a_new_directory_holds_the_config_and_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with open_workdir(tmp_path / "a" / "b", CONFIG) as workdir:
         assert not workdir.resumed and workdir.completed_steps is None
         assert json.loads((workdir.path / "config.json").read_text()) == CONFIG
         environment = json.loads((workdir.path / "environment.json").read_text())
         assert environment["versions"]["jax"] and environment["devices"] and "commit" in environment
+        assert environment["flags"]["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=true"
+        assert "hf_secret" not in str(environment)
 
 
 def test_the_same_config_comes_back_and_complete_is_remembered(tmp_path):

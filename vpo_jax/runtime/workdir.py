@@ -23,6 +23,7 @@ from vpo_jax.runtime.processes import agree, is_main
 # On resume these may differ; train.steps may also, upwards.
 _FREE = re.compile(r"^mesh\.|\.every$|^log\.|^eval\.on_alarm$|^reward\.timeout$")
 _OURS = ("metrics.jsonl", "checkpoints", "samples", "export", "report.html", "environment.json")
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL", "JAX_DEFAULT_MATMUL_PRECISION")
 _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy", "safetensors", "transformers",
     "diffusers", "imageio", "tensorboardX",
@@ -180,7 +181,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and devices of this process."""
+    """Versions, commit, devices and compiler's flags of this process."""
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -194,6 +195,7 @@ def environment() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "devices": [f"{device.device_kind} {device.id}" for device in devices],
         "processes": jax.process_count(),
+        "flags": {name: os.environ[name] for name in _FLAGS if name in os.environ},
         "command": sys.argv,
     }
 
