@@ -145,7 +145,13 @@ def test_a_comparison_that_does_not_fit_leaves_the_export_and_says_how_to_go_on(
     assert (workdir / "export" / "model_index.json").is_file() and not (workdir / "complete").exists()
     denoiser = bytes_of(load_pipeline(workdir / "export").params["unet"])
     assert grown[0] < denoiser / 2, "training's arrays lie on the devices beside the comparison's"
+
+
+def test_a_comparison_takes_as_many_clips_a_device_as_a_rollout(monkeypatch):
     assert main.clips_at_a_time(0) == 16 and main.clips_at_a_time(8) == 8
+    monkeypatch.setattr(jax, "device_count", lambda: 32)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 8)
+    assert [main.clips_at_a_time(microbatch) for microbatch in (0, 64, 32, 2)] == [16, 16, 8, 1]
 
 
 def test_the_default_workdir_is_named_by_config_and_preset(monkeypatch):
