@@ -171,14 +171,12 @@ def test_a_finished_run_is_summed_up_without_its_first_step(tmp_path):
 
 
 def test_a_denoisers_benchmark_runs_both_halves_of_a_guided_call(monkeypatch, tmp_path):
-    small = {"block_out_channels": [32, 32, 32, 32], "attention_head_dim": 8, "cross_attention_dim": 16}
+    small = {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1}
+    small |= {"attention_head_dim": 8, "cross_attention_dim": 16}
     monkeypatch.setitem(specs.MODELSCOPE, "unet", specs.MODELSCOPE["unet"] | small)
     output = tmp_path / "found.json"
-    flops = []
-    for clips in (1, 2):
-        load("denoiser").main([f"--clips={clips}", "--frames=2", "--size=64", "--repeats=1", f"--output={output}"])
-        found = json.loads(output.read_text())
-        assert found["seconds"] > 0 and found["apart_from_xla"] == 0.0
-        flops.append(found["tflop"])
-    per_clip = 2 * 2 * 8 * 8 * 2 * 9 * 4 * 32  # guidance, frames, latents: the first convolution alone
-    assert flops[1] - flops[0] > per_clip / 1e12 and flops[1] < 2.1 * flops[0]
+    load("denoiser").main(["--clips=2", "--frames=2", "--size=64", "--repeats=1", f"--output={output}"])
+    found = json.loads(output.read_text())
+    assert found["seconds"] > 0 and found["apart_from_xla"] == 0.0
+    first = 2 * 2 * 2 * 8 * 8 * 2 * 9 * 4 * 32  # guidance, clips, frames, latents: the first convolution alone
+    assert 20 * first < found["tflop"] * 1e12 < 2000 * first

@@ -81,6 +81,14 @@ EIGHT = """
     same = move(again, replicated(meshes.update))
     pointers = [[s.data.unsafe_buffer_pointer() for s in x.addressable_shards] for x in (again, same)]
     assert same.sharding.mesh == meshes.update and pointers[0] == pointers[1], "equal cuts are not copied"
+    jit, programs = jax.jit, []
+    jax.jit = lambda *args, **more: programs.append(more) or jit(*args, **more)
+    cut, whole = jax.NamedSharding(meshes.update, P("fsdp")), replicated(meshes.rollout)
+    moved = move({"a": first, "b": [first + 1, again], "c": first * 2}, {"a": whole, "b": [whole, whole], "c": cut})
+    jax.jit = jit
+    assert [len(more["out_shardings"]) for more in programs] == [2], "what travels does so in one program"
+    assert (moved["a"] == first).all() and (moved["b"][0] == first + 1).all() and moved["b"][0].sharding == whole
+    assert (moved["b"][1] == first).all() and (moved["c"] == first * 2).all() and moved["c"].sharding == cut
 
     x = jax.device_put(jnp.arange(8.0), batch_sharding(mesh))
     with jax.set_mesh(mesh):

@@ -10,6 +10,13 @@ from vpo_jax.runtime.errors import UserError
 WHOLE = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
 
 
+@pytest.fixture(autouse=True)
+def dispatch_as_before():
+    before = jax.config.read("jax_cpu_enable_async_dispatch")
+    yield
+    jax.config.update("jax_cpu_enable_async_dispatch", before)
+
+
 @pytest.mark.parametrize("absent", list(WHOLE))
 def test_two_of_the_three_variables_name_the_third(absent):
     with pytest.raises(UserError, match=f"^{absent}: not set"):
@@ -35,9 +42,9 @@ def test_several_tasks_of_a_scheduler_join_and_one_task_does_not(variable, monke
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given: joined.append(given))
     processes.join_processes({variable: "1"})
     processes.join_processes({})
-    assert joined == []
+    assert joined == [] and jax.config.read("jax_cpu_enable_async_dispatch")
     processes.join_processes({variable: "4"})
-    assert joined == [()]
+    assert joined == [()] and not jax.config.read("jax_cpu_enable_async_dispatch"), "programs on CPUs keep their order"
     processes.join_processes(WHOLE)
     assert joined[1:] == [("127.0.0.1:1", 2, 0)]
 

@@ -4,6 +4,7 @@ One process of them is the main one: it alone writes files that Orbax does not w
 Everything here does nothing, and costs nothing, in a run of one process.
 """
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -56,6 +57,9 @@ def join_processes(environment: Mapping[str, str] | None = None) -> None:
 
 
 def _join(whom: str, initialize: Callable[[], None]) -> None:
+    # CPUs start programs that do not wait for each other in any order; where they exchange, processes block each other.
+    # JAX has this switch for processes of one device; with more, see `move`.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         initialize()
     except (RuntimeError, ValueError) as error:
@@ -129,14 +133,28 @@ def place(tree: Tree, shardings: Tree) -> Tree:
 
 
 def move(tree: Tree, shardings: Tree) -> Tree:
-    """Global arrays cut in another way over the same devices; what is cut so already is not copied."""
+    """Global arrays cut in another way over the same devices; what is cut so already is not copied.
 
-    def one(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-        if x.sharding.is_equivalent_to(sharding, x.ndim):
-            return jax.make_array_from_single_device_arrays(x.shape, sharding, [s.data for s in x.addressable_shards])
-        return jax.device_put(x, sharding)
+    All that travels does so in one program: as many small ones as there are arrays can block each other on CPUs.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    targets = jax.tree.leaves(shardings)
+    travels = [not x.sharding.is_equivalent_to(to, x.ndim) for x, to in zip(leaves, targets, strict=True)]
+    there = iter(())
+    if any(travels):
+        cut = jax.jit(_same, out_shardings=tuple(itertools.compress(targets, travels)))
+        there = iter(cut(tuple(itertools.compress(leaves, travels))))
+    moved = [
+        next(there)
+        if travel
+        else jax.make_array_from_single_device_arrays(x.shape, to, [shard.data for shard in x.addressable_shards])
+        for x, to, travel in zip(leaves, targets, travels, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)
 
-    return jax.tree.map(one, tree, shardings)
+
+def _same(tree: Tree) -> Tree:
+    return tree
 
 
 def fetch(tree: Tree) -> Tree:

@@ -181,7 +181,7 @@ class Stages:
         # Weights lie as the update wants them, and are gathered once for all steps of the sampler.
         weights = (self.frozen, adapters)
         frozen, adapters = move(weights, infer_shardings(weights, mesh, PARAMETER_RULES))
-        negative = jax.device_put(self._negative, replicated(mesh))
+        negative = move(self._negative, replicated(mesh))
         with jax.set_mesh(mesh):
             latents = self._rollout(frozen, adapters, bring(text, mesh), negative, keys)
         return move(latents, infer_shardings(latents, update, (("", VIDEO),)))
