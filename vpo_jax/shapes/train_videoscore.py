@@ -262,13 +262,14 @@ def make_start(config: Idefics2Config, seed: int) -> Callable[[], Tree]:
         tokens, side = config.perceiver.resampler_n_latents, config.vision.patch_size
         ids, pixels = jnp.zeros((1, tokens), jnp.int32), jnp.zeros((1, 1, side, side, 3))
         model = Idefics2ForSequenceClassification(config, len(DIMENSIONS))
-        params = model.init(stream_key(seed, "init"), ids, jnp.ones(ids.shape, bool), pixels)["params"]
+        params = jax.jit(model.init)(stream_key(seed, "init"), ids, jnp.ones(ids.shape, bool), pixels)["params"]
         gains = {"kernel": _GAIN, "embedding": _APART}
         fresh = {path: x * gains.get(path.rpartition("/")[2], 1.0) for path, x in flatten(params).items()}
         fresh["score/bias"] = jnp.full_like(fresh["score/bias"], _MIDDLE)
         latent_key, clip_key = stream_key(seed, "init", 1), stream_key(seed, "init", 2)
         fresh[_LATENTS] = _LATENT_STD * jax.random.normal(latent_key, fresh[_LATENTS].shape)
-        clips = data.make_clips(clip_key, _WHITENING_CLIPS, jnp.asarray(world.caption_indices("train")))
+        rows = jnp.asarray(world.caption_indices("train"))
+        clips = jax.jit(lambda key: data.make_clips(key, _WHITENING_CLIPS, rows))(clip_key)
         frames = prepare_frames(FrameSettings.from_dict(PROCESSOR), clips.videos)
         kernel, bias = whiten(frames.reshape(-1, *frames.shape[2:]), side, config.vision.hidden_size)
         fresh[f"{_PATCHES}/kernel"], fresh[f"{_PATCHES}/bias"] = kernel, bias
