@@ -13,6 +13,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Files that take minutes, first: at the end one process would wait for the other.
+_LONG = ("test_processes", "test_survival", "test_train_videoscore", "test_mesh_training")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in _LONG)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread():
