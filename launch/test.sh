@@ -4,7 +4,8 @@
 #   bash launch/test.sh [--dry_run] [arguments of pytest]
 #   bash launch/test.sh tests/diffusion -k ddim
 #
-# Two tests at a time, a file's in one process: most of the time is compiling, on one core. -n 0 runs them in turn.
+# Two tests at a time, a file's in one process, in the order of tests/conftest.py: most of the time is compiling, on one
+# core. -n 0 runs them in turn.
 # The parity tests want PyTorch, which needs Python 3.11; on another one they are skipped, with the reason.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -21,7 +22,7 @@ if [ "$dry_run" = 1 ]; then
     show cd "$root"
     show .venv/bin/python -m ruff check --quiet .
     show .venv/bin/python -m mypy --no-error-summary
-    show .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+    show .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
     exit 0
 fi
 make_environment "$root" requirements-test.txt
@@ -31,4 +32,4 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$root/.jax_cache}"
 .venv/bin/python -m ruff check --quiet .
 .venv/bin/python -m mypy --no-error-summary
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
