@@ -1,33 +1,30 @@
 """The main job with random weights of the published sizes: seconds of a step's parts, beside their floor, and memory.
 
-    python benchmarks/full_size.py --folder=DIR [--config=configs/vpo.py:modelscope] [--size=small]
-        [--config.a.b=c] [--output=FILE.json]
+    python benchmarks/full_size.py --folder=DIR --config.train.steps=4 [--config=configs/vpo.py:modelscope]
+        [--size=small] [--config.a.b=c] [--output=FILE.json]
 
-Makes DIR/base (ModelScope's networks, 3.7 GB in float16) and DIR/videoscore (8.3 billion parameters, 16.5 GB in
-bfloat16) where they are not there yet, with the shipped tokenizers, and runs the job in DIR/run as `vpo_jax.main` does:
-load, train, compare, export. The first step compiles and does not count. It learns nothing; `small` runs in a minute.
+Makes DIR/full/base (ModelScope's networks, 3.7 GB in float16) and DIR/full/videoscore (8.3 billion parameters, 16.5 GB
+in bfloat16) where they are not there yet, with the shipped tokenizers, and runs the job in DIR/full/run as
+`vpo_jax.main` does: load, train, compare, export. The first step compiles and does not count. It learns nothing.
 """
 
-import functools
 import json
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from measuring import chip_of
+from measuring import chip_of, write_random
+from safetensors import SafetensorError
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.folders import COMPONENTS, param_shapes
-from vpo_jax.checkpoints.keys import torch_key, torch_shape
 from vpo_jax.checkpoints.videoscore import CLASS, QUERY_FILE, videoscore_shapes
 from vpo_jax.main import run
 from vpo_jax.models.idefics2_config import Idefics2Config
@@ -39,13 +36,12 @@ from vpo_jax.planning.specs import MODELSCOPE, SCORERS
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_freed_memory
+from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.metrics import read_metrics
-from vpo_jax.runtime.trees import flatten
 from vpo_jax.runtime.workdir import completed_steps
 
 SHIPPED_VIDEOSCORE = cli.ROOT / "vpo_jax" / "shapes" / "assets" / "videoscore"
 INSTRUCTION = "rate the video in frames " * 50  # as many tokens as VideoScore's, in the shipped tokenizer's words
-_NOISE = 4_194_301  # numbers, repeated: a prime, so that rows differ
 
 
 def main(argv: Sequence[str]) -> None:
@@ -58,18 +54,22 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", default="", help="JSON file to write beside what is printed")
     flags = parser.parse(words)
     began = time.perf_counter()
-    make_base(flags.folder / "base", flags.size)
-    make_videoscore(flags.folder / "videoscore", flags.size)
+    folder = flags.folder / flags.size
+    try:
+        make_base(folder / "base", flags.size)
+        make_videoscore(folder / "videoscore", flags.size)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--folder: {folder} cannot be written ({error}); free space or choose another") from error
     written = time.perf_counter() - began
 
     config = cli.load_config(flags.config)
-    config.model.path = str(flags.folder / "base")
+    config.model.path = str(folder / "base")
     config.data.prompts, config.data.held_out = "shapes:train", "shapes:held_out"
-    config.reward.scorers, config.reward.videoscore.path = "videoscore", str(flags.folder / "videoscore")
+    config.reward.scorers, config.reward.videoscore.path = "videoscore", str(folder / "videoscore")
     cli.override(config, overrides)
     keep_freed_memory()
     began = time.perf_counter()
-    workdir = flags.folder / "run"
+    workdir = folder / "run"
     run(config, workdir)
     if completed_steps(workdir, config.to_dict()) != config.train.steps:
         return
@@ -141,25 +141,6 @@ def make_videoscore(folder: Path, size: str) -> None:
     shapes = videoscore_shapes(Idefics2Config.from_dict(config), len(DIMENSIONS))
     write_random(partial, io.TRANSFORMERS_STEM, shapes, "bfloat16")
     partial.rename(folder)
-
-
-def write_random(folder: Path, stem: str, shapes: Mapping[str, Any], dtype: str) -> None:
-    """Weights of those shapes, with a variance that keeps what goes through them of order one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(0).standard_normal(_NOISE, np.float32)
-
-    @functools.cache
-    def scaled(scale: float) -> np.ndarray:
-        return (noise * scale).astype(jnp.dtype(dtype))
-
-    def one(path: str, shape: tuple[int, ...]) -> np.ndarray:
-        if path.endswith("/scale"):
-            return np.ones(shape, jnp.dtype(dtype))
-        inputs = int(np.prod(shape[:-1]))
-        return np.resize(scaled(inputs**-0.5 if path.endswith("/kernel") else 0.02), torch_shape(path, shape))
-
-    state = {torch_key(path): one(path, leaf.shape) for path, leaf in flatten(shapes).items()}
-    io.write_weights(folder, stem, state)
 
 
 if __name__ == "__main__":

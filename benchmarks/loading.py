@@ -22,13 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from measuring import write_random
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.folders import param_shapes, read_component
-from vpo_jax.checkpoints.keys import torch_key, torch_shape
 from vpo_jax.runtime.mesh import PARAMETER_RULES, infer_shardings, make_mesh
-from vpo_jax.runtime.trees import bytes_of, flatten
+from vpo_jax.runtime.trees import bytes_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -55,13 +54,7 @@ def main() -> None:
 
 def make_checkpoint(folder: Path, config: dict[str, Any], dtype: str) -> None:
     """Random weights of the config's denoiser, in shards above 5 GB."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    state = {
-        torch_key(path): (rng.random(torch_shape(path, leaf.shape), np.float32) * 0.02).astype(jnp.dtype(dtype))
-        for path, leaf in flatten(param_shapes("unet", config)).items()
-    }
-    io.write_weights(folder, io.DIFFUSERS_STEM, state)
+    write_random(folder, io.DIFFUSERS_STEM, param_shapes("unet", config), dtype)
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -1,17 +1,25 @@
 """What the benchmarks of full-size parts share."""
 
+import functools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from vpo_jax.checkpoints import safetensors_io as io
+from vpo_jax.checkpoints.keys import torch_key, torch_shape
 from vpo_jax.planning.chips import CHIPS, Chip
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.trees import flatten
+
+_NOISE = 4_194_301  # numbers, repeated: a prime, so that rows differ
 
 
 def chip_of(device: jax.Device) -> Chip | None:
@@ -48,3 +56,22 @@ def run_peer(benchmark: str, case: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"--peer: {done.stderr.strip().splitlines()[-1]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def write_random(folder: Path, stem: str, shapes: Mapping[str, Any], dtype: str) -> None:
+    """Weights of those shapes, with a variance that keeps what goes through them of order one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).standard_normal(_NOISE, np.float32)
+
+    @functools.cache
+    def scaled(scale: float) -> np.ndarray:
+        return (noise * scale).astype(jnp.dtype(dtype))
+
+    def one(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        if path.endswith("/scale"):
+            return np.ones(shape, jnp.dtype(dtype))
+        inputs = int(np.prod(shape[:-1]))
+        return np.resize(scaled(inputs**-0.5 if path.endswith("/kernel") else 0.02), torch_shape(path, shape))
+
+    state = {torch_key(path): one(path, leaf.shape) for path, leaf in flatten(shapes).items()}
+    io.write_weights(folder, stem, state)

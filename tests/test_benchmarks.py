@@ -162,6 +162,12 @@ def test_random_folders_load_as_the_real_ones(tmp_path):
         assert all(0.8 < np.std(leaf) * np.prod(leaf.shape[:-1]) ** 0.5 < 1.2 for leaf in kernels)
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^--folder: .*file/small cannot be written .*choose another"):
+        load("full_size").main([f"--folder={tmp_path / 'file'}", "--size=small"])
+
+
 def test_a_finished_run_is_summed_up_without_its_first_step(tmp_path):
     full_size = load("full_size")
     lines = [{"step": i, "time/step": seconds, "time/rollout": 1.0} for i, seconds in enumerate((90.0, 3.0, 5.0, 4.0))]
