@@ -31,6 +31,7 @@ from vpo_jax.planning import cost
 from vpo_jax.planning.specs import MODELSCOPE
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs
+from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import bytes_of
 
 TOKENS = 77  # of a text
@@ -50,6 +51,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--only_peer", default="", help=argparse.SUPPRESS)
     parser.add_argument("--output", default="", help="JSON file to write beside what is printed")
     flags = parser.parse(argv)
+    for name, least in (("clips", 1), ("frames", 1), ("size", FACTOR), ("repeats", 1)):
+        if getattr(flags, name) < least:
+            raise UserError(f"--{name}: {getattr(flags, name)} is too few; give {least} or more")
     if flags.only_peer:
         print(json.dumps(torch_peer(**json.loads(flags.only_peer))))
         return

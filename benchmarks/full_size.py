@@ -39,6 +39,7 @@ from vpo_jax.runtime.backend import keep_freed_memory
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.workdir import completed_steps
+from vpo_jax.training.check import check
 
 SHIPPED_VIDEOSCORE = cli.ROOT / "vpo_jax" / "shapes" / "assets" / "videoscore"
 INSTRUCTION = "rate the video in frames " * 50  # as many tokens as VideoScore's, in the shipped tokenizer's words
@@ -53,8 +54,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--size", choices=("full", "small"), default="full", help="small: the shipped models' sizes")
     parser.add_argument("--output", default="", help="JSON file to write beside what is printed")
     flags = parser.parse(words)
-    began = time.perf_counter()
     folder = flags.folder / flags.size
+    config = cli.load_config(flags.config)
+    config.model.path = str(folder / "base")
+    config.data.prompts, config.data.held_out = "shapes:train", "shapes:held_out"
+    config.reward.scorers, config.reward.videoscore.path = "videoscore", str(folder / "videoscore")
+    cli.override(config, overrides)
+    check(config)  # before gigabytes are written
+    began = time.perf_counter()
     try:
         make_base(folder / "base", flags.size)
         make_videoscore(folder / "videoscore", flags.size)
@@ -62,11 +69,6 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--folder: {folder} cannot be written ({error}); free space or choose another") from error
     written = time.perf_counter() - began
 
-    config = cli.load_config(flags.config)
-    config.model.path = str(folder / "base")
-    config.data.prompts, config.data.held_out = "shapes:train", "shapes:held_out"
-    config.reward.scorers, config.reward.videoscore.path = "videoscore", str(folder / "videoscore")
-    cli.override(config, overrides)
     keep_freed_memory()
     began = time.perf_counter()
     workdir = folder / "run"

@@ -168,6 +168,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         load("full_size").main([f"--folder={tmp_path / 'file'}", "--size=small"])
 
 
+def test_wrong_flags_are_named_before_anything_is_made(tmp_path):
+    with pytest.raises(UserError, match=r"^train\.step: .*did you mean train\.steps"):
+        load("full_size").main([f"--folder={tmp_path}", "--size=small", "--config.train.step=4"])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"^--clips: 0 is too few; give 1 or more"):
+        load("denoiser").main(["--clips=0"])
+
+
 def test_a_finished_run_is_summed_up_without_its_first_step(tmp_path):
     full_size = load("full_size")
     lines = [{"step": i, "time/step": seconds, "time/rollout": 1.0} for i, seconds in enumerate((90.0, 3.0, 5.0, 4.0))]
