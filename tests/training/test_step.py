@@ -18,12 +18,10 @@ from vpo_jax.training.state import init_state
 from vpo_jax.training.step import (
     Noised,
     Update,
-    join_batch,
     make_draw,
     make_errors,
     make_gradients,
     predict_pairs,
-    split_batch,
 )
 
 LN2 = np.float32(np.log(2.0))
@@ -140,14 +138,6 @@ def test_an_old_and_a_new_pair_of_one_slot_meet_different_noise(pipeline):
     draw = make_draw(pipeline.schedule, 0, 2)
     empty = jnp.zeros((6, 8))
     assert not np.array_equal(draw(old, empty, 5, 0).winner, draw(new, empty, 5, 0).winner)
-
-
-def test_microbatches_hold_every_mth_pair_and_join_again():
-    x = jnp.arange(12)
-    chunks = split_batch(x, 4)
-    np.testing.assert_array_equal(chunks[0], [0, 3, 6, 9])
-    np.testing.assert_array_equal(join_batch(chunks), x)
-    np.testing.assert_array_equal(join_batch(split_batch(x, 0)), x)
 
 
 # ---- Exactness ----

@@ -15,20 +15,13 @@ from jax.sharding import Mesh
 
 from vpo_jax.diffusion.guidance import guide
 from vpo_jax.diffusion.samplers import Sampler, sample
+from vpo_jax.runtime.batches import in_microbatches
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import BATCH, CLIPS, PARAMETER_RULES, VIDEO, batch_sharding, constrain, infer_shardings
 from vpo_jax.runtime.processes import fetch, place, share, unshare
-from vpo_jax.training.step import Denoise, join_batch, split_batch
+from vpo_jax.training.step import Denoise
 
 Tree = Any
-
-
-def in_microbatches(stage: Callable[[Tree], Tree], batch: Tree, microbatch: int) -> Tree:
-    """`stage` over the batch, `microbatch` clips at a time (0: all at once)."""
-    chunks = split_batch(batch, microbatch)
-    if jax.tree.leaves(chunks)[0].shape[0] == 1:
-        return stage(batch)
-    return join_batch(jax.lax.map(stage, chunks))
 
 
 def make_candidate_keys(seed: int, prompts: int, candidates: int) -> Callable[[Any], jax.Array]:

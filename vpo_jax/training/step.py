@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from vpo_jax.diffusion.schedules import Schedule, add_noise, training_target
+from vpo_jax.runtime.batches import in_microbatches, split_batch
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import VIDEO, constrain
 from vpo_jax.runtime.trees import select
@@ -110,24 +111,6 @@ def make_draw(
     return jax.jit(draw)
 
 
-def split_batch(tree: Tree, microbatch: int) -> Tree:
-    """[P, ...] as [M, microbatch, ...]; microbatch j holds every M-th pair, so that each device keeps its own pairs.
-
-    `microbatch` 0 is the whole batch.
-    """
-
-    def cut(x: jax.Array) -> jax.Array:
-        size = microbatch or x.shape[0]
-        return jnp.swapaxes(x.reshape(size, x.shape[0] // size, *x.shape[1:]), 0, 1)
-
-    return jax.tree.map(cut, tree)
-
-
-def join_batch(tree: Tree) -> Tree:
-    """The inverse of `split_batch`."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
-
-
 def predict_pairs(denoise: Denoise, frozen: Tree, adapters: Tree, noised: Noised) -> Predictions:
     """Predictions for winners and losers in one forward pass.
 
@@ -156,10 +139,7 @@ def make_errors(denoise: Denoise, microbatch: int = 0) -> Callable[..., tuple[Pa
             predictions = predict_pairs(denoise, frozen, adapters, chunk)
             return pair_errors(predictions, chunk), predictions
 
-        chunks = split_batch(noised, microbatch)
-        if chunks.timesteps.shape[0] == 1:
-            return of_chunk(noised)
-        return join_batch(jax.lax.map(of_chunk, chunks))
+        return in_microbatches(of_chunk, noised, microbatch)
 
     return jax.jit(errors)
 

@@ -1,0 +1,35 @@
+"""Batches in microbatches: how a batch is split, computed part by part and joined again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+
+def split_batch(tree: Tree, microbatch: int) -> Tree:
+    """[B, ...] as [M, microbatch, ...]; microbatch j holds every M-th row, so that each device keeps its own rows.
+
+    A `microbatch` of 0, or one that is not smaller than the batch, is the whole batch: M = 1.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        size = min(microbatch or x.shape[0], x.shape[0])
+        return jnp.swapaxes(x.reshape(size, x.shape[0] // size, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def join_batch(tree: Tree) -> Tree:
+    """The inverse of `split_batch`."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def in_microbatches(function: Callable[[Tree], Tree], batch: Tree, microbatch: int) -> Tree:
+    """`function` of a tree of [B, ...], `microbatch` rows at a time, as `split_batch` reads the number."""
+    chunks = split_batch(batch, microbatch)
+    if jax.tree.leaves(chunks)[0].shape[0] == 1:
+        return function(batch)
+    return join_batch(jax.lax.map(function, chunks))
