@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vpo_jax.recipes import textures
 from vpo_jax.rewards.flow import gaussian, optical_flow, shrink, warp, working_size
-from vpo_jax.shapes import textures
 
 ANGLE = 0.5
 _flow = jax.jit(optical_flow)

@@ -1,6 +1,6 @@
 """Measures the shipped base model and scorer on held-out captions.
 
-    python -m vpo_jax.shapes.measure --base=DIR --scorer=DIR --workdir=DIR --output=quality.json
+    python -m vpo_jax.recipes.measure --base=DIR --scorer=DIR --workdir=DIR --output=quality.json
 
 The base model's samples are measured by the analytic judge, beside clean clips and the mixture that it was trained
 on. The scorer is compared with the truth twice: on rendered clips, where the truth is how they were made, and on the
@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.pipeline import load_pipeline
+from vpo_jax.recipes import base_videos, scorer_data
 from vpo_jax.rewards.loading import Scorer, load_scorer
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
-from vpo_jax.shapes import judge, scorer_data, world
+from vpo_jax.shapes import judge, world
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -134,7 +135,7 @@ def _indices(attributes: np.ndarray) -> np.ndarray:
 def measure_all(base: str | Path, scorer: str | Path, count: int, seed: int, workdir: Path) -> dict[str, Any]:
     """Everything that quality.json holds; samples are kept in `workdir` and made once."""
     pipeline = load_pipeline(base)
-    videos, rows = scorer_data.base_samples(pipeline, "held_out", seed, count, workdir)
+    videos, rows = base_videos.base_samples(pipeline, "held_out", seed, count, workdir)
     captions = _captions(rows)
     loaded = load_scorer(str(scorer))
     return {
@@ -168,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
     """Measures and writes the file."""
     keep_compiled_programs()
     keep_freed_memory()
-    parser = Parser("vpo_jax.shapes.measure", __doc__ or "")
+    parser = Parser("vpo_jax.recipes.measure", __doc__ or "")
     parser.add_argument("--base", type=Path, required=True, help="diffusers folder of the base model")
     parser.add_argument("--scorer", required=True, help="folder of the scorer, or its name")
     parser.add_argument("--workdir", type=Path, required=True, help="keeps the samples")

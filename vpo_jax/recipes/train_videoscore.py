@@ -1,6 +1,6 @@
 """Trains a small VideoScore of the embedded world: the paper's scorer, an Idefics2 with a head of five, in miniature.
 
-    python -m vpo_jax.shapes.train_videoscore --base=DIR --workdir=DIR --output=DIR
+    python -m vpo_jax.recipes.train_videoscore --base=DIR --workdir=DIR --output=DIR
 
 It learns from what the shipped scorer learns from (see `train_scorer`). A real VideoScore starts from a model that has
 seen the world; this one learns first what the frames of rendered clips show, which is known because it was drawn.
@@ -26,17 +26,8 @@ from vpo_jax.checkpoints.scorers import make_word_tokenizer
 from vpo_jax.checkpoints.videoscore import VideoScoreParts, read_videoscore, write_videoscore
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
 from vpo_jax.models.idefics2_config import Idefics2Config, PerceiverConfig, TextConfig, VisionConfig
-from vpo_jax.rewards.frames import FrameSettings, prepare_frames
-from vpo_jax.rewards.protocol import DIMENSIONS
-from vpo_jax.rewards.query import FAKE_TOKEN, FIELD, IMAGE_TOKEN, QueryEncoder
-from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
-from vpo_jax.runtime.cli import run
-from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.keys import stream_key
-from vpo_jax.runtime.trees import flatten, unflatten
-from vpo_jax.shapes import scorer_data as data
-from vpo_jax.shapes import world
-from vpo_jax.shapes.train_scorer import (
+from vpo_jax.recipes import scorer_data as data
+from vpo_jax.recipes.train_scorer import (
     Batch,
     Loss,
     Metrics,
@@ -49,6 +40,15 @@ from vpo_jax.shapes.train_scorer import (
     ranking,
     weighted,
 )
+from vpo_jax.rewards.frames import FrameSettings, prepare_frames
+from vpo_jax.rewards.protocol import DIMENSIONS
+from vpo_jax.rewards.query import FAKE_TOKEN, FIELD, IMAGE_TOKEN, QueryEncoder
+from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
+from vpo_jax.runtime.cli import run
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.keys import stream_key
+from vpo_jax.runtime.trees import flatten, unflatten
+from vpo_jax.shapes import world
 
 Tree = Any
 
@@ -358,7 +358,7 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled_programs()
     keep_freed_memory()
     parser = make_parser(
-        "vpo_jax.shapes.train_videoscore", __doc__ or "", steps=3500, learning_rate=1e-3, carried=1280, samples=768
+        "vpo_jax.recipes.train_videoscore", __doc__ or "", steps=3500, learning_rate=1e-3, carried=1280, samples=768
     )
     parser.add_argument("--seeing_steps", type=int, help="before, on what frames show alone: 3000; 0 with --start")
     parser.add_argument("--start", type=Path, default=None, help="a miniature to train further")
@@ -368,7 +368,7 @@ def main(argv: Sequence[str]) -> None:
     if flags.seeing_steps < 0:
         raise UserError(f"--seeing_steps: {flags.seeing_steps} is negative; give 0 or more")
     start = None if flags.start is None else read_miniature(flags.start)
-    commands = commands_of("vpo_jax.shapes.train_videoscore", flags, ["seeing_steps"])
+    commands = commands_of("vpo_jax.recipes.train_videoscore", flags, ["seeing_steps"])
     pools = open_pools(flags)
     seconds, seeing = flags.seconds, flags.seeing_steps
     parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, seconds, seeing, start)

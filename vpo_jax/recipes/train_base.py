@@ -1,4 +1,4 @@
-"""Trains the embedded base model: `python -m vpo_jax.shapes.train_base --workdir=DIR --output=DIR`.
+"""Trains the embedded base model: `python -m vpo_jax.recipes.train_base --workdir=DIR --output=DIR`.
 
 An ordinary small latent video diffusion model of the shapes world, in two stages: an AutoencoderKL on frames,
 then UNet3DConditionModel and CLIPTextModel together on latents. Its clips are a mixture of clean and degraded
@@ -24,12 +24,13 @@ from vpo_jax.diffusion.schedules import add_noise, make_schedule, training_targe
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
+from vpo_jax.recipes import clock
+from vpo_jax.recipes.fit import fit
+from vpo_jax.recipes.tokenizer import MAX_LENGTH, make_tokenizer, vocabulary
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.runtime.trees import count
-from vpo_jax.shapes import clock, world
-from vpo_jax.shapes.fit import fit
-from vpo_jax.shapes.tokenizer import MAX_LENGTH, make_tokenizer, vocabulary
+from vpo_jax.shapes import world
 
 Tree = Any
 
@@ -335,7 +336,7 @@ def main(argv: Sequence[str]) -> None:
     """Trains both stages and writes the folder."""
     keep_compiled_programs()
     keep_freed_memory()
-    parser = Parser("vpo_jax.shapes.train_base", __doc__ or "")
+    parser = Parser("vpo_jax.recipes.train_base", __doc__ or "")
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints of the two stages")
     parser.add_argument("--output", type=Path, required=True, help="the diffusers folder to write")
     parser.add_argument("--seed", type=int, default=0, help="with --start another one: other clips and noise")
@@ -365,7 +366,7 @@ def main(argv: Sequence[str]) -> None:
     words = [f"--{name}={getattr(flags, name)}" for name in names]
     if before is not None:
         words.append("--start=THE_BASE_ABOVE" if flags.start else "--autoencoder=THE_BASE_ABOVE")
-    command = " ".join(["python -m vpo_jax.shapes.train_base", *words])
+    command = " ".join(["python -m vpo_jax.recipes.train_base", *words])
     earlier = [] if before is None else json.loads((before / "recipe.json").read_text())["commands"]
     write_base(flags.output, vae_params, denoiser, {"commands": [*earlier, command]})
     print(f"wrote {flags.output}")

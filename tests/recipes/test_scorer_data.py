@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpo_jax.shapes import judge, measure, world
-from vpo_jax.shapes import scorer_data as data
+from vpo_jax.recipes import measure
+from vpo_jax.recipes import scorer_data as data
+from vpo_jax.shapes import judge, world
 
 
 def _goodness(**strengths):
@@ -108,21 +109,6 @@ def test_disturbances_keep_the_clip_recognisable():
     captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in rows]
     for name, found in judge.matches(np.asarray(world.to_uint8(changed)), captions).items():
         assert found.mean() > 0.9, name
-
-
-def test_chunks_on_disk_are_not_made_again(tmp_path):
-    made = []
-
-    def make(number):
-        made.append(number)
-        return {"x": np.full(2, number)}
-
-    first = data._kept(make, 3, tmp_path, "a")
-    (tmp_path / "a_0001.npz").unlink()
-    second = data._kept(make, 3, tmp_path, "a")
-    np.testing.assert_array_equal(first["x"], [0, 0, 1, 1, 2, 2])
-    np.testing.assert_array_equal(second["x"], first["x"])
-    assert made == [0, 1, 2, 1]
 
 
 def test_softened_clips_are_softer_and_grainier_by_the_judge_the_lower_their_quality():

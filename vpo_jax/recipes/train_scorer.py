@@ -1,6 +1,6 @@
 """Trains the embedded world's video quality scorer.
 
-    python -m vpo_jax.shapes.train_scorer --base=DIR --workdir=DIR --output=DIR
+    python -m vpo_jax.recipes.train_scorer --base=DIR --workdir=DIR --output=DIR
 
 It learns from clips whose flaws are known by construction (see `scorer_data`): fresh ones, ones carried through
 the base model, and the base model's samples against the same samples made worse. Held-out and tuning captions are
@@ -21,15 +21,16 @@ from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.scorers import ScorerParts, encode_captions, make_word_tokenizer, read_scorer, write_scorer
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.pipeline import load_pipeline
+from vpo_jax.recipes import base_videos
+from vpo_jax.recipes import scorer_data as data
+from vpo_jax.recipes.fit import fit
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.trees import count
-from vpo_jax.shapes import scorer_data as data
 from vpo_jax.shapes import world
-from vpo_jax.shapes.fit import fit
 
 Tree = Any
 Metrics = dict[str, jax.Array]
@@ -96,10 +97,10 @@ def make_config(tokenizer: Any) -> VideoScorerConfig:
 def make_pools(base: str | Path, seed: int, carried: int, samples: int, folder: Path) -> Pools:
     """Clips carried through the base model in `base`, and its samples of training captions."""
     pipeline = load_pipeline(base)
-    videos, rows = data.base_samples(pipeline, "train", seed, samples, folder)
+    videos, rows = base_videos.base_samples(pipeline, "train", seed, samples, folder)
     return Pools(
-        data.carried_clips(pipeline, "round_trip", seed + 1, carried, folder),
-        data.carried_clips(pipeline, "denoised", seed + 2, carried, folder),
+        base_videos.carried_clips(pipeline, "round_trip", seed + 1, carried, folder),
+        base_videos.carried_clips(pipeline, "denoised", seed + 2, carried, folder),
         jnp.asarray(videos),
         jnp.asarray(rows),
     )
@@ -303,11 +304,11 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled_programs()
     keep_freed_memory()
     parser = make_parser(
-        "vpo_jax.shapes.train_scorer", __doc__ or "", steps=3000, learning_rate=2e-3, carried=4096, samples=1024
+        "vpo_jax.recipes.train_scorer", __doc__ or "", steps=3000, learning_rate=2e-3, carried=4096, samples=1024
     )
     parser.add_argument("--start", type=Path, default=None, help="a scorer to train further")
     flags = parser.parse(argv)
-    commands = commands_of("vpo_jax.shapes.train_scorer", flags)
+    commands = commands_of("vpo_jax.recipes.train_scorer", flags)
     pools = open_pools(flags)
     start = None if flags.start is None else read_scorer(flags.start).params
     parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, flags.seconds, start)

@@ -1,6 +1,6 @@
 """Fits NIQE's two clean models: photograph-like textures, and clean clips of the shapes world.
 
-    python -m vpo_jax.shapes.fit_niqe --output=vpo_jax/rewards/assets/niqe.json
+    python -m vpo_jax.recipes.fit_niqe --output=vpo_jax/rewards/assets/niqe.json
 
 Takes a minute or two on one CPU core, and always writes the same numbers to the last few bits.
 """
@@ -13,10 +13,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vpo_jax.recipes import textures
 from vpo_jax.rewards.classical import LUMA
 from vpo_jax.rewards.niqe import PATCH, fit_pristine, normalised_luma, patch_features, to_patches
 from vpo_jax.runtime.cli import Parser, run
-from vpo_jax.shapes import textures, world
+from vpo_jax.shapes import world
 
 IMAGES, SIZE = 64, 128
 LEAST_SHARPNESS = 0.75  # of an image's sharpest patch: blurred and empty ones are no example (the published value)
@@ -53,7 +54,7 @@ def _sharpness(luma: jax.Array) -> jax.Array:
 
 def main(argv: Sequence[str]) -> None:
     """Writes the file that the flags name."""
-    parser = Parser("vpo_jax.shapes.fit_niqe", (__doc__ or "").partition("\n")[0])
+    parser = Parser("vpo_jax.recipes.fit_niqe", (__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", required=True, help="a .json file")
     flags = parser.parse(argv)
     models = []
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
         }
         models.append({"clean": name, "patches": len(features)} | numbers)
         print(f"{name}: {len(features)} patches", file=sys.stderr)
-    command = "python -m vpo_jax.shapes.fit_niqe --output=vpo_jax/rewards/assets/niqe.json"
+    command = "python -m vpo_jax.recipes.fit_niqe --output=vpo_jax/rewards/assets/niqe.json"
     text = json.dumps({"command": command, "models": models}, separators=(",", ":"))
     Path(flags.output).write_text(text + "\n", encoding="utf-8")
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from vpo_jax.models.unet3d_config import UNet3DConfig
 from vpo_jax.models.unet3d_layers import Compute, TemporalConvLayer
+from vpo_jax.recipes import clock
 from vpo_jax.runtime.trees import flatten
-from vpo_jax.shapes import clock
 
 FRAMES, CHANNELS, GROUPS = 8, 32, 8
 
