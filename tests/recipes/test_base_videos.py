@@ -27,18 +27,18 @@ def test_chunks_on_disk_are_not_made_again(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["round_trip", "denoised"])
-def test_carried_clips_keep_the_labels_of_what_went_in(way, model_folder, tmp_path, monkeypatch):
+def test_carried_videos_keep_the_labels_of_what_went_in(way, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(base_videos, "_CHUNK", 4)
     pipeline = load_pipeline(str(model_folder))
-    carried = base_videos.carried_clips(pipeline, way, 5, 8, tmp_path)
+    carried = base_videos.carried_videos(pipeline, way, 5, 8, tmp_path)
     assert carried.videos.shape == (8, world.NUM_FRAMES, world.SIZE, world.SIZE, 3)
     assert carried.videos.dtype == np.uint8
     key = jax.random.split(jax.random.fold_in(jax.random.key(5), 1))[0]
-    clips = data.make_clips(key, 4, jnp.asarray(world.caption_indices("train")), disturbed=False, soft=False)
-    np.testing.assert_array_equal(np.asarray(carried.rows)[4:], np.asarray(clips.rows))
-    np.testing.assert_allclose(np.asarray(carried.goodness)[4:], np.asarray(clips.goodness), atol=1e-6)
-    assert not np.array_equal(np.asarray(carried.videos)[4:], np.asarray(clips.videos))
-    assert np.all(np.asarray(clips.blur) == 0.0) and np.all(np.isfinite(carried.blur))
+    labelled = data.make_videos(key, 4, jnp.asarray(world.caption_indices("train")), disturbed=False, soft=False)
+    np.testing.assert_array_equal(np.asarray(carried.rows)[4:], np.asarray(labelled.rows))
+    np.testing.assert_allclose(np.asarray(carried.goodness)[4:], np.asarray(labelled.goodness), atol=1e-6)
+    assert not np.array_equal(np.asarray(carried.videos)[4:], np.asarray(labelled.videos))
+    assert np.all(np.asarray(labelled.blur) == 0.0) and np.all(np.isfinite(carried.blur))
     assert len(list(tmp_path.glob("*.npz"))) == 2
 
 

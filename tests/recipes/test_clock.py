@@ -25,7 +25,7 @@ def test_the_code_names_every_frame() -> None:
 
     np.testing.assert_array_equal(layer.apply({"params": fresh}, x), x)  # the last layer starts at zero
     code = np.asarray(layer.apply({"params": wound}, x)) - np.asarray(x)
-    # The same for every clip and place, whatever the noise: the clock hears nothing but the padding.
+    # The same for every video and place, whatever the noise: the clock hears nothing but the padding.
     per_frame = code.mean((0, 2, 3))  # [F, C]
     np.testing.assert_allclose(code, np.broadcast_to(per_frame[None, :, None, None], code.shape), atol=1e-4)
     assert abs((per_frame - per_frame.mean(0)).std() - 0.5) < 1e-3

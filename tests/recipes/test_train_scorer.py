@@ -1,4 +1,4 @@
-"""The scorer's recipe on a handful of clips: it runs, resumes, writes a folder that scores."""
+"""The scorer's recipe on a handful of videos: it runs, resumes, writes a folder that scores."""
 
 import json
 
@@ -17,8 +17,8 @@ from vpo_jax.shapes import world
 @pytest.fixture
 def pools():
     rows = jnp.asarray(world.caption_indices("train"))
-    clips = jax.jit(lambda key: data.make_clips(key, 16, rows, disturbed=False))(jax.random.key(0))
-    return train_scorer.Pools(clips, clips, clips.videos, clips.rows)
+    labelled = jax.jit(lambda key: data.make_videos(key, 16, rows, disturbed=False))(jax.random.key(0))
+    return train_scorer.Pools(labelled, labelled, labelled.videos, labelled.rows)
 
 
 def test_a_resumed_training_ends_bitwise_where_an_uninterrupted_one_does(pools, tmp_path, monkeypatch):

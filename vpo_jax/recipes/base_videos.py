@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.diffusion.schedules import add_noise, make_schedule, to_clean_and_noise
-from vpo_jax.recipes.scorer_data import Labelled, equivalent_blur, make_clips
+from vpo_jax.recipes.scorer_data import Labelled, equivalent_blur, make_videos
 from vpo_jax.shapes import world
 
-_CHUNK = 64  # clips carried through the base model at a time
+_CHUNK = 64  # videos carried through the base model at a time
 
 
 def _round_trip(pipeline: Any) -> Callable[..., jax.Array]:
@@ -59,29 +59,29 @@ def encode_videos(pipeline: Any, params: Any, videos: jax.Array) -> jax.Array:
     return (mean * pipeline.vae.config.scaling_factor).reshape(*videos.shape[:2], *mean.shape[1:])
 
 
-def carried_clips(pipeline: Any, way: str, seed: int, count: int, folder: Path) -> Labelled:
-    """`count` labelled clips that went through the base model; chunks are kept in `folder` and made only once.
+def carried_videos(pipeline: Any, way: str, seed: int, count: int, folder: Path) -> Labelled:
+    """`count` labelled videos that went through the base model; chunks are kept in `folder` and made only once.
 
     way: "round_trip" (the autoencoder alone) or "denoised". The labels are those of what went in, which has neither
-    blur nor grain; the blur is what the clip caught on its way, and the visual quality is left to `soften`.
+    blur nor grain; the blur is what the video caught on its way, and the visual quality is left to `soften`.
     """
     carry = jax.jit({"round_trip": _round_trip, "denoised": _denoised}[way](pipeline))
     rows = jnp.asarray(world.caption_indices("train"))
-    make = jax.jit(lambda key: make_clips(key, _CHUNK, rows, disturbed=False, soft=False))
+    make = jax.jit(lambda key: make_videos(key, _CHUNK, rows, disturbed=False, soft=False))
     encode_text = jax.jit(pipeline.encode_text)
 
     @jax.jit
     @jax.vmap
-    def caught(source: jax.Array, clip: jax.Array) -> jax.Array:
-        return equivalent_blur(source.astype(jnp.float32) / 255.0, clip.astype(jnp.float32) / 255.0)
+    def caught(source: jax.Array, video: jax.Array) -> jax.Array:
+        return equivalent_blur(source.astype(jnp.float32) / 255.0, video.astype(jnp.float32) / 255.0)
 
     def chunk(number: int) -> dict[str, np.ndarray]:
-        clip_key, carry_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
-        clips = make(clip_key)
-        captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in np.asarray(clips.rows)]
+        video_key, carry_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+        labelled = make(video_key)
+        captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in np.asarray(labelled.rows)]
         text = encode_text(pipeline.params["text_encoder"], pipeline.tokenize(captions))
-        videos = carry(pipeline.params, carry_key, clips.videos, text)
-        return clips._replace(videos=videos, blur=caught(clips.videos, videos))._asdict()
+        videos = carry(pipeline.params, carry_key, labelled.videos, text)
+        return labelled._replace(videos=videos, blur=caught(labelled.videos, videos))._asdict()
 
     found = _kept(chunk, -(-count // _CHUNK), folder, way)
     return Labelled(*(jnp.asarray(found[name]) for name in Labelled._fields))

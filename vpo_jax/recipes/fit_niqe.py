@@ -1,4 +1,4 @@
-"""Fits NIQE's two clean models: photograph-like textures, and clean clips of the shapes world.
+"""Fits NIQE's two clean models: photograph-like textures, and clean videos of the shapes world.
 
     python -m vpo_jax.recipes.fit_niqe --output=vpo_jax/rewards/assets/niqe.json
 
@@ -31,8 +31,8 @@ def texture_features(images: int = IMAGES, size: int = SIZE) -> np.ndarray:
     for seed in range(images):
         rng = np.random.default_rng((seed, 1))
         image = textures.dead_leaves(seed, size + 32)
-        clip = textures.moving_clip(image, size, 2, rng.uniform(0, 8), rng.uniform(0, 2 * np.pi))
-        noisy = np.clip(np.round(clip + rng.normal(0, _SENSOR_NOISE, clip.shape)), 0, 255)
+        video = textures.moving_video(image, size, 2, rng.uniform(0, 8), rng.uniform(0, 2 * np.pi))
+        noisy = np.clip(np.round(video + rng.normal(0, _SENSOR_NOISE, video.shape)), 0, 255)
         for frame in noisy.astype(np.float32) @ LUMA:
             sharp = np.asarray(sharpness(frame[None]))
             kept.append(np.asarray(features(frame[None]))[sharp > LEAST_SHARPNESS * sharp.max()])
@@ -40,9 +40,9 @@ def texture_features(images: int = IMAGES, size: int = SIZE) -> np.ndarray:
 
 
 def world_features(batch: int = 48) -> np.ndarray:
-    """Features [N, 36] of clean clips, one of each training caption."""
-    clips = world.render_clips(jax.random.key(1), world.caption_indices("train"), 0.0)
-    luma = np.asarray(world.to_uint8(clips.frames)).astype(np.float32) @ LUMA
+    """Features [N, 36] of clean videos, one of each training caption."""
+    videos = world.render_videos(jax.random.key(1), world.caption_indices("train"), 0.0)
+    luma = np.asarray(world.to_uint8(videos.frames)).astype(np.float32) @ LUMA
     features = jax.jit(patch_features)
     luma = luma.reshape(-1, batch, *luma.shape[2:])
     return np.concatenate([np.asarray(features(part)) for part in luma])
