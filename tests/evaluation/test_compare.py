@@ -14,7 +14,6 @@ from vpo_jax.evaluation.compare import (
     compare,
     compare_scores,
     evaluate,
-    score_videos,
     shards_needed,
     table,
     write_json,
@@ -136,10 +135,10 @@ def test_no_prompts_are_refused():
         evaluate(FakePipeline(), [], [FakeReward()], Sampling())
 
 
-def test_score_videos_gives_one_number_a_video():
-    scores = score_videos([FakeReward()], np.zeros((3, 1, 4, 4, 3), np.uint8), ["a", "b c", ""])
-    np.testing.assert_array_equal(scores["fake/words"], [1, 2, 0])
-    np.testing.assert_array_equal(scores["frames/change"], [0, 0, 0])
+def test_every_video_gets_one_score_and_a_single_frame_has_no_change():
+    scores, _ = evaluate(FakePipeline(), ["a", "b c", ""], [FakeReward()], Sampling(num_frames=1))
+    np.testing.assert_array_equal(scores["fake/words"][:, 0], [1, 2, 0])
+    np.testing.assert_array_equal(scores["frames/change"][:, 0], [0, 0, 0])
 
 
 def test_the_table_fits_80_columns_and_shows_every_dimension():

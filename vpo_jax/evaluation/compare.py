@@ -210,11 +210,6 @@ def _evaluate(
     return {name: unshare(rows, len(every)).reshape(shape) for name, rows in mine.items()}, largest(kept)
 
 
-def score_videos(rewards: Sequence[Any], videos: np.ndarray, prompts: Sequence[str]) -> Scores:
-    """{"scorer/dimension": float32 [B]} of whole videos uint8 [B, F, H, W, 3] and their prompts, and frames/change."""
-    return _score([make_scorer(reward) for reward in rewards], videos, prompts)
-
-
 def compare_scores(base: Scores, tuned: Scores, roles: Mapping[str, str] | None = None) -> tuple[Row, ...]:
     """A row for every "scorer/dimension" that both have."""
     rows = []
