@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.text import Text
 from vpo_jax.evaluation.win_rate import mean_difference, win_rate
 from vpo_jax.rewards.loading import Scorer, make_scorer
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.files import write_text_atomically
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import PARAMETER_RULES, infer_shardings, make_mesh
 from vpo_jax.runtime.processes import largest, share, unshare
@@ -288,11 +288,9 @@ def write_json(path: str | Path, comparison: Comparison) -> None:
         "tuned_scores": {name: scores.tolist() for name, scores in comparison.tuned_scores.items()},
     }
     path = Path(path)
-    whole = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text(json.dumps(_without_nan(document), indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(whole, path)
+        write_text_atomically(path, json.dumps(_without_nan(document), indent=1, ensure_ascii=False))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; choose another --output") from error
 

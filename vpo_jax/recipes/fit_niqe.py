@@ -8,7 +8,6 @@ Takes a minute or two on one CPU core, and always writes the same numbers to the
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ from vpo_jax.recipes import textures
 from vpo_jax.rewards.classical import LUMA
 from vpo_jax.rewards.niqe import PATCH, fit_pristine, normalised_luma, patch_features, to_patches
 from vpo_jax.runtime.cli import Parser, run
+from vpo_jax.runtime.files import write_text_atomically
 from vpo_jax.shapes import world
 
 IMAGES, SIZE = 64, 128
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"{name}: {len(features)} patches", file=sys.stderr)
     command = "python -m vpo_jax.recipes.fit_niqe --output=vpo_jax/rewards/assets/niqe.json"
     text = json.dumps({"command": command, "models": models}, separators=(",", ":"))
-    Path(flags.output).write_text(text + "\n", encoding="utf-8")
+    write_text_atomically(flags.output, text + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ on. The scorer is compared with the truth twice: on rendered videos, where the t
 base model's samples, where it is what the judge measures. Rank correlations are Spearman's. Nothing here trains.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from vpo_jax.rewards.loading import Scorer, load_scorer
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
+from vpo_jax.runtime.files import write_json
 from vpo_jax.shapes import judge, world
 
 
@@ -180,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
     quality = measure_all(flags.base, flags.scorer, flags.count, flags.seed, flags.workdir)
     _show(quality)
     flags.output.parent.mkdir(parents=True, exist_ok=True)
-    flags.output.write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
+    write_json(flags.output, quality)
     print(f"wrote {flags.output}")
 
 

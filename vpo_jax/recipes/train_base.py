@@ -29,6 +29,7 @@ from vpo_jax.recipes.fit import fit
 from vpo_jax.recipes.tokenizer import MAX_LENGTH, make_tokenizer, vocabulary
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
+from vpo_jax.runtime.files import write_json
 from vpo_jax.runtime.trees import count
 from vpo_jax.shapes import world
 
@@ -329,7 +330,7 @@ def write_base(output: Path, vae_params: Tree, denoiser: Tree, recipe: dict[str,
         defaults=DEFAULTS,
     )
     write_pipeline(output, parts, {"unet": "float16", "vae": "float16", "text_encoder": "float32"})
-    (output / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    write_json(output / "recipe.json", recipe)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -14,6 +13,7 @@ from vpo_jax.evaluation.compare import Comparison, Row, interval, number, percen
 from vpo_jax.report.plots import interval_bar, legend, line_chart
 from vpo_jax.report.style import STYLE
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.files import write_text_atomically
 from vpo_jax.runtime.video import webp_bytes, write_mp4
 
 # Videos up to this size stand in the page itself, so that it can be sent as one file; larger ones lie beside it.
@@ -60,11 +60,9 @@ def write_report(
     """
     path = Path(path)
     page = render_page(comparison, metrics, config, title, _show_videos(path.parent, comparison, fps))
-    whole = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text(page, encoding="utf-8")
-        os.replace(whole, path)
+        write_text_atomically(path, page)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; choose another folder") from error
 
