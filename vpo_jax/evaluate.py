@@ -1,4 +1,4 @@
-"""Base against tuned: same prompts, same seeds, every judge; a table, a report and the videos.
+"""Base against tuned: same prompts, same seeds, every scorer; a table, a report and the videos.
 
 python -m vpo_jax.evaluate --base=DIR --tuned=DIR [--prompts=FILE] [--scorers=a,b] --output=DIR
 """
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     keep_freed_memory()
     console = Console()
     prompts = load_prompts(flags.prompts, "--prompts")
-    # The judge reads captions of the embedded world only.
+    # The analytic judge reads captions of the embedded world only.
     scorers = flags.scorers or ("shapes,judge" if flags.prompts.startswith("shapes:") else "shapes")
     rewards = load_rewards(scorers, field="--scorers")
     if not rewards:
@@ -128,11 +128,11 @@ def roles_of(tuned: str, rewards: Sequence[Any], scorers: str = "") -> dict[str,
     roles = {reward.name: "held out" for reward in rewards if not reward.trains}
     try:
         config = json.loads((Path(tuned).resolve().parent / "config.json").read_text(encoding="utf-8"))
-        trained, judged = config["reward"]["scorers"], config["held_out"]["scorers"]
-        steering = config["eval"]["every"] > 0
+        trained, held_out = config["reward"]["scorers"], config["held_out"]["scorers"]
+        selecting = config["eval"]["every"] > 0
     except (OSError, ValueError, KeyError, TypeError):
         return roles
-    of_run = dict.fromkeys(_names(judged, config), "steered" if steering else "held out")
+    of_run = dict.fromkeys(_names(held_out, config), "used for selection" if selecting else "held out")
     of_run |= dict.fromkeys(_names(trained, config), "trained")
     given = [name.strip() for name in scorers.split(",") if name.strip()] or [reward.name for reward in rewards]
     found = {

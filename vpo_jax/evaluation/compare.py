@@ -24,9 +24,9 @@ from vpo_jax.runtime.mesh import PARAMETER_RULES, infer_shardings, make_mesh
 from vpo_jax.runtime.processes import largest, share, unshare
 from vpo_jax.runtime.trees import bytes_of
 
-# What a scorer has had to do with the tuned model; only the last kind of number is evidence by itself.
-ROLES = ("trained", "steered", "held out", "measured", "unknown")
-# Always in the table: preference training can freeze videos. Flicker counts as change here, so it is no judge.
+# How a scorer was used to make the tuned model. Only a held-out scorer is independent evidence.
+ROLES = ("trained", "used for selection", "held out", "measured", "unknown")
+# Always in the table: preference training can freeze videos. Flicker counts as change too, so it has no win rate.
 FRAME_CHANGE = "frames/change"
 
 Scores = dict[str, np.ndarray]
@@ -298,8 +298,8 @@ def write_json(path: str | Path, comparison: Comparison) -> None:
 def _caption(rows: Sequence[Row]) -> str:
     words = {
         "trained": "trained: the model was trained on it",
-        "steered": "steered: it chose the checkpoint",
-        "held out": "held out: it neither trained nor steered",
+        "used for selection": "used for selection: it chose the checkpoint or the reference",
+        "held out": "held out: used neither for training nor for selection",
         "unknown": "unknown: not said whether it trained this model",
     }
     roles = [role for role in ROLES if role in words and any(row.role == role for row in rows)]
