@@ -15,9 +15,10 @@ from rich.console import Console
 from vpo_jax.data.prompts import load_prompts
 from vpo_jax.evaluation.compare import Sampling, compare, table, write_json
 from vpo_jax.evaluation.videos import write_videos
-from vpo_jax.pipeline import load_pipeline
+from vpo_jax.pipeline import Pipeline, load_pipeline
 from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
+from vpo_jax.rewards.protocol import Reward
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.errors import UserError
@@ -102,7 +103,7 @@ def check(flags: argparse.Namespace) -> None:
         raise UserError(f"--seed: {flags.seed} must be 0 or more and fit in 63 bits")
 
 
-def chosen(flags: argparse.Namespace, base: Any, name: str) -> Any:
+def chosen(flags: argparse.Namespace, base: Pipeline, name: str) -> Any:
     """A flag, or else what the base model was made for: never the tuned one's, so that both are sampled alike."""
     given = getattr(flags, name)
     return base.defaults.get(name) if given is None else given
@@ -120,7 +121,7 @@ def folder_for(path: str) -> Path:
     return folder
 
 
-def roles_of(tuned: str, rewards: Sequence[Any], scorers: str = "") -> dict[str, str]:
+def roles_of(tuned: str, rewards: Sequence[Reward], scorers: str = "") -> dict[str, str]:
     """What each scorer had to do with the tuned model, where it is the export of a run with its config beside it.
 
     `scorers` names the rewards, in their order: an object of one's own may have another name than its module says.

@@ -16,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vpo_jax.evaluation.win_rate import mean_difference, win_rate
+from vpo_jax.pipeline import Pipeline
 from vpo_jax.rewards.loading import Scorer, make_scorer
+from vpo_jax.rewards.protocol import Reward
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.files import write_text_atomically
 from vpo_jax.runtime.keys import stream_key
@@ -29,6 +31,7 @@ ROLES = ("trained", "used for selection", "held out", "measured", "unknown")
 # Always in the table: preference training can freeze videos. Flicker counts as change too, so it has no win rate.
 FRAME_CHANGE = "frames/change"
 
+Tree = Any
 Scores = dict[str, np.ndarray]
 Progress = Callable[[str, int, int], None]
 
@@ -58,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """All that was compared, and the first videos to look at.
+    """All that was compared, with the first videos.
 
     `base_videos` and `tuned_videos` are uint8 [V, F, H, W, 3] of the first V prompts, sample 0; `base_scores` and
     `tuned_scores` map "scorer/dimension" to float32 [P, S] of S samples a prompt; `settings` says how videos were made.
@@ -100,10 +103,10 @@ class Sampling:
 
 
 def compare(
-    base: Any,
-    tuned: Any,
+    base: Pipeline,
+    tuned: Pipeline,
     prompts: Sequence[str],
-    rewards: Sequence[Any],
+    rewards: Sequence[Reward],
     sampling: Sampling | None = None,
     roles: Mapping[str, str] | None = None,
     keep: int = 8,
@@ -133,9 +136,9 @@ def compare(
 
 
 def evaluate(
-    pipeline: Any,
+    pipeline: Pipeline,
     prompts: Sequence[str],
-    rewards: Sequence[Any],
+    rewards: Sequence[Reward],
     sampling: Sampling,
     keep: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -150,7 +153,7 @@ def evaluate(
     return _evaluate(pipeline, prompts, scorers, mesh, sampling, keep, progress)
 
 
-def local_mesh(params: Any, rewards: Sequence[Any]) -> Mesh:
+def local_mesh(params: Tree, rewards: Sequence[Reward]) -> Mesh:
     """This process's devices: each takes its share of the videos and holds all weights, where they leave it room.
 
     Else weights are sharded over a few devices: see `shards_needed`.
@@ -169,7 +172,7 @@ def shards_needed(whole: int, limit: int | None, count: int) -> int:
 
 
 def _evaluate(
-    pipeline: Any,
+    pipeline: Pipeline,
     prompts: Sequence[str],
     scorers: Sequence[Scorer],
     mesh: Mesh,
@@ -312,7 +315,7 @@ def _named(progress: Progress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(what, done, total)
 
 
-def _noise(pipeline: Any, tasks: np.ndarray, sampling: Sampling) -> jax.Array:
+def _noise(pipeline: Pipeline, tasks: np.ndarray, sampling: Sampling) -> jax.Array:
     shape = pipeline.latent_shape(sampling.num_frames, sampling.height, sampling.width)
     slots, samples = jnp.asarray(tasks.T)
     keys = jax.vmap(lambda i, s: stream_key(sampling.seed, "eval", 0, i, s))(slots, samples)

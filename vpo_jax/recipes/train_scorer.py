@@ -7,6 +7,7 @@ the base model, and the base model's samples against the same samples made worse
 never seen. The workdir keeps the carried videos and the checkpoints; interrupted, the same command goes on.
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -272,7 +273,7 @@ def make_parser(name: str, text: str, steps: int, learning_rate: float, carried:
     return parser
 
 
-def commands_of(module: str, flags: Any, more: Sequence[str] = ()) -> list[str]:
+def commands_of(module: str, flags: argparse.Namespace, more: Sequence[str] = ()) -> list[str]:
     """The commands that train the same scorer again, but for its folders; `more` are flags of this recipe alone.
 
     Raises:
@@ -286,7 +287,7 @@ def commands_of(module: str, flags: Any, more: Sequence[str] = ()) -> list[str]:
     return [*earlier, f"{command} --start=THE_SCORER_ABOVE"]
 
 
-def open_pools(flags: Any) -> Pools | None:
+def open_pools(flags: argparse.Namespace) -> Pools | None:
     """What `make_pools` makes with these flags, None without a base model.
 
     Raises:

@@ -137,7 +137,7 @@ def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Lo
     frame_ids = jnp.asarray(np.tile(queries.frame_ids, world.NUM_FRAMES))
     attributes = jnp.asarray(world.ALL_ATTRIBUTES)
 
-    def look(
+    def read(
         module: Idefics2ForSequenceClassification, ids: jax.Array, mask: jax.Array, pixels: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         images = module.see(pixels.reshape(-1, *pixels.shape[2:]))
@@ -146,7 +146,7 @@ def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Lo
         behind = hidden[:, text.shape[1] :].reshape(*pixels.shape[:2], -1, hidden.shape[-1])[:, :, -1]
         return images.reshape(*images.shape[:2], -1), behind, module.score(behind)
 
-    def judge(params: Tree, videos: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def apply(params: Tree, videos: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of videos uint8 [B, F, H, W, 3] asked for the captions `rows` int32 [B], each [B, F, ...].
 
         The tokens of each frame, the decoder's state behind it, and the scores read there.
@@ -154,7 +154,7 @@ def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Lo
         ids = jnp.broadcast_to(frame_ids, (len(rows), len(frame_ids)))
         ids = jnp.concatenate([text[rows], ids], axis=1)
         mask = jnp.concatenate([text_mask[rows], jnp.ones((len(rows), len(frame_ids)), bool)], axis=1)
-        found: Any = model.apply({"params": params}, ids, mask, prepare_frames(settings, videos), method=look)
+        found: Any = model.apply({"params": params}, ids, mask, prepare_frames(settings, videos), method=read)
         seen, behind, scores = found
         return seen, behind, scores
 
@@ -169,7 +169,7 @@ def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Lo
             pairs = data.make_pairs(pair_key, sizes.pairs, pools.samples, pools.sample_rows, _SPOILS)
             videos = jnp.concatenate([videos, pairs.better, pairs.worse])
             rows = jnp.concatenate([rows, pairs.better_rows, pairs.worse_rows])
-        seen, behind, scores = judge(params["scorer"], videos, rows)
+        seen, behind, scores = apply(params["scorer"], videos, rows)
         value, metrics = weighted(jnp.square(scores[:number, -1] - truth), _DIMENSION_WEIGHTS)
         metrics = {"loss": value, **metrics}
         if pools is not None:
