@@ -145,8 +145,8 @@ def evaluate(
 ) -> tuple[Scores, np.ndarray]:
     """Scores {"scorer/dimension": float32 [P, S]} of one pipeline, and its first `keep` prompts' videos.
 
-    Each process makes its share of the videos on its own devices, and all get everything.
-    The noise of prompt i, sample s is `stream_key(seed, "eval", 0, i, s)`: it depends on neither batch nor model.
+    Each process makes its share of the videos on its own devices, and every process returns all scores.
+    The noise of prompt i, sample s comes from `stream_key(seed, "eval", 0, i, s)`, whatever the batch and the model.
     """
     mesh = local_mesh(pipeline.params, rewards)
     scorers = [make_scorer(reward, mesh) for reward in rewards]
@@ -154,9 +154,9 @@ def evaluate(
 
 
 def local_mesh(params: Tree, rewards: Sequence[Reward]) -> Mesh:
-    """This process's devices: each takes its share of the videos and holds all weights, where they leave it room.
+    """A mesh of this process's devices: videos are divided among them, and each holds all weights if they fit.
 
-    Else weights are sharded over a few devices: see `shards_needed`.
+    Otherwise the weights are sharded over as few devices as possible: see `shards_needed`.
     """
     devices = jax.local_devices()
     whole = bytes_of(params) + sum(bytes_of(reward.params) for reward in rewards if reward.jittable)
@@ -192,7 +192,7 @@ def _evaluate(
     pipeline = pipeline.on_device(infer_shardings(pipeline.params, mesh, PARAMETER_RULES))
     for start in range(0, most, size):
         chunk = tasks[start : start + size]
-        # The last batch is filled up with videos that do not count, so that one compiled program serves all.
+        # The last batch is padded with videos that do not count, so that all batches run one compiled program.
         filled = np.concatenate([chunk, np.resize(every[:1], (size - len(chunk), 2))])
         texts = [prompts[i] for i, _ in filled]
         latents = np.asarray(_noise(pipeline, filled, sampling))

@@ -24,8 +24,8 @@ from vpo_jax.diffusion.schedules import add_noise, make_schedule, training_targe
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
-from vpo_jax.recipes import clock
 from vpo_jax.recipes.fit import fit
+from vpo_jax.recipes.frame_code import init_frame_code
 from vpo_jax.recipes.tokenizer import MAX_LENGTH, make_tokenizer, vocabulary
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
@@ -304,8 +304,8 @@ def train_denoiser(
     params = init() if start is None else jax.tree.map(jnp.asarray, start)
     if lessons:
         first = params["unet"]["down_blocks.0"]["temp_convs.0"]
-        wound = clock.wind(first, jax.random.fold_in(seed_key, 2), unet.config.norm_num_groups, world.NUM_FRAMES)
-        params["unet"]["down_blocks.0"]["temp_convs.0"] = wound
+        coded = init_frame_code(first, jax.random.fold_in(seed_key, 2), unet.config.norm_num_groups, world.NUM_FRAMES)
+        params["unet"]["down_blocks.0"]["temp_convs.0"] = coded
     print(f"unet: {count(params['unet']):,} parameters; text: {count(params['text_encoder']):,}", flush=True)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(_schedule(rate, steps, 0.5), b2=0.99, weight_decay=1e-3)
