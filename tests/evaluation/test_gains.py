@@ -38,6 +38,7 @@ def test_the_win_share_is_the_rate_of_the_win_rate_without_its_interval(prompts)
     rng = np.random.default_rng(prompts)
     base, tuned = rng.integers(0, 4, (2, prompts)).astype(np.float32)
     assert win_share(base, tuned) == win_rate(base, tuned).rate
+    assert win_share(base, tuned) == float(np.mean((tuned > base) + 0.5 * (tuned == base)))
     base, tuned = rng.normal(size=(2, prompts, 3)).astype(np.float32)
     assert win_share(base, tuned) == win_rate(base, tuned).rate
 
