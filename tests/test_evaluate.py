@@ -75,7 +75,7 @@ def run(*argv: str) -> int:
     return int(caught.value.code)
 
 
-def test_the_command_leaves_a_table_a_page_numbers_and_clips(loaded, tmp_path, capsys):
+def test_the_command_leaves_a_table_a_page_numbers_and_videos(loaded, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("<b>fox</b> 🦊\na 'quoted' \"thing\"\n", encoding="utf-8")
     out = tmp_path / "out"
@@ -103,7 +103,7 @@ def test_a_run_beside_the_export_says_which_scorer_trained_it(loaded, tmp_path):
     assert evaluate.roles_of(str(tmp_path / "export"), rewards) == {
         "a": "trained",
         "b": "trained",
-        "c": "steered",
+        "c": "used for selection",
         "d": "held out",
         "judge": "held out",
     }

@@ -16,8 +16,8 @@ from rich.console import Console
 from vpo_jax.checkpoints.folders import beyond_diffusers
 from vpo_jax.convert import model_card
 from vpo_jax.data.prompts import load_prompts, set_apart
-from vpo_jax.evaluation.clips import write_clips
 from vpo_jax.evaluation.compare import Comparison, Sampling, compare, table, write_json
+from vpo_jax.evaluation.videos import write_videos
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.report.card import write_card
 from vpo_jax.report.page import write_report
@@ -99,7 +99,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
             meshes=meshes,
             prompts=prompts,
             tuning_prompts=tuning_prompts(config, prompts),
-            # A judge that may not train may not steer either: it sees the result only.
+            # A scorer that may not train may not be used for selection either: it scores the result only.
             held_out=[judge for judge in judges if judge.trains],
             initial=adapters,
             stop=stop,
@@ -156,8 +156,8 @@ def finish(
     )
     roles = {reward.name: "trained" for reward in rewards}
     for judge in judges:
-        steers = judge.trains and config.eval.every > 0
-        roles.setdefault(judge.name, "steered" if steers else "held out")
+        selects = judge.trains and config.eval.every > 0
+        roles.setdefault(judge.name, "used for selection" if selects else "held out")
     scorers = list({scorer.name: scorer for scorer in (*rewards, *judges)}.values())
     with console.status("comparing base and tuned") as status:
 
@@ -197,7 +197,7 @@ def write_result(config: Any, workdir: Workdir, comparison: Comparison) -> None:
     write_json(workdir.path / "evaluation.json", comparison)
     weights = "ema" if config.ema.decay > 0 else "policy"
     write_card(workdir.export, model_card(config, workdir.path, config.train.steps, weights))
-    write_clips(workdir.samples / "final", comparison)
+    write_videos(workdir.samples / "final", comparison)
     write_report(workdir.report, comparison, read_metrics(workdir.path), workdir.config)
 
 
