@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vpo_jax.evaluation.win_rate import mean_difference, win_rate
-from vpo_jax.rewards.loading import Scorer, make_scorer
+from vpo_jax.rewards.scoring import Scorer, make_scorer
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import PARAMETER_RULES, infer_shardings, make_mesh

@@ -1,28 +1,29 @@
 """A config's job as shapes: the real stages with arguments that hold no numbers."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.folders import COMPONENTS, DEFAULTS_FILE, PipelineParts, param_shapes
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.pipeline import SHIPPED, Pipeline, make_pipeline
-from vpo_jax.planning.specs import MODELS, QUERY_TOKENS, SCORERS, VIDEOREWARD_SETTINGS
+from vpo_jax.planning.specs import MODELS
 from vpo_jax.rewards.combine import dimension_names
-from vpo_jax.rewards.loading import load_reward
+from vpo_jax.rewards.loading import abstract_rewards
+from vpo_jax.rewards.scoring import candidates_together, frames_to_decode, score_function
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import bytes_of
 from vpo_jax.training.losses import PairCoefficients
 from vpo_jax.training.optimizer import make_optimizer
 from vpo_jax.training.pairs import Pairs, steps_kept
 from vpo_jax.training.policy import Policy, make_policy
-from vpo_jax.training.rollout import frames_to_decode, make_decode, make_rollout
+from vpo_jax.training.rollout import make_decode, make_rollout
 from vpo_jax.training.stages import abstract_pairs
 from vpo_jax.training.state import TrainState, init_state
 from vpo_jax.training.step import Noised, Predictions, make_errors, make_gradients
@@ -43,6 +44,7 @@ class Stage:
       calls: a step.
       weights: bytes of the weights that a pass reads: each pass gathers them where they are cut.
       passes: in a call, backward ones too.
+      together: how many of the batch share work, so that a cost holds for multiples of them: a prompt's candidates.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Stage:
     calls: int
     weights: int = 0
     passes: int = 1
+    together: int = 1
 
     @property
     def role(self) -> str:
@@ -148,71 +151,10 @@ def read_shapes(path: str) -> Pipeline:
     return make_pipeline(PipelineParts(configs, params, None, defaults))
 
 
-def read_scorers(names: str, settings: Any) -> list[Any]:
-    """Scorers of a comma-separated list; those in `specs.SCORERS` as shapes. `settings` is the config's `reward`."""
-    make = {"videoscore": _videoscore, "videoreward": _videoreward}
-    return [
-        make[name](name, settings) if name in SCORERS and not Path(name).is_dir() else load_reward(name, settings)
-        for name in (part.strip() for part in names.split(","))
-        if name
-    ]
-
-
-class _Queries:
-    """Stands for a tokenizer: how many tokens there are, and nothing of what they say."""
-
-    def __init__(self, length: int, image_ids: Sequence[int] = (), tokens_of_head: int = 0) -> None:
-        self.length = length
-        self.frame_ids = np.array([0, *image_ids, 0], np.int32)
-        self.head_ids = np.zeros(tokens_of_head, np.int32)
-
-    def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        shape = (len(prompts), self.length)
-        return {"input_ids": np.zeros(shape, np.int32), "mask": np.ones(shape, bool)}
-
-
-def _videoscore(name: str, settings: Any) -> Any:
-    from vpo_jax.checkpoints.videoscore import videoscore_shapes
-    from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
-    from vpo_jax.models.idefics2_config import Idefics2Config
-    from vpo_jax.rewards.frames import FrameSettings
-    from vpo_jax.rewards.protocol import DIMENSIONS
-    from vpo_jax.rewards.videoscore import VideoScoreOptions, VideoScoreReward
-
-    config = Idefics2Config.from_dict(SCORERS[name])
-    params = _in_bfloat16(videoscore_shapes(config, len(DIMENSIONS)))
-    model = Idefics2ForSequenceClassification(config, len(DIMENSIONS), jnp.bfloat16)
-    # The real id of an image token: where none stands, a compiler leaves out what sees the frames.
-    queries: Any = _Queries(QUERY_TOKENS[name], [config.image_token_id] * config.perceiver.resampler_n_latents)
-    chosen = {key: settings[name][key] for key in ("frame_choice", "max_frames")}
-    return VideoScoreReward(name, model, params, queries, FrameSettings(), VideoScoreOptions(**chosen))
-
-
-def _videoreward(name: str, settings: Any) -> Any:
-    from vpo_jax.checkpoints.videoreward import REWARD_TOKENS, RewardSettings, videoreward_shapes
-    from vpo_jax.models.qwen2_vl import Qwen2VLRewardModel
-    from vpo_jax.models.qwen2_vl_config import Qwen2VLConfig
-    from vpo_jax.rewards.frames import SmartFrameSettings
-    from vpo_jax.rewards.videoreward import VideoRewardOptions, VideoRewardReward
-
-    config, trained = Qwen2VLConfig.from_dict(SCORERS[name]), RewardSettings(**VIDEOREWARD_SETTINGS)
-    tokens = tuple(range(config.text.vocab_size - len(REWARD_TOKENS), config.text.vocab_size))
-    model = Qwen2VLRewardModel(config, tokens, trained.outputs, jnp.bfloat16)
-    queries: Any = _Queries(QUERY_TOKENS[name], tokens_of_head=16)
-    options = VideoRewardOptions(video_fps=settings[name].video_fps)
-    frames = SmartFrameSettings(config.vision.factor, options.min_pixels, trained.max_frame_pixels)
-    params = _in_bfloat16(videoreward_shapes(config, trained.outputs))
-    return VideoRewardReward(name, model, params, queries, frames, trained, options)
-
-
-def _in_bfloat16(shapes: Tree) -> Tree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
-
-
 def make_job(config: Any) -> Job:
     """The job of a config that `check` has passed."""
     pipeline = read_shapes(config.model.path)
-    rewards = read_scorers(config.reward.scorers, config.reward)
+    rewards = abstract_rewards(config.reward.scorers, config.reward)
     rollout, train, preference = config.rollout, config.train, config.preference
     size = pipeline.video_size(rollout.num_frames, rollout.height, rollout.width)
     latent_shape = pipeline.latent_shape(*size)
@@ -225,6 +167,7 @@ def make_job(config: Any) -> Job:
     )
     prompts, updates = train.prompts_per_step, train.updates_per_step
     clips, pairs = prompts * rollout.candidates, prompts * (steps_kept(config) + 1)
+    together = candidates_together(clips, prompts, rollout.microbatch, 1)
     frames = frames_to_decode(rewards, size[0])
     sampler = make_sampler(pipeline.scheduler_config, rollout.num_inference_steps, rollout.sampler or None, rollout.eta)
 
@@ -252,9 +195,12 @@ def make_job(config: Any) -> Job:
         seen = len(reward.frame_indices(size[0]))
 
         def build(batch: int) -> tuple:
+            # Whole prompts where the batch holds them, else one that has fewer candidates.
+            of_prompt = math.gcd(batch, rollout.candidates)
             videos = array(batch, seen, *size[1:], 3, dtype=jnp.uint8)
-            prepared = shapes_of(reward.prepare(["a prompt"] * batch))
-            return reward.score, (shapes_of(reward.params), videos, prepared)
+            prepared = shapes_of(reward.prepare(["a prompt"] * (batch // of_prompt)))
+            micro = rollout.microbatch if rollout.microbatch < batch else 0
+            return score_function(reward, None, micro), (shapes_of(reward.params), videos, prepared)
 
         return build
 
@@ -289,8 +235,8 @@ def make_job(config: Any) -> Job:
               weights, passes=rollout.num_inference_steps),
         Stage("decode", decode, ("rules", "batch"), clips, rollout.microbatch, 1, vae_weights),
         *(
-            Stage(f"score {reward.name}", score(reward), ("rules", "batch", "batch"), clips, rollout.microbatch, 1,
-                  bytes_of(shapes_of(reward.params)))
+            Stage(f"score {reward.name}", score(reward), ("rules", "batch", "whole"), clips, rollout.microbatch, 1,
+                  bytes_of(shapes_of(reward.params)), together=together)
             for reward in rewards
             if reward.jittable
         ),

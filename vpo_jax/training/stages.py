@@ -12,6 +12,7 @@ import numpy as np
 from vpo_jax.data.text_cache import TextCache, open_text_cache
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.rewards.combine import dimension_names
+from vpo_jax.rewards.scoring import Scores, Weights, bring, frames_to_decode
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import BATCH, PARAMETER_RULES, VIDEO, Meshes, constrain, infer_shardings, replicated
 from vpo_jax.runtime.processes import move, place
@@ -19,15 +20,7 @@ from vpo_jax.training.check import check_meshes
 from vpo_jax.training.optimizer import make_optimizer
 from vpo_jax.training.pairs import Pairs, make_pairing, push, steps_kept
 from vpo_jax.training.policy import make_policy
-from vpo_jax.training.rollout import (
-    Scores,
-    Weights,
-    bring,
-    frames_to_decode,
-    make_candidate_keys,
-    make_decode,
-    make_rollout,
-)
+from vpo_jax.training.rollout import make_candidate_keys, make_decode, make_rollout
 from vpo_jax.training.state import TrainState, infer_state_shardings, init_state
 from vpo_jax.training.step import Metrics, Update
 
@@ -194,10 +187,9 @@ class Stages:
 
     def score(self, latents: jax.Array, prompts: Sequence[str]) -> jax.Array:
         """Scores [P * N, D] of the candidates of P prompts; only the frames that a scorer reads are decoded."""
-        candidates = self.clips // self.size
         with jax.set_mesh(self.weights.mesh):
             videos = self._decode(self._vae_params_to_score, bring(latents, self.weights.mesh))
-        scores = self._score(videos, [prompt for prompt in prompts for _ in range(candidates)])
+        scores = self._score(videos, prompts)
         update = self._meshes.update
         return scores if self._meshes.score == update else jax.device_put(scores, replicated(update))
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from vpo_jax.evaluation.alarms import Alarm, check_alarms
 from vpo_jax.rewards.combine import MOTION, dimension_names
+from vpo_jax.rewards.scoring import Scores, Weights
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.metrics import MetricsWriter
 from vpo_jax.runtime.processes import fetch, is_main
 from vpo_jax.runtime.video import write_webp
-from vpo_jax.training.rollout import Scores, Weights
 
 Tree = Any
 

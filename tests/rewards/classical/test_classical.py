@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpo_jax.rewards.classical import RANGES
-from vpo_jax.rewards.flow import gaussian
+from vpo_jax.rewards.classical.flow import gaussian
+from vpo_jax.rewards.classical.reward import RANGES
 from vpo_jax.rewards.loading import load_rewards, load_scorer
 from vpo_jax.rewards.protocol import Reward
 from vpo_jax.runtime.errors import UserError

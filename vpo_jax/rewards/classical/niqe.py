@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import gammaln
 
-from vpo_jax.rewards.flow import gaussian, shrink
+from vpo_jax.rewards.classical.flow import gaussian, shrink
 
 PATCH = 32  # pixels; half of it at the second scale
 FEATURES = 36

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpo_jax.rewards import niqe
+from vpo_jax.rewards.classical import niqe
 from vpo_jax.shapes import fit_niqe, textures
 
 _features = jax.jit(niqe.patch_features)

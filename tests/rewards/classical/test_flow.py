@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpo_jax.rewards.flow import gaussian, optical_flow, shrink, warp, working_size
+from vpo_jax.rewards.classical.flow import gaussian, optical_flow, shrink, warp, working_size
 from vpo_jax.shapes import textures
 
 ANGLE = 0.5
