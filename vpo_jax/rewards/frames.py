@@ -69,7 +69,7 @@ def prepare_frames(settings: Settings, frames: jax.Array) -> jax.Array:
 
 
 def see_in_parts(see: Callable[[jax.Array], jax.Array], videos: jax.Array, together: int, unit: int = 1) -> jax.Array:
-    """`see` of some frames of every video at a time, side by side again: the batch stays cut over devices as it is.
+    """`see` of some frames of every video at a time, side by side again: the batch stays sharded over devices as it is.
 
     Args:
       see: [B, g, ...] -> [B, n, ...], where n grows with g.

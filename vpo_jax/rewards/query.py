@@ -3,9 +3,10 @@
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from vpo_jax.runtime.errors import UserError
 
@@ -50,7 +51,7 @@ class TextEncoder:
       length: tokens of a prepared text, padding included.
     """
 
-    def __init__(self, tokenizer: Any, template: str, max_prompt_tokens: int, padding: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: str, max_prompt_tokens: int, padding: str) -> None:
         """`padding` is "front" or "back". Raises UserError where the template has no place for the prompt."""
         if FIELD not in template:
             raise UserError(f"query_prompt: has no {FIELD} where the video's prompt goes; write it into the text")

@@ -15,6 +15,7 @@ from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import from_torch, init_shapes
 from vpo_jax.checkpoints.scorer_folder import read_tokenizer, write_scorer_folder
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
+from vpo_jax.rewards.protocol import PyTree
 from vpo_jax.runtime.trees import cast_floating
 
 CLASSES = ("VideoScorer",)  # what config.json calls it
@@ -32,7 +33,7 @@ class ScorerParts:
     """
 
     config: VideoScorerConfig
-    params: Any
+    params: PyTree
     tokenizer: Tokenizer
 
 
@@ -67,7 +68,7 @@ def read_scorer(folder: str | Path) -> ScorerParts:
     return ScorerParts(config, from_torch(state, scorer_shapes(config), str(folder)), tokenizer)
 
 
-def scorer_shapes(config: VideoScorerConfig) -> dict[str, Any]:
+def scorer_shapes(config: VideoScorerConfig) -> PyTree:
     """The tree of `ShapeDtypeStruct` of a scorer's parameters."""
     video = (1, config.num_frames, config.image_size, config.image_size, 3)
     return init_shapes(

@@ -27,6 +27,7 @@ from vpo_jax.checkpoints.scorer_folder import check_dtype, dtype_to_load, read_p
 from vpo_jax.models.config_fields import require
 from vpo_jax.models.qwen2_vl import Qwen2VLRewardModel
 from vpo_jax.models.qwen2_vl_config import Qwen2VLConfig
+from vpo_jax.rewards.protocol import PyTree
 from vpo_jax.rewards.query import QUERY_FILE
 from vpo_jax.runtime.errors import UserError
 
@@ -46,7 +47,7 @@ class RewardSettings:
     Attributes:
         max_frame_pixels: most pixels of a frame that the model sees.
         fps: frames a second that it sees, where num_frames is None.
-        num_frames: that it sees of a clip of any length.
+        num_frames: that it sees of a video of any length.
         outputs: of the head, 1 or 3.
         mean, std: of the three scores over the authors' data: (score - mean) / std is given out; None gives raw ones.
     """
@@ -73,7 +74,7 @@ class VideoRewardParts:
     """
 
     config: Qwen2VLConfig
-    params: Any
+    params: PyTree
     tokenizer: Tokenizer
     image_processor: Mapping[str, Any]
     settings: RewardSettings
@@ -125,7 +126,7 @@ def read_videoreward(folder: str | Path, dtype: str = "") -> VideoRewardParts:
     return VideoRewardParts(config, params, tokenizer, image_processor, settings, query)
 
 
-def videoreward_shapes(config: Qwen2VLConfig, outputs: int) -> dict[str, Any]:
+def videoreward_shapes(config: Qwen2VLConfig, outputs: int) -> PyTree:
     """The tree of `ShapeDtypeStruct` of the parameters, computing nothing."""
     vision = config.vision
     return init_shapes(

@@ -1,9 +1,10 @@
 """What a VideoReward is asked, as token ids: the video, then a text in which reward tokens stand."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from vpo_jax.rewards.query import FIELD, BlankQueries, Queries, TextEncoder
 from vpo_jax.runtime.errors import UserError
@@ -47,7 +48,7 @@ class VideoQueryEncoder(TextEncoder):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         template: str,
         video_token_id: int,
         reward_tokens: Sequence[str],

@@ -21,6 +21,7 @@ from vpo_jax.checkpoints.scorer_folder import (
 )
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
 from vpo_jax.models.idefics2_config import Idefics2Config
+from vpo_jax.rewards.protocol import PyTree
 from vpo_jax.rewards.query import QUERY_FILE
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import cast_floating
@@ -42,7 +43,7 @@ class VideoScoreParts:
     """
 
     config: Idefics2Config
-    params: Any
+    params: PyTree
     tokenizer: Tokenizer
     image_processor: Mapping[str, Any]
     query_prompt: str | None
@@ -105,7 +106,7 @@ def write_videoscore(
     write_scorer_folder(folder, files, cast_floating(jax.device_get(parts.params), dtype))
 
 
-def videoscore_shapes(config: Idefics2Config, num_labels: int) -> dict[str, Any]:
+def videoscore_shapes(config: Idefics2Config, num_labels: int) -> PyTree:
     """The tree of `ShapeDtypeStruct` of the parameters, computing nothing."""
     tokens, side = config.perceiver.resampler_n_latents, config.vision.patch_size
     return init_shapes(

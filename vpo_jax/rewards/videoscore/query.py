@@ -1,8 +1,9 @@
 """What a VideoScore is asked, as token ids: the text, then the frames."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from vpo_jax.rewards.query import FIELD, BlankQueries, Queries, TextEncoder
 from vpo_jax.runtime.errors import UserError
@@ -43,7 +44,7 @@ class QueryEncoder(TextEncoder):
     """
 
     def __init__(
-        self, tokenizer: Any, template: str, image_token_id: int, tokens_per_image: int, max_prompt_tokens: int
+        self, tokenizer: Tokenizer, template: str, image_token_id: int, tokens_per_image: int, max_prompt_tokens: int
     ) -> None:
         """Raises UserError where the template has no place for the prompt, or the tokenizer is not Idefics2's."""
         if tokenizer.token_to_id(IMAGE_TOKEN) != image_token_id or tokenizer.token_to_id(FAKE_TOKEN) is None:
