@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from vpo_jax.data.prompts import load_prompts
-from vpo_jax.rewards.loading import Scorer, load_scorer
+from vpo_jax.rewards.loading import load_scorer
+from vpo_jax.rewards.scoring import Scorer
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.errors import UserError

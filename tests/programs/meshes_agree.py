@@ -5,12 +5,12 @@ import sys
 
 import jax
 import numpy as np
+from vpo_jax.training.stages import Stages
+from vpo_jax.training.step import make_gradients
 
 from tests.training import conftest as tiny
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime.mesh import Meshes, make_mesh, make_meshes
-from vpo_jax.training.stages import Stages
-from vpo_jax.training.step import make_gradients
 
 # Every kind of layer of the real denoiser: what the axes cut differs from one to the next.
 UNET = UNet3DConditionModel(

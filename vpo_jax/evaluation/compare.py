@@ -17,8 +17,8 @@ from rich.text import Text
 
 from vpo_jax.evaluation.win_rate import mean_difference, win_rate
 from vpo_jax.pipeline import Pipeline
-from vpo_jax.rewards.loading import Scorer, make_scorer
 from vpo_jax.rewards.protocol import Reward
+from vpo_jax.rewards.scoring import Scorer, make_scorer
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.files import write_text_atomically
 from vpo_jax.runtime.keys import stream_key

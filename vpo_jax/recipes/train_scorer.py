@@ -19,13 +19,19 @@ import numpy as np
 import optax
 
 from vpo_jax.checkpoints import safetensors_io as io
-from vpo_jax.checkpoints.scorers import ScorerParts, encode_captions, make_word_tokenizer, read_scorer, write_scorer
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.recipes import base_videos
 from vpo_jax.recipes import scorer_data as data
 from vpo_jax.recipes.fit import fit
 from vpo_jax.rewards.protocol import DIMENSIONS
+from vpo_jax.rewards.shapes.folder import (
+    ScorerParts,
+    encode_captions,
+    make_word_tokenizer,
+    read_scorer,
+    write_scorer,
+)
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.runtime.errors import UserError

@@ -22,8 +22,6 @@ import optax
 import optax.contrib
 from tokenizers import AddedToken, Tokenizer
 
-from vpo_jax.checkpoints.scorers import make_word_tokenizer
-from vpo_jax.checkpoints.videoscore import VideoScoreParts, read_videoscore, write_videoscore
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
 from vpo_jax.models.idefics2_config import Idefics2Config, PerceiverConfig, TextConfig, VisionConfig
 from vpo_jax.recipes import scorer_data as data
@@ -40,9 +38,13 @@ from vpo_jax.recipes.train_scorer import (
     ranking,
     weighted,
 )
-from vpo_jax.rewards.frames import FrameSettings, prepare_frames
+from vpo_jax.rewards.frames import prepare_frames
 from vpo_jax.rewards.protocol import DIMENSIONS
-from vpo_jax.rewards.query import FAKE_TOKEN, FIELD, IMAGE_TOKEN, QueryEncoder
+from vpo_jax.rewards.query import FIELD
+from vpo_jax.rewards.shapes.folder import make_word_tokenizer
+from vpo_jax.rewards.videoscore.folder import VideoScoreParts, read_videoscore, write_videoscore
+from vpo_jax.rewards.videoscore.frames import FrameSettings
+from vpo_jax.rewards.videoscore.query import FAKE_TOKEN, IMAGE_TOKEN, QueryEncoder
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import run
 from vpo_jax.runtime.errors import UserError

@@ -103,7 +103,8 @@ def describe_trend(found: Trend) -> str:
     """One sentence on the rollouts' own reward."""
     first, *_, last = found.quarters
     half = (found.high - found.low) / 2
-    change = f"{first:.4f} in the first quarter of the steps, {last:.4f} in the last ({found.difference:+.4f} +- {half:.4f})"
+    difference = f"{found.difference:+.4f} +- {half:.4f}"
+    change = f"{first:.4f} in the first quarter of the steps, {last:.4f} in the last ({difference})"
     if found.says == "stayed":
         return f"the samples' own reward did not change beyond chance while training: {change}"
     return f"the samples' own reward {found.says} while training: {change}"

@@ -12,16 +12,22 @@ from tokenizers import Tokenizer
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import from_torch, init_shapes
-from vpo_jax.checkpoints.scorer_folder import write_scorer_folder
+from vpo_jax.checkpoints.scorer_folder import (
+    check_dtype,
+    dtype_to_load,
+    read_plain_tokenizer,
+    read_text,
+    write_scorer_folder,
+)
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
 from vpo_jax.models.idefics2_config import Idefics2Config
+from vpo_jax.rewards.protocol import PyTree
+from vpo_jax.rewards.query import QUERY_FILE
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import cast_floating
 
-CLASS = "Idefics2ForSequenceClassification"
-QUERY_FILE = "query_prompt.txt"
+CLASSES = ("Idefics2ForSequenceClassification",)  # what config.json calls it
 _HEAD = "score.weight"
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,7 @@ class VideoScoreParts:
     """
 
     config: Idefics2Config
-    params: Any
+    params: PyTree
     tokenizer: Tokenizer
     image_processor: Mapping[str, Any]
     query_prompt: str | None
@@ -58,20 +64,19 @@ def read_videoscore(folder: str | Path, num_labels: int, dtype: str = "") -> Vid
     config = Idefics2Config.from_dict(io.read_json(folder / "config.json"))
     tokenizer = read_plain_tokenizer(folder, config.text.vocab_size)
     processor = _image_processor(folder, config)
-    query = read_query(folder / QUERY_FILE) if (folder / QUERY_FILE).is_file() else None
-    if dtype and dtype not in DTYPES:
-        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    query = read_text(folder / QUERY_FILE) if (folder / QUERY_FILE).is_file() else None
+    check_dtype(dtype)
     state = io.read_weights(folder, io.TRANSFORMERS_STEM)
     head = state.get(_HEAD)
     if head is None:
         raise UserError(
             f"{folder}: has no head ({_HEAD}), so it is a language model and no scorer; "
-            f"give the folder that was saved as {CLASS}"
+            f"give the folder that was saved as {CLASSES[0]}"
         )
     if head.shape[0] != num_labels:
         raise UserError(f"{folder}: {_HEAD} has {head.shape[0]} outputs, a VideoScore has {num_labels}; give another")
-    wanted = DTYPES[dtype or ("bfloat16" if head.dtype == jnp.bfloat16 else "float32")]
-    params = from_torch(state, videoscore_shapes(config, num_labels), str(folder), wanted)
+    shapes = videoscore_shapes(config, num_labels)
+    params = from_torch(state, shapes, str(folder), dtype_to_load(dtype, head))
     return VideoScoreParts(config, params, tokenizer, processor, query)
 
 
@@ -101,7 +106,7 @@ def write_videoscore(
     write_scorer_folder(folder, files, cast_floating(jax.device_get(parts.params), dtype))
 
 
-def videoscore_shapes(config: Idefics2Config, num_labels: int) -> dict[str, Any]:
+def videoscore_shapes(config: Idefics2Config, num_labels: int) -> PyTree:
     """The tree of `ShapeDtypeStruct` of the parameters, computing nothing."""
     tokens, side = config.perceiver.resampler_n_latents, config.vision.patch_size
     return init_shapes(
@@ -110,40 +115,6 @@ def videoscore_shapes(config: Idefics2Config, num_labels: int) -> dict[str, Any]
         jax.ShapeDtypeStruct((1, tokens), jnp.bool_),
         jax.ShapeDtypeStruct((1, 1, side, side, 3), jnp.float32),
     )
-
-
-def read_query(file: str | Path) -> str:
-    """The text of a query prompt's file, as it stands there.
-
-    Raises:
-        UserError: it cannot be read as text.
-    """
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as text ({error}); give a UTF-8 file") from error
-
-
-def read_plain_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of tokenizer.json, without padding and truncation.
-
-    Raises:
-        UserError: it is missing or damaged, or has more tokens than the model.
-    """
-    where = folder / "tokenizer.json"
-    io.read_json(where)
-    try:
-        tokenizer = Tokenizer.from_file(str(where))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{where}: not a tokenizer ({error}); copy it again") from error
-    if tokenizer.get_vocab_size() > vocab_size:
-        raise UserError(
-            f"{where}: {tokenizer.get_vocab_size()} tokens, but config.json has vocab_size {vocab_size}; "
-            "use the tokenizer that belongs to this scorer"
-        )
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _image_processor(folder: Path, config: Idefics2Config) -> Mapping[str, Any]:

@@ -14,12 +14,15 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import to_torch
-from vpo_jax.checkpoints.videoreward import REWARD_TOKENS, read_videoreward, videoreward_shapes
 from vpo_jax.models.qwen2_vl_config import Qwen2VLConfig
-from vpo_jax.rewards.frames import BICUBIC, SmartFrameSettings, prepare_frames, resize, resize_taps
-from vpo_jax.rewards.loading import Scorer, load_reward
+from vpo_jax.rewards.frames import BICUBIC, prepare_frames, resize, resize_taps
+from vpo_jax.rewards.loading import load_reward
 from vpo_jax.rewards.protocol import Reward
-from vpo_jax.rewards.videoreward import REWARD_DIMENSIONS, VideoRewardOptions, choose_frames, load_videoreward
+from vpo_jax.rewards.scoring import Scorer
+from vpo_jax.rewards.videoreward import Options, load
+from vpo_jax.rewards.videoreward.folder import REWARD_TOKENS, read_videoreward, videoreward_shapes
+from vpo_jax.rewards.videoreward.frames import SmartFrameSettings
+from vpo_jax.rewards.videoreward.reward import REWARD_DIMENSIONS, choose_frames
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import make_mesh
 from vpo_jax.runtime.trees import flatten
@@ -37,7 +40,7 @@ SETTINGS = {
     "inference_config": NORM,
 }
 # Frames of 20 x 24 become 16 x 24, which is 6 tokens for two of them.
-OPTIONS = VideoRewardOptions(min_pixels=256, max_prompt_tokens=40)
+OPTIONS = Options(min_pixels=256, max_prompt_tokens=40)
 TOKENS = 2 * 6
 LORA_TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 
@@ -112,7 +115,7 @@ def folder(original, tmp_path):
 
 @pytest.fixture(scope="module")
 def reward(original):
-    return load_videoreward(original, options=OPTIONS)
+    return load(original, options=OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +181,7 @@ def test_scores_equal_transformers_from_video_to_number(original, reward, score,
     theirs, head = their_model(original)
     videos, prepared = noise(3), reward.prepare(PROMPTS)
     if positions == "grid":
-        reward = load_videoreward(original, options=VideoRewardOptions(min_pixels=256, positions="grid"))
+        reward = load(original, options=Options(min_pixels=256, positions="grid"))
         prepared, score = reward.prepare(PROMPTS), jax.jit(reward.score)
     scores = np.asarray(score(reward.params, videos, prepared))
     assert scores.shape == (3, 3) and scores.dtype == np.float32
@@ -227,23 +230,21 @@ def test_a_mesh_changes_no_score(reward, score):
 
 
 def test_the_scorer_chooses_frames_and_fills_its_last_batch(original):
-    reward = load_videoreward(original, options=VideoRewardOptions(min_pixels=256, clips_at_a_time=3))
+    reward = load(original, options=Options(min_pixels=256, videos_at_a_time=3))
     shapes = []
 
     def of_shape(params, videos, prepared):
         shapes.append(videos.shape)
         return np.zeros((len(videos), 3), np.float32)
 
-    scores = Scorer(reward, of_shape)(noise(5, frames=17), [*PROMPTS, "a", "b"])
+    scores = Scorer(reward, of_shape, {})(noise(5, frames=17), [*PROMPTS, "a", "b"])
     assert tuple(scores) == REWARD_DIMENSIONS and all(values.shape == (5,) for values in scores.values())
     assert shapes == [(3, 4, 20, 24, 3)] * 2
 
 
 def test_vision_in_parts_gives_the_same_scores(original, reward, score):
     videos, prepared = noise(3), reward.prepare(PROMPTS)
-    parts = load_videoreward(
-        original, options=VideoRewardOptions(min_pixels=256, max_prompt_tokens=40, frames_at_a_time=3)
-    )
+    parts = load(original, options=Options(min_pixels=256, max_prompt_tokens=40, frames_at_a_time=3))
     np.testing.assert_allclose(
         jax.jit(parts.score)(parts.params, videos, prepared), score(reward.params, videos, prepared), rtol=0, atol=1e-5
     )
@@ -266,10 +267,10 @@ def test_new_names_shards_and_bfloat16_load(folder, reward):
     for file in folder.glob("model*safetensors*"):
         file.unlink()
     io.write_weights(folder, "model", {key: value.astype(jnp.bfloat16) for key, value in state.items()})
-    stored = load_videoreward(folder)
+    stored = load(folder)
     assert {leaf.dtype for leaf in jax.tree.leaves(stored.params)} == {jnp.dtype(jnp.bfloat16)}
     assert stored.model.dtype == jnp.bfloat16
-    exact = load_videoreward(folder, options=VideoRewardOptions(dtype="float32"))
+    exact = load(folder, options=Options(dtype="float32"))
     assert {leaf.dtype for leaf in jax.tree.leaves(exact.params)} == {jnp.dtype(jnp.float32)}
 
 
@@ -394,7 +395,7 @@ def test_a_head_of_three_outputs_gives_each_token_its_own(folder, reward, score)
             | {"model_config": SETTINGS["model_config"] | {"output_dim": 3}}
         )
     )
-    three = load_videoreward(folder, options=OPTIONS)
+    three = load(folder, options=OPTIONS)
     assert three.model.outputs == 3 and three.ranges == ((-4.0, 10.0),) * 3  # raw, without constants
     videos, prepared = noise(3), reward.prepare(PROMPTS)
     mean, std = (np.array([NORM[f"{name}_{kind}"] for name in ("VQ", "MQ", "TA")]) for kind in ("mean", "std"))
@@ -405,7 +406,7 @@ def test_a_head_of_three_outputs_gives_each_token_its_own(folder, reward, score)
 
 def test_a_tokenizer_without_reward_tokens_gets_them_as_in_the_authors_code(folder, reward):
     make_tokenizer(SPECIAL).save(str(folder / "tokenizer.json"))
-    assert load_videoreward(folder).queries.reward_token_ids == reward.queries.reward_token_ids == (262, 263, 264)
+    assert load(folder).queries.reward_token_ids == reward.queries.reward_token_ids == (262, 263, 264)
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 24), (8, 90), (61, 33), (300, 17), (5, 5), (130, 140)])
@@ -469,26 +470,26 @@ def test_frames_are_chosen_as_published(reward, total):
 
 
 def test_a_number_of_frames_can_be_given(original):
-    fixed = load_videoreward(original, options=VideoRewardOptions(num_frames=6))
+    fixed = load(original, options=Options(num_frames=6))
     assert fixed.frame_indices(16) == (0, 3, 6, 9, 12, 15) and fixed.frame_indices(5) == (0, 1, 3, 4)
     with pytest.raises(UserError, match=r"^videoreward\.num_frames: 3 is no multiple of the 2 frames"):
-        load_videoreward(original, options=VideoRewardOptions(num_frames=3))
+        load(original, options=Options(num_frames=3))
 
 
 def test_without_a_query_prompt_a_warning_says_so(folder, tmp_path):
     (folder / "query_prompt.txt").unlink()
     with pytest.warns(UserWarning, match=r"no query_prompt\.txt.*DETAILED_PROMPT_WITH_SPECIAL_TOKEN"):
-        own = load_videoreward(folder)
+        own = load(folder)
     assert own.queries.length > 200
     (tmp_path / "mine.txt").write_text(QUERY)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        given = load_videoreward(folder, options=VideoRewardOptions(query_prompt=str(tmp_path / "mine.txt")))
+        given = load(folder, options=Options(query_prompt=str(tmp_path / "mine.txt")))
     assert given.queries.length < own.queries.length
 
 
 def test_a_prompt_longer_than_its_room_is_cut_with_a_warning(original):
-    reward = load_videoreward(original, options=VideoRewardOptions(max_prompt_tokens=12))
+    reward = load(original, options=Options(max_prompt_tokens=12))
     with pytest.warns(UserWarning, match="max_prompt_tokens=12"):
         prepared = reward.prepare(["the quick brown fox", "🎈" * 50])
     assert prepared["input_ids"].shape == (2, reward.queries.length)
@@ -521,7 +522,7 @@ def test_wrong_videos_and_prompts_are_user_errors(reward):
 
 
 def test_more_tokens_than_places_is_a_user_error(original):
-    reward = load_videoreward(original, options=VideoRewardOptions(max_prompt_tokens=400, min_pixels=256))
+    reward = load(original, options=Options(max_prompt_tokens=400, min_pixels=256))
     with pytest.raises(UserError, match=r"^max_prompt_tokens: .* has 400 places"):
         reward.score(reward.params, noise(1), reward.prepare(["a"]))
 
@@ -529,7 +530,7 @@ def test_more_tokens_than_places_is_a_user_error(original):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"positions": "mrope"}, r"^videoreward\.positions: 'mrope' is not count or grid"),
+        ({"positions": "mrope"}, r"^videoreward\.positions: 'mrope' is not one of count, grid"),
         ({"video_fps": 0}, r"^videoreward\.video_fps"),
         ({"frames_at_a_time": 0}, r"^videoreward\.frames_at_a_time"),
         ({"min_pixels": 10**6}, r"^data_config\.max_frame_pixels: 200704 is less than min_pixels"),
@@ -540,7 +541,7 @@ def test_more_tokens_than_places_is_a_user_error(original):
 )
 def test_wrong_options_are_user_errors(original, options, message):
     with pytest.raises(UserError, match=message):
-        load_videoreward(original, options=VideoRewardOptions(**options))
+        load(original, options=Options(**options))
 
 
 def test_a_broken_folder_names_the_file_and_the_fix(folder):

@@ -1,33 +1,34 @@
-"""The analytic judge of the embedded world as a Reward that may look at results and never trains."""
+"""The analytic judge of the embedded world as a Reward that scores results and is never used for training."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
+import jax
 import numpy as np
 
+from vpo_jax.rewards.protocol import PyTree, repeat_rows
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.shapes import judge, world
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class JudgeReward:
-    """Its eight graded measures in clean clips' standard deviations, and their mean, `overall`; see `Reward`."""
+    """Its eight graded measures in clean videos' standard deviations, and their mean, `overall`; see `Reward`."""
 
     name: str = "judge"
     dimensions: tuple[str, ...] = ("overall", *judge.MEASURES)
-    # From what hopeless clips get to the best that a clean one gets.
+    # From what hopeless videos get to the best that a clean one gets.
     ranges: tuple[tuple[float, float], ...] = ((-20.0, 5.0),) * (1 + len(judge.MEASURES))
     trains: bool = False
     jittable: bool = False
-    params: Any = dataclasses.field(default_factory=dict)
+    params: PyTree = dataclasses.field(default_factory=dict)
 
     def frame_indices(self, num_frames: int) -> tuple[int, ...]:
         """All frames: flicker and jitter live between neighbours."""
         return tuple(range(num_frames))
 
     def prepare(self, prompts: Sequence[str]) -> np.ndarray:
-        """What the captions name, int32 [B, 5].
+        """What the captions name, int32 [P, 5].
 
         Raises:
           UserError: a prompt is no caption of the embedded world.
@@ -41,9 +42,9 @@ class JudgeReward:
                 )
         return np.array(rows, np.int32)
 
-    def score(self, params: Any, videos: Any, prepared: Any) -> np.ndarray:
-        """uint8 [B, F, 32, 32, 3] -> float32 [B, 9]."""
-        captions = [world.make_caption(row) for row in np.asarray(prepared)]
+    def score(self, params: PyTree, videos: jax.Array | np.ndarray, prepared: PyTree) -> np.ndarray:
+        """uint8 [P * N, F, 32, 32, 3] -> float32 [P * N, 9]."""
+        captions = [world.make_caption(row) for row in repeat_rows(np.asarray(prepared), len(videos))]
         measures = judge.measure(np.asarray(videos), captions)
         graded = judge.in_clean_deviations(measures)
         columns = [judge.overall(measures), *(graded[name] for name in judge.MEASURES)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vpo_jax.recipes import fit_niqe, textures
-from vpo_jax.rewards import niqe
+from vpo_jax.rewards.classical import niqe
 
 _features = jax.jit(niqe.patch_features)
 

@@ -12,14 +12,13 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from vpo_jax.checkpoints import safetensors_io as io
-from vpo_jax.checkpoints import videoreward
 from vpo_jax.checkpoints.keys import from_torch, init_shapes
-from vpo_jax.checkpoints.scorer_folder import write_scorer_folder
+from vpo_jax.checkpoints.scorer_folder import read_tokenizer, write_scorer_folder
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
-from vpo_jax.runtime.errors import UserError
+from vpo_jax.rewards.protocol import PyTree
 from vpo_jax.runtime.trees import cast_floating
 
-CLASS = "VideoScorer"
+CLASSES = ("VideoScorer",)  # what config.json calls it
 _PAD, _UNKNOWN = "[PAD]", "[UNK]"
 
 
@@ -34,7 +33,7 @@ class ScorerParts:
     """
 
     config: VideoScorerConfig
-    params: Any
+    params: PyTree
     tokenizer: Tokenizer
 
 
@@ -54,24 +53,6 @@ def encode_captions(tokenizer: Tokenizer, captions: Sequence[str]) -> np.ndarray
     return np.array([encoding.ids for encoding in tokenizer.encode_batch(list(captions))], np.int32)
 
 
-def scorer_class(folder: str | Path) -> str:
-    """The class of the scorer in `folder`: `_class_name`, or transformers' first of `architectures`.
-
-    A folder with model_config.json and no config.json is a VideoReward as it is published.
-
-    Raises:
-        UserError: there is no such folder, or no scorer in it.
-    """
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder; a scorer is a folder with config.json in it")
-    if not (Path(folder) / "config.json").is_file() and (Path(folder) / videoreward.SETTINGS_FILE).is_file():
-        return videoreward.CLASSES[0]
-    config = io.read_json(Path(folder) / "config.json")
-    architectures = config.get("architectures")
-    named = architectures[0] if isinstance(architectures, list) and architectures else None
-    return str(config.get("_class_name", named))
-
-
 def read_scorer(folder: str | Path) -> ScorerParts:
     """The scorer in `folder`, with parameters in float32.
 
@@ -80,24 +61,14 @@ def read_scorer(folder: str | Path) -> ScorerParts:
     """
     folder = Path(folder)
     config = VideoScorerConfig.from_dict(io.read_json(folder / "config.json"))
-    where = folder / "tokenizer.json"
-    io.read_json(where)
-    try:
-        tokenizer = Tokenizer.from_file(str(where))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{where}: not a tokenizer ({error}); copy it again") from error
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise UserError(
-            f"{where}: {tokenizer.get_vocab_size()} tokens, but config.json has vocab_size {config.vocab_size}; "
-            "use the tokenizer that belongs to this scorer"
-        )
+    tokenizer = read_tokenizer(folder, config.vocab_size)
     tokenizer.enable_truncation(config.max_length)
     tokenizer.enable_padding(pad_id=0, pad_token=_PAD, length=config.max_length)
     state = io.read_weights(folder, io.TRANSFORMERS_STEM)
     return ScorerParts(config, from_torch(state, scorer_shapes(config), str(folder)), tokenizer)
 
 
-def scorer_shapes(config: VideoScorerConfig) -> dict[str, Any]:
+def scorer_shapes(config: VideoScorerConfig) -> PyTree:
     """The tree of `ShapeDtypeStruct` of a scorer's parameters."""
     video = (1, config.num_frames, config.image_size, config.image_size, 3)
     return init_shapes(

@@ -3,15 +3,17 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer
 
-from vpo_jax.checkpoints.scorers import encode_captions, read_scorer
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
-from vpo_jax.rewards.protocol import even_indices
+from vpo_jax.rewards.protocol import PyTree, even_indices, repeat_rows
+from vpo_jax.rewards.shapes.folder import encode_captions, read_scorer
+
+SHIPPED = Path(__file__).resolve().parents[2] / "shapes" / "assets" / "scorer"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,8 +22,8 @@ class VideoScorerReward:
 
     name: str
     config: VideoScorerConfig
-    params: Any
-    tokenizer: Any
+    params: PyTree
+    tokenizer: Tokenizer
     trains: bool = True
     jittable: bool = True
 
@@ -40,23 +42,24 @@ class VideoScorerReward:
         return even_indices(num_frames, self.config.num_frames)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Token ids, int32 [B, L]."""
+        """Token ids, int32 [P, L]."""
         return {"input_ids": encode_captions(self.tokenizer, prompts)}
 
-    def score(self, params: Any, videos: jax.Array | np.ndarray, prepared: Any) -> jax.Array:
-        """uint8 [B, f, H, W, 3] -> float32 [B, dimensions]; clips of another size are resized."""
+    def score(self, params: PyTree, videos: jax.Array | np.ndarray, prepared: PyTree) -> jax.Array:
+        """uint8 [P * N, f, H, W, 3] -> float32 [P * N, dimensions]; videos of another size are resized."""
         videos = jnp.asarray(videos)
         if videos.shape[1] == 1:
-            videos = jnp.repeat(videos, 2, axis=1)  # a still image is a clip in which nothing happens
+            videos = jnp.repeat(videos, 2, axis=1)  # a still image is a video in which nothing happens
         size = self.config.image_size
         if videos.shape[2:4] != (size, size):
             shape = (*videos.shape[:2], size, size, 3)
             resized = jax.image.resize(videos.astype(jnp.float32), shape, "linear", antialias=True)
             videos = jnp.clip(jnp.round(resized), 0, 255).astype(jnp.uint8)
-        return jnp.asarray(VideoScorer(self.config).apply({"params": params}, videos, prepared["input_ids"]))
+        ids = repeat_rows(prepared["input_ids"], len(videos))
+        return jnp.asarray(VideoScorer(self.config).apply({"params": params}, videos, ids))
 
 
-def load_video_scorer(folder: str | Path, name: str | None = None) -> VideoScorerReward:
+def load(folder: str | Path, name: str | None = None) -> VideoScorerReward:
     """The scorer of a folder; it is called by the folder's name unless `name` is given.
 
     Raises:
@@ -64,3 +67,8 @@ def load_video_scorer(folder: str | Path, name: str | None = None) -> VideoScore
     """
     parts = read_scorer(folder)
     return VideoScorerReward(name or Path(folder).resolve().name, parts.config, parts.params, parts.tokenizer)
+
+
+def load_shipped() -> VideoScorerReward:
+    """The scorer of the embedded world that ships with the package."""
+    return load(SHIPPED, "shapes")

@@ -23,10 +23,12 @@ from tokenizers import AddedToken, Tokenizer
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import from_torch, init_shapes
 from vpo_jax.checkpoints.lora_merge import adapter_scale, merge_lora, unwrapped
-from vpo_jax.checkpoints.videoscore import DTYPES, QUERY_FILE, read_plain_tokenizer, read_query
+from vpo_jax.checkpoints.scorer_folder import check_dtype, dtype_to_load, read_plain_tokenizer, read_text
 from vpo_jax.models.config_fields import require
 from vpo_jax.models.qwen2_vl import Qwen2VLRewardModel
 from vpo_jax.models.qwen2_vl_config import Qwen2VLConfig
+from vpo_jax.rewards.protocol import PyTree
+from vpo_jax.rewards.query import QUERY_FILE
 from vpo_jax.runtime.errors import UserError
 
 # The authors' class, and that of the Qwen2-VL whose config.json a folder may hold.
@@ -45,7 +47,7 @@ class RewardSettings:
     Attributes:
         max_frame_pixels: most pixels of a frame that the model sees.
         fps: frames a second that it sees, where num_frames is None.
-        num_frames: that it sees of a clip of any length.
+        num_frames: that it sees of a video of any length.
         outputs: of the head, 1 or 3.
         mean, std: of the three scores over the authors' data: (score - mean) / std is given out; None gives raw ones.
     """
@@ -72,7 +74,7 @@ class VideoRewardParts:
     """
 
     config: Qwen2VLConfig
-    params: Any
+    params: PyTree
     tokenizer: Tokenizer
     image_processor: Mapping[str, Any]
     settings: RewardSettings
@@ -90,8 +92,7 @@ def read_videoreward(folder: str | Path, dtype: str = "") -> VideoRewardParts:
         UserError: a file is missing, damaged, or does not belong to the others.
     """
     folder = Path(folder)
-    if dtype and dtype not in DTYPES:
-        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     raw = io.read_json(folder / SETTINGS_FILE)
     settings = read_settings(raw, folder / SETTINGS_FILE)
     weights = _weights_folder(folder)
@@ -100,7 +101,7 @@ def read_videoreward(folder: str | Path, dtype: str = "") -> VideoRewardParts:
     config = Qwen2VLConfig.from_dict(io.read_json(_find_config(places)))
     processor = _find("preprocessor_config.json", places)
     image_processor = io.read_json(processor) if processor.is_file() else {}
-    query = read_query(folder / QUERY_FILE) if (folder / QUERY_FILE).is_file() else None
+    query = read_text(folder / QUERY_FILE) if (folder / QUERY_FILE).is_file() else None
 
     state = _read_state(weights, base, raw, folder / SETTINGS_FILE)
     head = state.get(_HEAD)
@@ -120,12 +121,12 @@ def read_videoreward(folder: str | Path, dtype: str = "") -> VideoRewardParts:
     text = dataclasses.replace(config.text, vocab_size=len(state[_EMBEDDING]))
     config = dataclasses.replace(config, text=text)
     tokenizer = _read_tokenizer(_find("tokenizer.json", places).parent, text.vocab_size)
-    wanted = DTYPES[dtype or ("bfloat16" if state[_EMBEDDING].dtype == jnp.bfloat16 else "float32")]
-    params = from_torch(state, videoreward_shapes(config, settings.outputs), str(weights), wanted)
+    shapes = videoreward_shapes(config, settings.outputs)
+    params = from_torch(state, shapes, str(weights), dtype_to_load(dtype, state[_EMBEDDING]))
     return VideoRewardParts(config, params, tokenizer, image_processor, settings, query)
 
 
-def videoreward_shapes(config: Qwen2VLConfig, outputs: int) -> dict[str, Any]:
+def videoreward_shapes(config: Qwen2VLConfig, outputs: int) -> PyTree:
     """The tree of `ShapeDtypeStruct` of the parameters, computing nothing."""
     vision = config.vision
     return init_shapes(

@@ -3,14 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpo_jax.rewards.flow import LEAST, optical_flow, shrink, warp, working_size
-from vpo_jax.rewards.niqe import Pristine, niqe, read_pristine
+from vpo_jax.rewards.classical.flow import LEAST, optical_flow, shrink, warp, working_size
+from vpo_jax.rewards.classical.niqe import Pristine, niqe, read_pristine
+from vpo_jax.rewards.protocol import PyTree
 from vpo_jax.runtime.errors import UserError
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
@@ -87,7 +87,7 @@ def exposure(luma: jax.Array) -> jax.Array:
 
 
 def measure(video: jax.Array, pristine: Pristine) -> dict[str, jax.Array]:
-    """Every measure of one clip, uint8 [F, H, W, 3]; higher is better. `naturalness` is minus NIQE."""
+    """Every measure of one video, uint8 [F, H, W, 3]; higher is better. `naturalness` is minus NIQE."""
     pixels = video.astype(jnp.float32)
     luma = jnp.sum(pixels * LUMA, axis=-1)
     consistency, dynamic = motion(luma)
@@ -106,7 +106,7 @@ def measure(video: jax.Array, pristine: Pristine) -> dict[str, jax.Array]:
 class ClassicalReward:
     """The measures of `measure` on videos of any size from 32 pixels and any number of frames; see `Reward`.
 
-    They say how a video looks, never whether it shows what the prompt says. A frozen, smooth clip is steady: read
+    They say how a video looks, never whether it shows what the prompt says. A frozen, smooth video is steady: read
     `flicker_free` and `warp_consistency` beside `dynamic_degree`.
     """
 
@@ -115,19 +115,19 @@ class ClassicalReward:
     ranges: tuple[tuple[float, float], ...] = tuple(RANGES.values())
     trains: bool = False
     jittable: bool = True
-    clips_at_a_time: int = 8
-    params: Any = dataclasses.field(default_factory=read_pristine)
+    videos_at_a_time: int = 8
+    params: Pristine = dataclasses.field(default_factory=read_pristine)
 
     def frame_indices(self, num_frames: int) -> tuple[int, ...]:
         """All frames: flicker and flow live between neighbours."""
         return tuple(range(num_frames))
 
     def prepare(self, prompts: Sequence[str]) -> np.ndarray:
-        """Nothing of the prompts is read: float32 [B, 0]."""
+        """Nothing of the prompts is read: float32 [P, 0]."""
         return np.zeros((len(prompts), 0), np.float32)
 
-    def score(self, params: Any, videos: jax.Array | np.ndarray, prepared: Any) -> jax.Array:
-        """uint8 [B, F, H, W, 3] -> float32 [B, 7].
+    def score(self, params: Pristine, videos: jax.Array | np.ndarray, prepared: PyTree) -> jax.Array:
+        """uint8 [P * N, F, H, W, 3] -> float32 [P * N, 7].
 
         Raises:
           UserError: a side below 32 pixels.

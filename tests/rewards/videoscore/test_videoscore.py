@@ -12,12 +12,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import to_torch
-from vpo_jax.checkpoints.videoscore import videoscore_shapes
 from vpo_jax.models.attention import BACKENDS
 from vpo_jax.models.idefics2_config import Idefics2Config
 from vpo_jax.rewards.loading import load_reward, load_scorer
 from vpo_jax.rewards.protocol import DIMENSIONS, Reward
-from vpo_jax.rewards.videoscore import VideoScoreOptions, choose_frames, load_videoscore
+from vpo_jax.rewards.videoscore import Options, load
+from vpo_jax.rewards.videoscore.folder import videoscore_shapes
+from vpo_jax.rewards.videoscore.reward import choose_frames
 from vpo_jax.runtime.errors import UserError
 
 QUERY = 'Rate the video of "{text_prompt}" {well}.\nFrames: \n'
@@ -200,7 +201,7 @@ def test_the_scorer_fills_its_last_batch(original):
 
 def test_vision_in_parts_gives_the_same_scores(original, reward, score):
     videos, prepared = noise(3), reward.prepare(PROMPTS)
-    parts = load_videoscore(original, options=VideoScoreOptions(frames_at_a_time=1))
+    parts = load(original, options=Options(frames_at_a_time=1))
     np.testing.assert_allclose(
         jax.jit(parts.score)(parts.params, videos, prepared), score(reward.params, videos, prepared), rtol=0, atol=1e-5
     )
@@ -212,10 +213,10 @@ def test_shards_and_bfloat16_load(folder, reward):
     (folder / "model.safetensors").unlink()
     io.write_weights(folder, "model", state, max_shard_bytes=4000)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    stored = load_videoscore(folder)
+    stored = load(folder)
     assert {leaf.dtype for leaf in jax.tree.leaves(stored.params)} == {jnp.dtype(jnp.bfloat16)}
     assert stored.model.dtype == jnp.bfloat16
-    exact = load_videoscore(folder, options=VideoScoreOptions(dtype="float32"))
+    exact = load(folder, options=Options(dtype="float32"))
     assert {leaf.dtype for leaf in jax.tree.leaves(exact.params)} == {jnp.dtype(jnp.float32)}
 
 
@@ -232,17 +233,17 @@ def test_frames_are_chosen_as_published(count):
 def test_without_a_query_prompt_a_warning_says_so(folder, tmp_path):
     (folder / "query_prompt.txt").unlink()
     with pytest.warns(UserWarning, match=r"no query_prompt\.txt.*REGRESSION_QUERY_PROMPT"):
-        own = load_videoscore(folder)
+        own = load(folder)
     assert own.queries.length > 100
     (tmp_path / "mine.txt").write_text("Is it {text_prompt}? ")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        given = load_videoscore(folder, options=VideoScoreOptions(query_prompt=str(tmp_path / "mine.txt")))
+        given = load(folder, options=Options(query_prompt=str(tmp_path / "mine.txt")))
     assert given.queries.length < own.queries.length
 
 
 def test_a_prompt_longer_than_its_room_is_cut_with_a_warning(original):
-    reward = load_videoscore(original, options=VideoScoreOptions(max_prompt_tokens=12))
+    reward = load(original, options=Options(max_prompt_tokens=12))
     with pytest.warns(UserWarning, match="max_prompt_tokens=12"):
         prepared = reward.prepare(["the quick brown fox", "🎈" * 50])
     assert prepared["input_ids"].shape == (2, reward.queries.length)
@@ -258,7 +259,7 @@ def test_special_words_in_a_prompt_are_words(reward):
 
 
 def test_prompts_are_encoded_once(original):
-    reward = load_videoscore(original)
+    reward = load(original)
     calls = []
     encode = reward.queries._tokenizer.encode
     reward.queries._tokenizer = type("Counting", (), {"encode": lambda _, text: calls.append(text) or encode(text)})()
@@ -285,7 +286,7 @@ def test_wrong_videos_are_user_errors(reward):
 
 
 def test_more_tokens_than_places_is_a_user_error(original):
-    reward = load_videoscore(original, options=VideoScoreOptions(max_prompt_tokens=300))
+    reward = load(original, options=Options(max_prompt_tokens=300))
     with pytest.raises(UserError, match=r"^max_prompt_tokens: .* has 400 places"):
         reward.score(reward.params, noise(1, frames=16), reward.prepare(["a"]))
 
@@ -303,7 +304,7 @@ def test_more_tokens_than_places_is_a_user_error(original):
 )
 def test_wrong_options_are_user_errors(original, options, message):
     with pytest.raises(UserError, match=message):
-        load_videoscore(original, options=VideoScoreOptions(**options))
+        load(original, options=Options(**options))
 
 
 def test_the_attention_of_the_options_is_what_attends(original, monkeypatch):
@@ -314,7 +315,7 @@ def test_the_attention_of_the_options_is_what_attends(original, monkeypatch):
         return BACKENDS["xla"](*arguments)
 
     monkeypatch.setitem(BACKENDS, "counted", counted)
-    plain, chosen = (load_videoscore(original, options=VideoScoreOptions(attention=a)) for a in ("xla", "counted"))
+    plain, chosen = (load(original, options=Options(attention=a)) for a in ("xla", "counted"))
     scores = [np.asarray(r.score(r.params, noise(1), r.prepare(["a"]))) for r in (plain, chosen)]
     assert len(used) >= 3  # vision, perceiver, text
     np.testing.assert_array_equal(*scores)
@@ -357,7 +358,7 @@ def test_settings_are_read_from_processor_config_too(folder):
     (folder / "preprocessor_config.json").unlink()
     whole = {"image_processor": settings | {"image_mean": [0.1, 0.2, 0.3]}, "image_seq_len": TOKENS}
     (folder / "processor_config.json").write_text(json.dumps(whole))
-    assert load_videoscore(folder).frames.mean == (0.1, 0.2, 0.3)
+    assert load(folder).frames.mean == (0.1, 0.2, 0.3)
     (folder / "processor_config.json").write_text(json.dumps(whole | {"image_seq_len": 64}))
     with pytest.raises(UserError, match="image_seq_len is 64"):
-        load_videoscore(folder)
+        load(folder)

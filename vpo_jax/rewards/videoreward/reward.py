@@ -4,45 +4,47 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpo_jax.checkpoints.videoreward import REWARD_TOKENS, RewardSettings, read_videoreward
-from vpo_jax.checkpoints.videoscore import QUERY_FILE, read_query
-from vpo_jax.models.config_fields import require, require_int
+from vpo_jax.checkpoints.scorer_folder import read_text
+from vpo_jax.models.config_fields import require
 from vpo_jax.models.qwen2_vl import Qwen2VLRewardModel, count_positions, grid_positions
-from vpo_jax.rewards.frames import SmartFrameSettings, prepare_frames, see_in_parts
-from vpo_jax.rewards.model_options import ModelOptions, check_attention, check_videos
-from vpo_jax.rewards.query import OWN_REWARD_INSTRUCTION, VideoQueryEncoder
+from vpo_jax.rewards.frames import prepare_frames, see_in_parts
+from vpo_jax.rewards.options import ModelOptions, check_attention, check_options, option
+from vpo_jax.rewards.protocol import PyTree, check_videos, repeat_rows
+from vpo_jax.rewards.query import QUERY_FILE
+from vpo_jax.rewards.videoreward.folder import REWARD_TOKENS, RewardSettings, read_videoreward
+from vpo_jax.rewards.videoreward.frames import SmartFrameSettings
+from vpo_jax.rewards.videoreward.query import OWN_INSTRUCTION, HeadQueries, VideoQueryEncoder
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import BATCH, constrain
 
 REWARD_DIMENSIONS = ("visual_quality", "motion_quality", "text_to_video_alignment")
-_MIN_FRAMES = 4  # of a clip that has as many (FPS_MIN_FRAMES of its authors' vision_process.py)
+_MIN_FRAMES = 4  # of a video that has as many (FPS_MIN_FRAMES of its authors' vision_process.py)
 # Scores leave with mean 0 and deviation 1 over the authors' data; raw ones have the published means and deviations
 # of about 3 and 2.
 _NORMALISED, _RAW = (-3.0, 3.0), (-4.0, 10.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoRewardOptions(ModelOptions):
+class Options(ModelOptions):
     """How a VideoReward is run; more in `ModelOptions`. Its query prompt names each reward token once.
 
     Attributes:
       positions: "count", as the published scorer was trained and is run, or "grid", Qwen2-VL's own of three axes.
-      num_frames: that it looks at, even; 0 takes those of model_config.json, which may follow from frames a second.
-      video_fps: frames a second of the clips that it is given.
+      num_frames: that it reads, even; 0 takes those of model_config.json, which may follow from frames a second.
+      video_fps: frames a second of the videos that it is given.
       min_pixels: least pixels of a frame that the model sees; the most are in model_config.json.
     """
 
-    positions: str = "count"
-    num_frames: int = 0
-    video_fps: float = 8.0
-    min_pixels: int = 128 * 28 * 28
-    frames_at_a_time: int = 8
+    positions: str = option("count", choices=("count", "grid"))
+    num_frames: int = option(0, low=0)
+    video_fps: float = option(8.0, above=0.0, in_config=True)
+    min_pixels: int = option(128 * 28 * 28, low=1)
+    frames_at_a_time: int = option(8, low=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,11 +53,11 @@ class VideoRewardReward:
 
     name: str
     model: Qwen2VLRewardModel
-    params: Any
-    queries: VideoQueryEncoder
+    params: PyTree
+    queries: HeadQueries
     frames: SmartFrameSettings
     settings: RewardSettings
-    options: VideoRewardOptions
+    options: Options
     dimensions: tuple[str, ...] = REWARD_DIMENSIONS
     trains: bool = True
     jittable: bool = True
@@ -66,15 +68,15 @@ class VideoRewardReward:
         return (_RAW if self.settings.mean is None else _NORMALISED,) * len(self.dimensions)
 
     @property
-    def clips_at_a_time(self) -> int:
-        """Clips that fit into memory beside the weights."""
-        return self.options.clips_at_a_time
+    def videos_at_a_time(self) -> int:
+        """Videos that fit into memory beside the weights."""
+        return self.options.videos_at_a_time
 
     def frame_indices(self, num_frames: int) -> tuple[int, ...]:
         """An even number of them, from the first to the last.
 
         Raises:
-          UserError: a clip of one frame.
+          UserError: a video of one frame.
         """
         seconds = num_frames / self.options.video_fps
         fixed = self.options.num_frames or self.settings.num_frames
@@ -82,7 +84,7 @@ class VideoRewardReward:
         return choose_frames(num_frames, wanted, self.model.config.vision.temporal_patch_size, self.name)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Token ids of the question and which of them are real: int32 and bool [B, L].
+        """Token ids of the question and which of them are real: int32 and bool [P, L].
 
         Raises:
           UserError: an empty prompt.
@@ -95,19 +97,18 @@ class VideoRewardReward:
             )
         return self.queries(prompts)
 
-    def score(self, params: Any, videos: jax.Array | np.ndarray, prepared: Any) -> jax.Array:
-        """uint8 [B, f, H, W, 3] -> float32 [B, 3], normalised where model_config.json says how.
+    def score(self, params: PyTree, videos: jax.Array | np.ndarray, prepared: PyTree) -> jax.Array:
+        """uint8 [P * N, f, H, W, 3] -> float32 [P * N, 3], normalised where model_config.json says how.
 
-        `prepared` has a row for each video, or fewer: with P rows each is for the B / P videos side by side that were
-        made for it (a prompt's candidates). A video stands before its prompt, so nothing can be read once for several.
+        A video stands before its prompt, so nothing can be read once for several candidates.
 
         Raises:
           UserError: other videos than those, an odd number of frames, or more tokens than the model has places.
         """
         videos = jnp.asarray(videos)
-        text, text_mask = (jnp.asarray(prepared[name]) for name in ("input_ids", "mask"))  # [P, L]
-        grid = self._check(videos, len(text))
-        text, text_mask = (jnp.repeat(x, len(videos) // len(text), axis=0) for x in (text, text_mask))
+        grid = self._check(videos)
+        rows = repeat_rows({name: jnp.asarray(prepared[name]) for name in ("input_ids", "mask")}, len(videos))
+        text, text_mask = rows["input_ids"], rows["mask"]  # [P * N, L]
         pads = np.full(np.prod(grid), self.model.config.video_token_id, np.int32)
         head = jnp.asarray(np.concatenate([self.queries.head_ids, pads]))
         ids = jnp.concatenate([jnp.broadcast_to(head, (len(videos), len(head))), text], axis=1)
@@ -122,7 +123,7 @@ class VideoRewardReward:
             return scores
         return (scores - np.array(self.settings.mean, np.float32)) / np.array(self.settings.std, np.float32)
 
-    def _see(self, variables: Any, videos: jax.Array) -> jax.Array:
+    def _see(self, variables: PyTree, videos: jax.Array) -> jax.Array:
         """Tokens of all frames, [B, T, C]."""
 
         def of_some(part: jax.Array) -> jax.Array:  # [B, g, H, W, 3]
@@ -132,9 +133,9 @@ class VideoRewardReward:
         unit = self.model.config.vision.temporal_patch_size
         return see_in_parts(of_some, videos, self.options.frames_at_a_time, unit)
 
-    def _check(self, videos: jax.Array, prompts: int) -> tuple[int, int, int]:
+    def _check(self, videos: jax.Array) -> tuple[int, int, int]:
         """The grid of a video's tokens: times, rows, columns."""
-        check_videos(videos, prompts)
+        check_videos(videos)
         frames, vision = videos.shape[1], self.model.config.vision
         if frames % vision.temporal_patch_size:
             raise UserError(
@@ -154,22 +155,20 @@ class VideoRewardReward:
 
 
 def choose_frames(num_frames: int, wanted: float, unit: int, name: str) -> tuple[int, ...]:
-    """Which of a clip's frames VideoReward looks at: `wanted`, or as many as there are, in a multiple of `unit`.
+    """Which of a video's frames VideoReward reads: `wanted`, or as many as there are, in a multiple of `unit`.
 
     From the first to the last, rounded (sample_type "uniform" of its authors' vision_process.py).
 
     Raises:
-      UserError: a clip of fewer frames than `unit`.
+      UserError: a video of fewer frames than `unit`.
     """
     count = round(min(wanted, num_frames // unit * unit) / unit) * unit
     if count < unit:
-        raise UserError(f"videos: {num_frames} frames, and {name} needs {unit} or more; give longer clips")
+        raise UserError(f"videos: {num_frames} frames, and {name} needs {unit} or more; give longer videos")
     return tuple(int(place) for place in np.linspace(0, num_frames - 1, count).round())
 
 
-def load_videoreward(
-    folder: str | Path, name: str | None = None, options: VideoRewardOptions | None = None
-) -> VideoRewardReward:
+def load(folder: str | Path, name: str | None = None, options: Options | None = None) -> VideoRewardReward:
     """The VideoReward of a folder, in float32 or bfloat16 as it is stored; a LoRA is merged into its base.
 
     Its training's question is DETAILED_PROMPT_WITH_SPECIAL_TOKEN in prompt_template.py of its authors' repository,
@@ -179,17 +178,17 @@ def load_videoreward(
     it none; `positions` is "count" for that reason.
 
     Args:
-      folder: see `checkpoints.videoreward`.
+      folder: see `rewards.videoreward.folder`.
       name: what it is called; the folder's name if left out.
       options: how it is run.
 
     Raises:
       UserError: as `read_videoreward`; an option or the query prompt that cannot be used.
     """
-    options = options or VideoRewardOptions()
-    _check_options(options)
+    options = options or Options()
+    check_options("videoreward", options)
     parts = read_videoreward(folder, options.dtype)
-    query = read_query(options.query_prompt) if options.query_prompt else parts.query_prompt
+    query = read_text(options.query_prompt) if options.query_prompt else parts.query_prompt
     if query is None:
         warnings.warn(
             f"{folder}: no {QUERY_FILE}, so the scorer is asked in other words than it was trained with and its "
@@ -197,7 +196,7 @@ def load_videoreward(
             "repository (prompt_template.py) into that file",
             stacklevel=2,
         )
-        query = OWN_REWARD_INSTRUCTION
+        query = OWN_INSTRUCTION
     config, settings = parts.config, parts.settings
     queries = VideoQueryEncoder(parts.tokenizer, query, config.video_token_id, REWARD_TOKENS, options.max_prompt_tokens)
     most = settings.max_frame_pixels
@@ -213,12 +212,3 @@ def load_videoreward(
     return VideoRewardReward(
         name or Path(folder).resolve().name, model, parts.params, queries, frames, settings, options
     )
-
-
-def _check_options(options: VideoRewardOptions) -> None:
-    require_int("videoreward", options, ("min_pixels", "frames_at_a_time", "clips_at_a_time"))
-    require_int("videoreward", options, ("num_frames", "max_prompt_tokens"), minimum=0)
-    rate = options.video_fps
-    require(isinstance(rate, (int, float)) and rate > 0, "videoreward.video_fps", f"must be above zero, found {rate!r}")
-    known = ("count", "grid")
-    require(options.positions in known, "videoreward.positions", f"{options.positions!r} is not count or grid")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vpo_jax.recipes import textures
-from vpo_jax.rewards.flow import gaussian, optical_flow, shrink, warp, working_size
+from vpo_jax.rewards.classical.flow import gaussian, optical_flow, shrink, warp, working_size
 
 ANGLE = 0.5
 _flow = jax.jit(optical_flow)

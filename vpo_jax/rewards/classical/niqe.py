@@ -2,8 +2,8 @@
 
 Luma less its local mean over its local deviation (MSCN) is close to a generalised Gaussian in clean pictures, and
 changes with blur, noise and blocks. 18 parameters of its shape at each of two scales, taken from patches, are compared
-with a Gaussian fitted to clean patches. As published, but for: patches of 32 pixels, so that small clips have one; the
-patches of all frames of a clip taken together; several clean models, of which the nearest counts.
+with a Gaussian fitted to clean patches. As published, but for: patches of 32 pixels, so that small videos have one; the
+patches of all frames of a video taken together; several clean models, of which the nearest counts.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import gammaln
 
-from vpo_jax.rewards.flow import gaussian, shrink
+from vpo_jax.rewards.classical.flow import gaussian, shrink
 
 PATCH = 32  # pixels; half of it at the second scale
 FEATURES = 36
@@ -61,7 +61,7 @@ def read_pristine() -> Pristine:
 
 
 def niqe(pristine: Pristine, luma: jax.Array) -> jax.Array:
-    """Distance of a clip's patches from the nearest clean model: luma [F, H, W] in shades -> scalar, 0 up.
+    """Distance of a video's patches from the nearest clean model: luma [F, H, W] in shades -> scalar, 0 up.
 
     sqrt(d' ((S_clean + S_clip) / 2)^-1 d) with d the difference of the means; a single patch has S_clip = 0.
     """

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from vpo_jax.recipes import textures
-from vpo_jax.rewards.classical import RANGES
-from vpo_jax.rewards.flow import gaussian
+from vpo_jax.rewards.classical.flow import gaussian
+from vpo_jax.rewards.classical.reward import RANGES
 from vpo_jax.rewards.loading import load_rewards, load_scorer
 from vpo_jax.rewards.protocol import Reward
 from vpo_jax.runtime.errors import UserError

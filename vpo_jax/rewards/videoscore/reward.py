@@ -4,35 +4,36 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpo_jax.checkpoints.videoscore import QUERY_FILE, read_query, read_videoscore
-from vpo_jax.models.config_fields import require, require_int
+from vpo_jax.checkpoints.scorer_folder import read_text
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
-from vpo_jax.rewards.frames import FrameSettings, prepare_frames, see_in_parts
-from vpo_jax.rewards.model_options import ModelOptions, check_attention, check_videos
-from vpo_jax.rewards.protocol import DIMENSIONS
-from vpo_jax.rewards.query import OWN_INSTRUCTION, QueryEncoder
+from vpo_jax.rewards.frames import prepare_frames, see_in_parts
+from vpo_jax.rewards.options import ModelOptions, check_attention, check_options, option
+from vpo_jax.rewards.protocol import DIMENSIONS, PyTree, candidates_of, check_videos
+from vpo_jax.rewards.query import QUERY_FILE
+from vpo_jax.rewards.videoscore.folder import read_videoscore
+from vpo_jax.rewards.videoscore.frames import FrameSettings
+from vpo_jax.rewards.videoscore.query import OWN_INSTRUCTION, FrameQueries, QueryEncoder
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import BATCH, constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoScoreOptions(ModelOptions):
+class Options(ModelOptions):
     """How a VideoScore is run; more in `ModelOptions`.
 
     Attributes:
       frame_choice: "arange" as in its authors' example, "linspace" as in their benchmark (first to last frame, a
-        short clip's frames more than once).
-      max_frames: most frames that it looks at: 16 for v1, up to 48 for v1.1.
+        short video's frames more than once).
+      max_frames: most frames that it reads: 16 for v1, up to 48 for v1.1.
     """
 
-    frame_choice: str = "arange"
-    max_frames: int = 16
+    frame_choice: str = option("arange", choices=("arange", "linspace"), in_config=True)
+    max_frames: int = option(16, low=1, in_config=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,54 +42,54 @@ class VideoScoreReward:
 
     name: str
     model: Idefics2ForSequenceClassification
-    params: Any
-    queries: QueryEncoder
+    params: PyTree
+    queries: FrameQueries
     frames: FrameSettings
-    options: VideoScoreOptions
+    options: Options
     dimensions: tuple[str, ...] = DIMENSIONS
     ranges: tuple[tuple[float, float], ...] = ((1.0, 4.0),) * len(DIMENSIONS)
     trains: bool = True
     jittable: bool = True
 
     @property
-    def clips_at_a_time(self) -> int:
-        """Clips that fit into memory beside the weights."""
-        return self.options.clips_at_a_time
+    def videos_at_a_time(self) -> int:
+        """Videos that fit into memory beside the weights."""
+        return self.options.videos_at_a_time
 
     def frame_indices(self, num_frames: int) -> tuple[int, ...]:
         """At most `max_frames` of them, as `frame_choice` says."""
         return choose_frames(num_frames, self.options.max_frames, self.options.frame_choice)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Token ids of instruction and prompt, and which of them are real: int32 and bool [B, L]."""
+        """Token ids of instruction and prompt, and which of them are real: int32 and bool [P, L]."""
         return self.queries(prompts)
 
-    def score(self, params: Any, videos: jax.Array | np.ndarray, prepared: Any) -> jax.Array:
-        """uint8 [B, f, H, W, 3] -> float32 [B, 5], raw: nothing keeps them between 1 and 4.
+    def score(self, params: PyTree, videos: jax.Array | np.ndarray, prepared: PyTree) -> jax.Array:
+        """uint8 [P * N, f, H, W, 3] -> float32 [P * N, 5], raw: nothing keeps them between 1 and 4.
 
-        `prepared` has a row for each video, or fewer: with P rows each is read once, for the B / P videos side by
-        side that were made for it (a prompt's candidates).
+        Instruction and prompt stand before the frames and are read once for the N candidates of a prompt.
 
         Raises:
           UserError: other videos than those, more frames than `max_frames`, or more tokens than the model has places.
         """
         videos = jnp.asarray(videos)
         text, text_mask = (jnp.asarray(prepared[name]) for name in ("input_ids", "mask"))  # [P, L]
-        self._check(videos, len(text))
+        self._check(videos)
+        candidates = candidates_of(len(videos), len(text))
         one_row = jnp.asarray(np.tile(self.queries.frame_ids, videos.shape[1]))  # [f * K]
         ids = jnp.broadcast_to(one_row, (len(videos), len(one_row)))
         mask = jnp.ones(ids.shape, bool)
         variables = {"params": params}
         images = self._see(variables, videos)
-        if len(text) == len(videos):
+        if candidates == 1:
             ids, mask = jnp.concatenate([text, ids], axis=1), jnp.concatenate([text_mask, mask], axis=1)
             before = None
         else:
             before = self.model.apply(variables, text, text_mask, method="read")
-            before = jax.tree.map(lambda x: jnp.repeat(x, len(videos) // len(text), axis=0), before)
+            before = jax.tree.map(lambda x: jnp.repeat(x, candidates, axis=0), before)
         return jnp.asarray(self.model.apply(variables, ids, mask, images, before, method="judge"))
 
-    def _see(self, variables: Any, videos: jax.Array) -> jax.Array:
+    def _see(self, variables: PyTree, videos: jax.Array) -> jax.Array:
         """Tokens of all frames, [B, f, T, C]."""
 
         def of_some(part: jax.Array) -> jax.Array:  # [B, g, H, W, 3]
@@ -99,8 +100,8 @@ class VideoScoreReward:
 
         return see_in_parts(of_some, videos, self.options.frames_at_a_time)
 
-    def _check(self, videos: jax.Array, prompts: int) -> None:
-        check_videos(videos, prompts)
+    def _check(self, videos: jax.Array) -> None:
+        check_videos(videos)
         frames, most = videos.shape[1], self.options.max_frames
         if frames > most:
             raise UserError(
@@ -116,9 +117,9 @@ class VideoScoreReward:
 
 
 def choose_frames(num_frames: int, most: int, choice: str) -> tuple[int, ...]:
-    """Which of a clip's frames VideoScore looks at, ascending.
+    """Which of a video's frames VideoScore reads, ascending.
 
-    "arange" (the authors' run_videoscore.py): all of a short clip, else every (num_frames / most)-th from the first.
+    "arange" (the authors' run_videoscore.py): all of a short video, else every (num_frames / most)-th from the first.
     "linspace" (their benchmark): `most` of them from the first to the last, rounded down.
     """
     if choice == "linspace":
@@ -130,9 +131,7 @@ def choose_frames(num_frames: int, most: int, choice: str) -> tuple[int, ...]:
     return tuple(int(place) for place in places[:most])
 
 
-def load_videoscore(
-    folder: str | Path, name: str | None = None, options: VideoScoreOptions | None = None
-) -> VideoScoreReward:
+def load(folder: str | Path, name: str | None = None, options: Options | None = None) -> VideoScoreReward:
     """The VideoScore of a folder, v1 or v1.1, in float32 or bfloat16 as it is stored.
 
     Its training's instruction is REGRESSION_QUERY_PROMPT in examples/run_videoscore.py of its authors' repository,
@@ -147,10 +146,10 @@ def load_videoscore(
     Raises:
       UserError: as `read_videoscore`; an option or the query prompt that cannot be used.
     """
-    options = options or VideoScoreOptions()
-    _check_options(options)
+    options = options or Options()
+    check_options("videoscore", options)
     parts = read_videoscore(folder, len(DIMENSIONS), options.dtype)
-    query = read_query(options.query_prompt) if options.query_prompt else parts.query_prompt
+    query = read_text(options.query_prompt) if options.query_prompt else parts.query_prompt
     if query is None:
         warnings.warn(
             f"{folder}: no {QUERY_FILE}, so the scorer is asked in other words than it was trained with and its "
@@ -172,11 +171,3 @@ def load_videoscore(
             f"{config.vision.patch_size}; use the file that belongs to this scorer"
         )
     return VideoScoreReward(name or Path(folder).resolve().name, model, parts.params, queries, frames, options)
-
-
-def _check_options(options: VideoScoreOptions) -> None:
-    counts = ("max_frames", "frames_at_a_time", "clips_at_a_time")
-    require_int("videoscore", options, counts)
-    require_int("videoscore", options, ("max_prompt_tokens",), minimum=0)
-    choice = options.frame_choice
-    require(choice in ("arange", "linspace"), "videoscore.frame_choice", f"{choice!r} is not arange or linspace")
