@@ -79,7 +79,6 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
         print(f"warning: {idle}", file=sys.stderr)
     meshes = make_meshes(config.mesh, config.reward.devices)
     check_meshes(config, meshes)
-    console.print(f"on {meshes.update.size} x {meshes.update.devices.flat[0].device_kind}", highlight=False)
     prompts = load_prompts(config.data.prompts, "data.prompts")
     if config.data.held_out:
         held_out_prompts = load_prompts(config.data.held_out, "data.held_out")
@@ -88,7 +87,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     rewards = load_rewards(config.reward.scorers, training=True, settings=config.reward)
     judges = load_rewards(config.held_out.scorers, settings=config.reward)
     pipeline = load_pipeline(config.model.path)
-    check_inputs(config, pipeline, rewards, judges)
+    policy = check_inputs(config, pipeline, rewards, judges, meshes)
     adapters = read_start(config, pipeline.params["unet"])
     with open_workdir(workdir, config.to_dict()) as opened, catch_signals() as stop:
         result = train(

@@ -17,7 +17,7 @@ from vpo_jax.rewards.loading import abstract_rewards
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.programs import Program, abstract
 from vpo_jax.training.optimizer import make_optimizer
-from vpo_jax.training.policy import Policy, make_policy
+from vpo_jax.training.policy import Policy, abstract_policy
 from vpo_jax.training.programs import make_programs
 
 Tree = Any
@@ -97,7 +97,7 @@ def make_job(config: Any) -> Job:
     """The job of a config that `check` has passed."""
     pipeline = read_shapes(config.model.path)
     rewards = abstract_rewards(config.reward.scorers, config.reward)
-    policy = _policy(config, pipeline)
+    policy = abstract_policy(config, pipeline)
     programs = make_programs(config, pipeline, policy, rewards)
     state = jax.eval_shape(
         lambda initial: init_state(
@@ -111,14 +111,3 @@ def make_job(config: Any) -> Job:
     )
     size = programs.num_frames, programs.height, programs.width
     return Job(config, pipeline, policy, state, programs.algorithm.infer_shardings, rewards, programs.all, size)
-
-
-def _policy(config: Any, pipeline: Pipeline) -> Policy:
-    made: list[Policy] = []
-
-    def trees(params: Tree) -> tuple[Tree, Tree]:
-        made.append(make_policy(config, pipeline.family, params))
-        return made[0].frozen, made[0].initial
-
-    frozen, initial = jax.eval_shape(trees, pipeline.trainable)
-    return dataclasses.replace(made[0], frozen=frozen, initial=initial)

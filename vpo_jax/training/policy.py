@@ -114,3 +114,15 @@ def make_policy(config: Any, family: Any, params: Tree, adapters: Tree | None = 
     start = init_lora(stream_key(config.seed, "init"), params, lora) if adapters is None else adapters
     unet = unet.clone(dtype=dtype, remat=config.train.remat, lora_scale=lora.scale)
     return Policy(unet, lora, cast_floating(params, dtype), start, config.lora.fold)
+
+
+def abstract_policy(config: Any, pipeline: Any) -> Policy:
+    """The policy of a config as shapes; `pipeline.trainable` may be shapes."""
+    made: list[Policy] = []
+
+    def trees(params: Tree) -> tuple[Tree, Tree]:
+        made.append(make_policy(config, pipeline.family, params))
+        return made[0].frozen, made[0].initial
+
+    frozen, initial = jax.eval_shape(trees, pipeline.trainable)
+    return dataclasses.replace(made[0], frozen=frozen, initial=initial)

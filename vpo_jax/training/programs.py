@@ -82,7 +82,7 @@ def make_programs(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), jax.eval_shape(encode.function, *encode.arguments(1))
     )
     sampler = make_sampler(pipeline.scheduler_config, rollout.num_inference_steps, rollout.sampler or None, rollout.eta)
-    algorithm = ALGORITHMS[config.algorithm.name](
+    algorithm = ALGORITHMS[config.algorithm.name].make(
         Setting(
             config=config,
             denoise=policy.denoise,

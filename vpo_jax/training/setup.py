@@ -14,7 +14,7 @@ from vpo_jax.rewards.combine import dimension_names
 from vpo_jax.rewards.scoring import Scores, Weights, bring
 from vpo_jax.runtime.mesh import Meshes, infer_shardings, replicated
 from vpo_jax.runtime.processes import place
-from vpo_jax.training.check import check_meshes
+from vpo_jax.training.check import check_context, check_meshes
 from vpo_jax.training.evaluator import Evaluator
 from vpo_jax.training.optimizer import make_optimizer
 from vpo_jax.training.policy import Policy, make_policy
@@ -71,6 +71,7 @@ def make_setup(
       UserError: sizes that do not fit each other or the mesh, a scorer that may only judge.
     """
     check_meshes(config, meshes)
+    check_context(meshes, pipeline.latent_shape(*(config.rollout[k] for k in ("num_frames", "height", "width")))[0])
     rules = pipeline.family.sharding_rules
     policy = make_policy(config, pipeline.family, pipeline.trainable, initial)
     programs = make_programs(config, pipeline, policy, rewards, meshes.update)
