@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vpo_jax.evaluation.trend import Trend, reward_trend
+from vpo_jax.evaluation.trend import describe_trend, reward_trend
 from vpo_jax.pipeline import Pipeline
 from vpo_jax.rewards.combine import dimension_names, parse_weights
 from vpo_jax.runtime.mesh import AXES, Meshes
@@ -97,17 +97,6 @@ def describe_end(lines: Sequence[Mapping[str, Any]], videos: int) -> str:
             f" {3600 * pairs / total:,.0f} pairs an hour"
         )
     return "\n".join(said)
-
-
-def describe_trend(found: Trend) -> str:
-    """One sentence on the rollouts' own reward."""
-    first, *_, last = found.quarters
-    half = (found.high - found.low) / 2
-    difference = f"{found.difference:+.4f} +- {half:.4f}"
-    change = f"{first:.4f} in the first quarter of the steps, {last:.4f} in the last ({difference})"
-    if found.says == "stayed":
-        return f"the samples' own reward did not change beyond chance while training: {change}"
-    return f"the samples' own reward {found.says} while training: {change}"
 
 
 def short(number: float) -> str:
