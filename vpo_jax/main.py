@@ -33,6 +33,7 @@ from vpo_jax.runtime.workdir import Workdir, completed_steps, open_workdir
 from vpo_jax.training.check import check, check_inputs, check_meshes
 from vpo_jax.training.policy import read_start
 from vpo_jax.training.run import Alarmed, NonFinite
+from vpo_jax.training.summary import describe_end, describe_start
 from vpo_jax.training.train import train
 
 CONFIG = "configs/vpo.py"
@@ -90,6 +91,10 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     policy = check_inputs(config, pipeline, rewards, judges, meshes)
     adapters = read_start(config, pipeline.params["unet"])
     with open_workdir(workdir, config.to_dict()) as opened, catch_signals() as stop:
+        said = describe_start(
+            config, pipeline, policy, rewards, judges, meshes, prompts, held_out_prompts, opened.report
+        )
+        console.print(said, soft_wrap=True, highlight=False, markup=False)
         result = train(
             config,
             pipeline,
@@ -114,7 +119,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
 
 
 def tuning_prompts(config: Any, prompts: Sequence[str]) -> Sequence[str]:
-    """What the looks of a run are made on: never the prompts that the result is reported on."""
+    """Prompts of the evaluations during a run: never those that the result is reported on."""
     if not config.eval.every:
         return ()
     if config.data.prompts.startswith("shapes:"):
@@ -176,6 +181,8 @@ def finish(
             ) from error
     main_first(lambda: write_result(config, workdir, comparison))
     console.print(table(comparison))
+    videos = config.train.prompts_per_step * rollout.candidates
+    console.print(describe_end(read_metrics(workdir.path), videos), soft_wrap=True, highlight=False, markup=False)
     console.print(f"look at  {workdir.report}", soft_wrap=True, highlight=False)
     console.print("load it:\n", soft_wrap=True, highlight=False)
     for line in loading_lines(workdir.export, comparison):
