@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
         state = stages.fresh_state()
         gradient = jax.jit(make_gradients(stages.policy.denoise, config.train.microbatch))
         ones = PairCoefficients(*(jnp.ones(stages.size),) * 2)
-        draws = [make_draw(pipeline.schedule, config.seed, DRAWS, 0.0, part) for part in itertools.pairwise(edges)]
+        draws = [make_draw(pipeline.process, config.seed, DRAWS, 0.0, part) for part in itertools.pairwise(edges)]
         for batch in range(flags.batches):
             chosen = [prompts[(batch * stages.size + i) % len(prompts)] for i in range(stages.size)]
             text = stages.encode(chosen)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from vpo_jax.families.text_to_video_sd import published
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.planning import specs
 from vpo_jax.rewards.loading import load_reward
@@ -143,7 +144,7 @@ def test_stages_are_run_at_the_batch_of_a_step(tmp_path):
     load("stages").main([*flags, f"--output={output}"])
     found = json.loads(output.read_text())["encode"]
     pipeline = load_pipeline("shapes")
-    ids = 3 * pipeline.text_encoder.config.max_position_embeddings * 4
+    ids = 3 * pipeline.family.text_length * 4
     assert (found["batch"], found["argument_bytes"]) == (3, bytes_of(pipeline.params["text_encoder"]) + ids)
     assert found["seconds"] > 0 and found["floor"] > 0
 
@@ -187,7 +188,7 @@ def test_a_finished_run_is_summed_up_without_its_first_step(tmp_path):
 def test_a_denoisers_benchmark_runs_both_halves_of_a_guided_call(monkeypatch, tmp_path):
     small = {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1}
     small |= {"attention_head_dim": 8, "cross_attention_dim": 16}
-    monkeypatch.setitem(specs.MODELSCOPE, "unet", specs.MODELSCOPE["unet"] | small)
+    monkeypatch.setitem(published.MODELSCOPE, "unet", published.MODELSCOPE["unet"] | small)
     output = tmp_path / "found.json"
     load("denoiser").main(["--clips=2", "--frames=2", "--size=64", "--repeats=1", f"--output={output}"])
     found = json.loads(output.read_text())

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from vpo_jax.families.protocol import Text
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.training import losses
@@ -25,6 +26,7 @@ from vpo_jax.training.step import (
 )
 
 LN2 = np.float32(np.log(2.0))
+EMPTY = Text(jnp.zeros((6, 8)))
 
 
 def pairs_like(mask=(True,) * 4, step=0, shape=(4, 4, 4, 4), seed=0):
@@ -34,7 +36,7 @@ def pairs_like(mask=(True,) * 4, step=0, shape=(4, 4, 4, 4), seed=0):
     return Pairs(
         winner=jnp.asarray(winner),
         loser=jnp.asarray(loser),
-        text=jnp.asarray(rng.normal(size=(n, 6, 8)), jnp.float32),
+        text=Text(jnp.asarray(rng.normal(size=(n, 6, 8)), jnp.float32)),
         mask=jnp.asarray(mask),
         winner_reward=jnp.linspace(1.0, 2.0, n),
         loser_reward=-jnp.ones(n),
@@ -44,18 +46,18 @@ def pairs_like(mask=(True,) * 4, step=0, shape=(4, 4, 4, 4), seed=0):
 
 
 def build(config, pipeline, pairs):
-    policy = make_policy(config, pipeline.unet, pipeline.params["unet"])
+    policy = make_policy(config, pipeline.family, pipeline.trainable)
     optimizer = make_optimizer(config.optimizer)
     state = init_state(policy.start, optimizer, pairs, 2, with_ema=config.ema.decay > 0)
     state = state._replace(buffer=pairs, watched=pairs)
-    update = Update(config, policy.denoise, policy.in_float32().denoise, pipeline.schedule, optimizer)
+    update = Update(config, policy.denoise, policy.in_float32().denoise, pipeline.process, optimizer)
     return policy, state, update
 
 
 def apply(policy, state, update, number=0):
     # A donated buffer must not be one that the test still reads.
     state = jax.tree.map(lambda x: jnp.array(x, copy=True), state)
-    return update(state, policy.frozen, policy.start, jnp.zeros((6, 8)), number)
+    return update(state, policy.frozen, policy.start, EMPTY, number)
 
 
 def mean(metrics, name):
@@ -81,8 +83,8 @@ def unet3d():
 
 
 def test_winner_and_loser_share_noise_and_timestep(pipeline):
-    pairs, schedule = pairs_like(), pipeline.schedule
-    noised = make_draw(schedule, 0, 2)(pairs, jnp.zeros((6, 8)), 0, 1)
+    pairs, schedule = pairs_like(), pipeline.process
+    noised = make_draw(schedule, 0, 2)(pairs, EMPTY, 0, 1)
     signal = schedule.signal[np.asarray(noised.timesteps)][:, None, None, None, None]
     sigma = schedule.noise[np.asarray(noised.timesteps)][:, None, None, None, None]
     of_winner = (noised.winner - signal * pairs.winner) / sigma
@@ -95,13 +97,13 @@ def test_winner_and_loser_share_noise_and_timestep(pipeline):
 
 def test_caption_dropout_falls_on_winner_and_loser_alike(pipeline):
     pairs = pairs_like((True,) * 64)
-    noised = make_draw(pipeline.schedule, 0, 2, 0.5)(pairs, jnp.zeros((6, 8)), 0, 0)
-    dropped = np.asarray((noised.text == 0).all(axis=(1, 2)))
+    noised = make_draw(pipeline.process, 0, 2, 0.5)(pairs, EMPTY, 0, 0)
+    dropped = np.asarray((noised.text.hidden == 0).all(axis=(1, 2)))
     assert 10 < dropped.sum() < 54
     seen = []
 
     def denoise(frozen, adapters, latents, timesteps, text):
-        seen.append((text, timesteps))
+        seen.append((text.hidden, timesteps))
         return latents
 
     predict_pairs(denoise, {}, {}, noised)
@@ -111,21 +113,21 @@ def test_caption_dropout_falls_on_winner_and_loser_alike(pipeline):
 
 
 def test_pairs_are_noised_within_the_share_of_the_schedule_that_is_given(pipeline):
-    pairs, empty = pairs_like((True,) * 64), jnp.zeros((6, 8))
-    number = pipeline.schedule.num_train_timesteps
-    drawn = make_draw(pipeline.schedule, 0, 2, timesteps=(0.25, 0.5))(pairs, empty, 0, 0).timesteps
+    pairs, empty = pairs_like((True,) * 64), EMPTY
+    number = pipeline.process.num_train_timesteps
+    drawn = make_draw(pipeline.process, 0, 2, timesteps=(0.25, 0.5))(pairs, empty, 0, 0).timesteps
     assert drawn.min() >= 0.25 * number and drawn.max() < 0.5 * number and len(np.unique(drawn)) > 10
-    whole = make_draw(pipeline.schedule, 0, 2)(pairs, empty, 0, 0).timesteps
+    whole = make_draw(pipeline.process, 0, 2)(pairs, empty, 0, 0).timesteps
     assert whole.min() < 0.25 * number and whole.max() >= 0.5 * number
     for low, only in ((0.5, round(0.5 * number)), (1.0 - 1e-9, number - 1)):
-        one = make_draw(pipeline.schedule, 0, 2, timesteps=(low, low + 1e-9))(pairs, empty, 0, 0).timesteps
+        one = make_draw(pipeline.process, 0, 2, timesteps=(low, low + 1e-9))(pairs, empty, 0, 0).timesteps
         np.testing.assert_array_equal(one, only)
 
 
 def test_a_pairs_noise_depends_on_its_own_slot_and_time_and_on_nothing_else(pipeline):
     pairs = pairs_like()
-    draw = make_draw(pipeline.schedule, 0, 2)
-    empty = jnp.zeros((6, 8))
+    draw = make_draw(pipeline.process, 0, 2)
+    empty = EMPTY
     whole = draw(pairs, empty, 3, 1)
     part = draw(jax.tree.map(lambda x: x[2:], pairs), empty, 3, 1)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2:], b), whole, part)
@@ -135,8 +137,8 @@ def test_a_pairs_noise_depends_on_its_own_slot_and_time_and_on_nothing_else(pipe
 
 def test_an_old_and_a_new_pair_of_one_slot_meet_different_noise(pipeline):
     old, new = pairs_like(step=4), pairs_like(step=5)
-    draw = make_draw(pipeline.schedule, 0, 2)
-    empty = jnp.zeros((6, 8))
+    draw = make_draw(pipeline.process, 0, 2)
+    empty = EMPTY
     assert not np.array_equal(draw(old, empty, 5, 0).winner, draw(new, empty, 5, 0).winner)
 
 
@@ -152,7 +154,7 @@ def test_at_phi_equal_theta_u_is_exactly_0_and_the_loss_exactly_ln_2(configure, 
     # Random adapters: fresh ones are zero and would hide a path that differs.
     moved = jax.tree.map(lambda x: x + 0.05 * jnp.sin(jnp.arange(x.size).reshape(x.shape)), policy.start)
     state = state._replace(policy=moved, reference=moved)
-    noised = update.draw(state.buffer, jnp.zeros((6, 8)), 0, 0)
+    noised = update.draw(state.buffer, EMPTY, 0, 0)
     theta = update.errors(policy.frozen, state.policy, noised)[0]
     phi = update.errors(policy.frozen, jax.tree.map(jnp.array, state.reference), noised)[0]
     logit = losses.preference_logit(theta, phi, 5000.0)
@@ -168,7 +170,7 @@ def test_a_loss_in_one_program_with_the_reference_would_not_be_exact_but_the_gra
     config = configure(preference__beta=50.0)
     policy, state, update = build(config, pipeline, pairs_like())
     moved = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), policy.start)
-    noised = update.draw(state.buffer, jnp.zeros((6, 8)), 0, 0)
+    noised = update.draw(state.buffer, EMPTY, 0, 0)
     phi = update.errors(policy.frozen, policy.start, noised)[0]
     coefficients, _, _ = update.weigh(state.buffer, update.errors(policy.frozen, moved, noised)[0], phi)
     split, _ = jax.jit(make_gradients(policy.denoise))(
@@ -190,10 +192,10 @@ def test_adapters_folded_into_kernels_predict_and_learn_the_same(configure, pipe
     """Float32: two orders of summation, to 1e-5 of the scale."""
     found = []
     for fold in (False, True):
-        policy = make_policy(configure(lora__fold=fold), pipeline.unet, pipeline.params["unet"])
+        policy = make_policy(configure(lora__fold=fold), pipeline.family, pipeline.trainable)
         adapters = jax.tree.map(lambda x: x + 0.05, policy.start)
         latents = jax.random.normal(jax.random.key(0), (2, 4, 4, 4, 4))
-        text = jax.random.normal(jax.random.key(1), (2, 6, 8))
+        text = Text(jax.random.normal(jax.random.key(1), (2, 6, 8)))
 
         def loss(adapters, policy=policy, latents=latents, text=text):
             prediction = policy.denoise(policy.frozen, adapters, latents, jnp.array([3, 70]), text)
@@ -224,7 +226,7 @@ def test_accumulated_gradients_are_the_whole_batchs_with_one_global_denominator(
     pairs = pairs_like((True, False, True, True, False, True, True, False))
     policy, _state, update = build(config, pipeline, pairs)
     moved = jax.tree.map(lambda x: x * 1.05, policy.start)
-    noised = update.draw(pairs, jnp.zeros((6, 8)), 0, 0)
+    noised = update.draw(pairs, EMPTY, 0, 0)
     coefficients = losses.PairCoefficients(jnp.linspace(1, 2, 8), jnp.linspace(2, 1, 8))
     _, first = update.errors(policy.frozen, policy.start, noised)
     found = []
@@ -242,7 +244,7 @@ def test_accumulated_gradients_are_the_whole_batchs_with_one_global_denominator(
 def test_errors_in_microbatches_are_the_whole_batchs(configure, pipeline):
     pairs = pairs_like((True,) * 6)
     policy, _, update = build(configure(), pipeline, pairs)
-    noised = update.draw(pairs, jnp.zeros((6, 8)), 0, 0)
+    noised = update.draw(pairs, EMPTY, 0, 0)
     whole = update.errors(policy.frozen, policy.start, noised)
     parts = make_errors(policy.denoise, 2)(policy.frozen, policy.start, noised)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, parts)
@@ -309,7 +311,7 @@ def test_a_non_finite_gradient_of_a_finite_loss_keeps_the_old_state(configure, p
     def denoise(frozen, adapters, *inputs):
         return spoil(nan.denoise(frozen, adapters, *inputs))
 
-    update = Update(config, denoise, denoise, pipeline.schedule, make_optimizer(config.optimizer))
+    update = Update(config, denoise, denoise, pipeline.process, make_optimizer(config.optimizer))
     after, metrics = apply(policy, state, update)
     assert np.isfinite(mean(metrics, "loss/preference")) and not bool(after.finite)
     jax.tree.map(np.testing.assert_array_equal, after.policy, state.policy)
@@ -336,8 +338,8 @@ def test_the_average_follows_the_policy(configure, pipeline):
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_an_extrapolated_policy_changes_every_kernel_so_many_times_as_much(configure, pipeline, rank):
-    params = pipeline.params["unet"]
-    policy = make_policy(configure(lora__rank=rank), pipeline.unet, params)
+    params = pipeline.trainable
+    policy = make_policy(configure(lora__rank=rank), pipeline.family, params)
     noise = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(policy.start))))
     moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), policy.start)
     assert policy.extrapolated(policy.start, moved, 1.0) is moved
@@ -354,7 +356,7 @@ def test_the_anchor_pulls_towards_the_start(configure, pipeline):
     config = configure(lora__rank=0)
     policy, state, update = build(config, pipeline, pairs_like())
     moved = jax.tree.map(lambda x: x * 1.2, policy.start)
-    noised = update.draw(state.buffer, jnp.zeros((6, 8)), 0, 0)
+    noised = update.draw(state.buffer, EMPTY, 0, 0)
     nothing = losses.PairCoefficients(jnp.zeros(4), jnp.zeros(4))
     _, first = update.errors(policy.frozen, policy.start, noised)
     gradients = jax.jit(make_gradients(policy.denoise, anchor=2.0))
@@ -385,9 +387,9 @@ def test_rounding_in_u_is_measured_in_bfloat16_and_is_nothing_in_float32(configu
     for dtype in ("float32", "bfloat16"):
         config = configure(model__dtype=dtype, preference__beta=5000.0, lora__rank=0)
         policy, state, update = build(config, pipeline, pairs)
-        noise = update.rounding_noise(state, policy.frozen, jnp.zeros((6, 8)))
+        noise = update.rounding_noise(state, policy.frozen, EMPTY)
         assert noise == 0.0 if dtype == "float32" else 1e-4 < noise < 1e3
-    precise, _ = update(state, policy.frozen, policy.start, jnp.zeros((6, 8)), 0, precise=True)
+    precise, _ = update(state, policy.frozen, policy.start, EMPTY, 0, precise=True)
     assert bool(precise.finite)
 
 
@@ -409,8 +411,8 @@ def test_the_first_update_of_a_warm_up_already_moves(configure, pipeline):
 
 
 def test_noised_clips_are_what_the_schedule_says(pipeline):
-    pairs, schedule = pairs_like(), pipeline.schedule
-    noised = make_draw(schedule, 5, 2)(pairs, jnp.zeros((6, 8)), 0, 0)
+    pairs, schedule = pairs_like(), pipeline.process
+    noised = make_draw(schedule, 5, 2)(pairs, EMPTY, 0, 0)
     assert isinstance(noised, Noised)
     at_time, at_noise = jax.random.split(stream_key(5, "noise", 0, 2, 0))
     t = int(jax.random.randint(at_time, (), 0, 100))

@@ -20,7 +20,7 @@ from vpo_jax.evaluation.win_rate import mean_difference, win_rate
 from vpo_jax.rewards.loading import Scorer, make_scorer
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
-from vpo_jax.runtime.mesh import PARAMETER_RULES, infer_shardings, make_mesh
+from vpo_jax.runtime.mesh import make_mesh
 from vpo_jax.runtime.processes import largest, share, unshare
 from vpo_jax.runtime.trees import bytes_of
 
@@ -186,7 +186,7 @@ def _evaluate(
     kept: np.ndarray | None = None
     size = min(sampling.batch, most)
     size += -size % mesh.size
-    pipeline = pipeline.on_device(infer_shardings(pipeline.params, mesh, PARAMETER_RULES))
+    pipeline = pipeline.on_mesh(mesh)
     for start in range(0, most, size):
         chunk = tasks[start : start + size]
         # The last batch is filled up with clips that do not count, so that one compiled program serves all.

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpo_jax.checkpoints import safetensors_io as io
-from vpo_jax.checkpoints.folders import COMPONENTS, DEFAULTS_FILE, PipelineParts, param_shapes
+from vpo_jax.checkpoints.folders import read_shapes as read_folder_shapes
+from vpo_jax.checkpoints.folders import shapes_of_configs
 from vpo_jax.diffusion.samplers import make_sampler
+from vpo_jax.families.table import family_of_folder, published
 from vpo_jax.pipeline import SHIPPED, Pipeline, make_pipeline
-from vpo_jax.planning.specs import MODELS, QUERY_TOKENS, SCORERS, VIDEOREWARD_SETTINGS
+from vpo_jax.planning.specs import QUERY_TOKENS, SCORERS, VIDEOREWARD_SETTINGS
 from vpo_jax.rewards.combine import dimension_names
 from vpo_jax.rewards.loading import load_reward
 from vpo_jax.runtime.errors import UserError
@@ -95,7 +96,7 @@ class Job:
     def resident(self) -> dict[str, tuple[Tree, str]]:
         """What lies in memory from start to end: name -> (shapes, role of the mesh that it is cut over)."""
         looks = "update" if self.role == "train" else "score"
-        autoencoder = {"autoencoder": (self.pipeline.params["vae"], looks)}
+        autoencoder = {"autoencoder": (self.pipeline.decoder_params, looks)}
         scorers = {"scorers": ([shapes_of(reward.params) for reward in self.rewards], "score")}
         if self.role == "score":
             return autoencoder | scorers
@@ -103,7 +104,7 @@ class Job:
             "frozen denoiser": (self.policy.frozen, "update"),
             "start of the policy": (self.policy.start, "update"),
             "training state": (self.state, "update"),
-            "text encoder": (self.pipeline.params["text_encoder"], "update"),
+            "text encoder": (self.pipeline.text_params, "update"),
         }
         return trained | autoencoder | (scorers if self.role == "all" else {})
 
@@ -127,25 +128,22 @@ def shapes_of(tree: Tree) -> Tree:
 
 
 def read_shapes(path: str) -> Pipeline:
-    """The pipeline of a diffusers folder, a shipped model, or a name in `specs.MODELS`, by its configs alone.
+    """The pipeline of a diffusers folder, a shipped model, or a published one by name, by its configs alone.
 
     Raises:
       UserError: neither a folder nor a name, or a config that the models refuse.
     """
-    if path in MODELS and not Path(path).exists():
-        configs, defaults = MODELS[path], {}
-    else:
-        root = Path(SHIPPED.get(path, path))
-        if not root.is_dir():
-            raise UserError(
-                f"model.path: {path}: no such folder; give a diffusers folder (its config files are enough), shapes,"
-                f" or one of {', '.join(MODELS)}"
-            )
-        configs = {name: io.read_json(root / name / "config.json") for name in COMPONENTS}
-        configs["scheduler"] = io.read_json(root / "scheduler" / "scheduler_config.json")
-        defaults = io.read_json(root / DEFAULTS_FILE) if (root / DEFAULTS_FILE).is_file() else {}
-    params = {name: param_shapes(name, configs[name]) for name in COMPONENTS}
-    return make_pipeline(PipelineParts(configs, params, None, defaults))
+    known = published()
+    if path in known and not Path(path).exists():
+        family, configs = known[path]
+        return make_pipeline(shapes_of_configs(family.layout, configs))
+    root = Path(SHIPPED.get(path, path))
+    if not root.is_dir():
+        raise UserError(
+            f"model.path: {path}: no such folder; give a diffusers folder (its config files are enough), shapes,"
+            f" or one of {', '.join(known)}"
+        )
+    return make_pipeline(read_folder_shapes(root, family_of_folder(root).layout))
 
 
 def read_scorers(names: str, settings: Any) -> list[Any]:
@@ -218,10 +216,9 @@ def make_job(config: Any) -> Job:
     latent_shape = pipeline.latent_shape(*size)
     policy = _policy(config, pipeline)
     denoise = policy.denoise
-    text_config = pipeline.text_encoder.config
-    length = text_config.max_position_embeddings
+    length = pipeline.family.text_length
     text = jax.eval_shape(
-        lambda p: pipeline.encode_text(p, jnp.zeros((1, length), jnp.int32)), pipeline.params["text_encoder"]
+        lambda p: pipeline.family.encode_text(p, jnp.zeros((1, length), jnp.int32)), pipeline.text_params
     )
     prompts, updates = train.prompts_per_step, train.updates_per_step
     clips, pairs = prompts * rollout.candidates, prompts * (steps_kept(config) + 1)
@@ -232,21 +229,22 @@ def make_job(config: Any) -> Job:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def text_of(batch: int) -> Any:
-        return array(batch, *text.shape[1:], dtype=text.dtype)
+        return jax.tree.map(lambda x: array(batch, *x.shape[1:], dtype=x.dtype), text)
+
+    text_of_one = jax.tree.map(lambda x: array(*x.shape[1:], dtype=x.dtype), text)
 
     def encode(batch: int) -> tuple:
-        return pipeline.encode_text, (pipeline.params["text_encoder"], array(batch, length, dtype=jnp.int32))
+        return pipeline.family.encode_text, (pipeline.text_params, array(batch, length, dtype=jnp.int32))
 
     def sample(batch: int) -> tuple:
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-        negative = array(*text.shape[1:], dtype=text.dtype)
         micro = rollout.microbatch if rollout.microbatch < batch else 0
         made = make_rollout(denoise, sampler, latent_shape, rollout.guidance_scale, micro)
-        return made, (policy.frozen, policy.start, text_of(batch), negative, keys)
+        return made, (policy.frozen, policy.start, text_of(batch), text_of_one, keys)
 
     def decode(batch: int) -> tuple:
         micro = rollout.microbatch if rollout.microbatch < batch else 0
-        return make_decode(pipeline, frames, micro), (pipeline.params["vae"], array(batch, *latent_shape))
+        return make_decode(pipeline, frames, micro), (pipeline.decoder_params, array(batch, *latent_shape))
 
     def score(reward: Any) -> Callable[[int], tuple]:
         seen = len(reward.frame_indices(size[0]))
@@ -281,7 +279,7 @@ def make_job(config: Any) -> Job:
     passes = 4 if train.remat else 3
     # Of theta and phi, and of theta0 where an anchor holds the policy to it and phi may leave it.
     adapters = 3 if preference.anchor > 0.0 and config.reference.schedule != "frozen" else 2
-    text_weights, vae_weights = (bytes_of(pipeline.params[name]) for name in ("text_encoder", "vae"))
+    text_weights, vae_weights = bytes_of(pipeline.text_params), bytes_of(pipeline.decoder_params)
     weights = bytes_of(policy.frozen) + bytes_of(policy.start)
     stages = [
         Stage("encode", encode, ("rules", "batch"), prompts, 0, 1, text_weights),
@@ -298,7 +296,7 @@ def make_job(config: Any) -> Job:
         Stage("update", update, ("rules", "rules", "batch", "batch", "batch", "batch"), pairs, train.microbatch,
               updates, weights, passes),
     ]  # fmt: skip
-    one_pair: Pairs = abstract_pairs(prompts, latent_shape, array(*text.shape[1:], dtype=text.dtype))
+    one_pair: Pairs = abstract_pairs(prompts, latent_shape, text_of_one)
     state = jax.eval_shape(
         lambda start: init_state(
             start,
@@ -317,8 +315,8 @@ def _policy(config: Any, pipeline: Pipeline) -> Policy:
     made: list[Policy] = []
 
     def trees(params: Tree) -> tuple[Tree, Tree]:
-        made.append(make_policy(config, pipeline.unet, params))
+        made.append(make_policy(config, pipeline.family, params))
         return made[0].frozen, made[0].start
 
-    frozen, start = jax.eval_shape(trees, pipeline.params["unet"])
+    frozen, start = jax.eval_shape(trees, pipeline.trainable)
     return dataclasses.replace(made[0], frozen=frozen, start=start)

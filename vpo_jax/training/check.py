@@ -230,4 +230,4 @@ def check_inputs(config: Any, pipeline: Any, rewards: Sequence[Any], judges: Seq
         if scorer.jittable and not scorer.trains:  # it would meet its first video after the training
             videos = jax.ShapeDtypeStruct((1, len(frames), height, width, 3), jnp.uint8)
             jax.eval_shape(scorer.score, scorer.params, videos, scorer.prepare(["a"]))
-    jax.eval_shape(lambda: make_policy(config, pipeline.unet, pipeline.params["unet"]).start)
+    jax.eval_shape(lambda: make_policy(config, pipeline.family, pipeline.trainable).start)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vpo_jax.families.protocol import Text
 from vpo_jax.rewards.combine import (
     Dimensions,
     RewardStatistics,
@@ -46,7 +47,7 @@ class Pairs(NamedTuple):
     Attributes:
       winner: clean latents [P, F, h, w, C] float32.
       loser: likewise.
-      text: the prompt's encoding [P, L, D].
+      text: the encoding of P prompts.
       mask: bool [P]; a pair that is dropped stays, masked, so that shapes are static.
       winner_reward: float32 [P].
       loser_reward: float32 [P].
@@ -56,7 +57,7 @@ class Pairs(NamedTuple):
 
     winner: jax.Array
     loser: jax.Array
-    text: jax.Array
+    text: Text
     mask: jax.Array
     winner_reward: jax.Array
     loser_reward: jax.Array
@@ -111,13 +112,13 @@ def _of(values: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]
 
 
-def gather_pairs(choice: Choice, latents: jax.Array, text: jax.Array, step: jax.Array) -> Pairs:
+def gather_pairs(choice: Choice, latents: jax.Array, text: Text, step: jax.Array) -> Pairs:
     """The chosen candidates' latents as pairs of this step.
 
     Args:
       choice: of P prompts.
       latents: [P, N, F, h, w, C].
-      text: [P, L, D].
+      text: of P prompts.
       step: int32 scalar.
 
     Returns:
@@ -189,7 +190,7 @@ def make_pairing(config: Any, rewards: Sequence[Dimensions], out_shardings: Any 
       rewards: the training scorers.
       out_shardings: of the three results.
 
-    The function takes latents [P * N, F, h, w, C], candidates side by side, text [P, L, D], scores [P * N, D] and
+    The function takes latents [P * N, F, h, w, C], candidates side by side, text of P prompts, scores [P * N, D] and
     the number of completed steps; metrics are (sum, count).
     """
     names = dimension_names(rewards)
@@ -200,9 +201,9 @@ def make_pairing(config: Any, rewards: Sequence[Dimensions], out_shardings: Any 
     margin, tolerance = config.preference.margin, config.preference.motion_tolerance
 
     def pairing(
-        statistics: RewardStatistics, latents: jax.Array, text: jax.Array, scores: jax.Array, step: jax.Array
+        statistics: RewardStatistics, latents: jax.Array, text: Text, scores: jax.Array, step: jax.Array
     ) -> tuple[RewardStatistics, Pairs, dict[str, tuple[jax.Array, jax.Array]]]:
-        prompts = text.shape[0]
+        prompts = jax.tree.leaves(text)[0].shape[0]
         scores = scores.reshape(prompts, -1, scores.shape[-1])  # [P, N, D]
         statistics = update_statistics(statistics, scores)
         reward, z, finite = normalise_and_combine(statistics, scores, weights, ranges)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vpo_jax.diffusion.guidance import guide
+from vpo_jax.diffusion.guidance import guided
 from vpo_jax.diffusion.samplers import Sampler, sample
+from vpo_jax.families.protocol import Text
 from vpo_jax.runtime.batches import in_microbatches
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import BATCH, CLIPS, PARAMETER_RULES, VIDEO, batch_sharding, constrain, infer_shardings
@@ -42,34 +43,25 @@ def make_rollout(
     guidance_scale: float,
     microbatch: int = 0,
     guidance_rescale: float = 0.0,
-) -> Callable[[Tree, Tree, jax.Array, jax.Array, jax.Array], jax.Array]:
-    """`rollout(frozen, adapters, text [B, L, D], negative [L, D], keys [B]) -> clean latents [B, F, h, w, C]`, jitted.
+) -> Callable[[Tree, Tree, Text, Text, jax.Array], jax.Array]:
+    """`rollout(frozen, adapters, text of B, negative of one, keys [B]) -> clean latents [B, f, h, w, C]`, jitted.
 
     A guidance scale of 1 or less is no guidance, as in diffusers, and saves half of the work.
     """
 
-    def of_chunk(frozen: Tree, adapters: Tree, negative: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def of_chunk(frozen: Tree, adapters: Tree, negative: Text, chunk: tuple[Text, jax.Array]) -> jax.Array:
         text, keys = chunk
         split = jax.vmap(jax.random.split)(keys)  # [B, 2]
         noise = jax.vmap(lambda key: jax.random.normal(key, latent_shape, jnp.float32))(split[:, 0])
         noise = constrain(noise, VIDEO)
-        if guidance_scale <= 1.0:
-            guided = lambda latents, timestep: denoise(  # noqa: E731
-                frozen, adapters, latents, jnp.full(latents.shape[0], timestep), text
-            )
-        else:
-            both_text = jnp.stack([jnp.broadcast_to(negative, text.shape), text], axis=1)
-            both_text = constrain(both_text.reshape(-1, *text.shape[1:]), BATCH)
 
-            def guided(latents: jax.Array, timestep: jax.Array) -> jax.Array:
-                twice = constrain(jnp.repeat(latents, 2, axis=0), VIDEO)
-                both = denoise(frozen, adapters, twice, jnp.full(twice.shape[0], timestep), both_text)
-                both = both.reshape(-1, 2, *latents.shape[1:])
-                return guide(both[:, 0], both[:, 1], guidance_scale, guidance_rescale)
+        def predict(latents: jax.Array, timestep: jax.Array, text: Text) -> jax.Array:
+            return denoise(frozen, adapters, latents, jnp.full(latents.shape[0], timestep), text)
 
-        return constrain(sample(sampler, guided, noise, split[:, 1]), VIDEO)
+        predict_guided = guided(predict, text, negative, guidance_scale, guidance_rescale)
+        return constrain(sample(sampler, predict_guided, noise, split[:, 1]), VIDEO)
 
-    def rollout(frozen: Tree, adapters: Tree, text: jax.Array, negative: jax.Array, keys: jax.Array) -> jax.Array:
+    def rollout(frozen: Tree, adapters: Tree, text: Text, negative: Text, keys: jax.Array) -> jax.Array:
         return in_microbatches(lambda chunk: of_chunk(frozen, adapters, negative, chunk), (text, keys), microbatch)
 
     return jax.jit(rollout)
@@ -80,7 +72,7 @@ def make_decode(pipeline: Any, frames: Sequence[int], microbatch: int = 0) -> Ca
     indices = tuple(frames)
 
     def of_chunk(params: Tree, latents: jax.Array) -> jax.Array:
-        return constrain(pipeline.to_uint8(pipeline.decode(params, latents, indices)), BATCH)
+        return constrain(pipeline.to_uint8(pipeline.family.decode(params, latents, indices)), BATCH)
 
     return jax.jit(lambda params, latents: in_microbatches(lambda x: of_chunk(params, x), latents, microbatch))
 

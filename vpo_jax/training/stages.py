@@ -11,9 +11,10 @@ import numpy as np
 
 from vpo_jax.data.text_cache import TextCache, open_text_cache
 from vpo_jax.diffusion.samplers import make_sampler
+from vpo_jax.families.protocol import Text
 from vpo_jax.rewards.combine import dimension_names
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import BATCH, PARAMETER_RULES, VIDEO, Meshes, constrain, infer_shardings, replicated
+from vpo_jax.runtime.mesh import BATCH, VIDEO, Meshes, constrain, infer_shardings, replicated
 from vpo_jax.runtime.processes import move, place
 from vpo_jax.training.check import check_meshes
 from vpo_jax.training.optimizer import make_optimizer
@@ -74,32 +75,34 @@ class Stages:
         latent_shape = pipeline.latent_shape(self.num_frames, height, width)
 
         # Policy, reference and start share one frozen backbone.
-        self.policy = make_policy(config, pipeline.unet, pipeline.params["unet"], adapters)
-        vae, self._look_mesh = pipeline.params["vae"], mesh if self.ahead else meshes.score
+        self.policy = make_policy(config, pipeline.family, pipeline.trainable, adapters)
+        rules = self._rules = pipeline.family.sharding_rules
+        vae, self._look_mesh = pipeline.decoder_params, mesh if self.ahead else meshes.score
         self.frozen, self.start, self._text_params, self._vae_params = (
-            place(tree, infer_shardings(tree, at, PARAMETER_RULES))
+            place(tree, infer_shardings(tree, at, rules))
             for tree, at in (
                 (self.policy.frozen, mesh),
                 (self.policy.start, mesh),
-                (pipeline.params["text_encoder"], mesh),
+                (pipeline.text_params, mesh),
                 (vae, self._look_mesh),
             )
         )
         self._vae_params_to_score = self._vae_params
         if self.ahead:
-            self._vae_params_to_score = place(vae, infer_shardings(vae, meshes.score, PARAMETER_RULES))
+            self._vae_params_to_score = place(vae, infer_shardings(vae, meshes.score, rules))
 
         # The copies on the host are not needed any more, and every stage below holds the policy.
         self.policy = dataclasses.replace(self.policy, frozen=self.frozen, start=self.start)
 
         self._tokenize = pipeline.tokenize
-        self._encode = jax.jit(lambda params, ids: constrain(pipeline.encode_text(params, ids), BATCH))
-        self._place = jax.jit(lambda text: constrain(text, BATCH))
+        spread = partial(jax.tree.map, lambda x: constrain(x, BATCH))
+        self._encode = jax.jit(lambda params, ids: spread(pipeline.family.encode_text(params, ids)))
+        self._place = jax.jit(spread)
         self._cache: TextCache | None = None
-        self._repeat = jax.jit(lambda text: constrain(jnp.repeat(text, candidates, axis=0), BATCH))
+        self._repeat = jax.jit(lambda text: spread(jax.tree.map(lambda x: jnp.repeat(x, candidates, axis=0), text)))
         plain = [config.rollout.negative_prompt, ""]
         unconditional = jax.device_put(self.encode((plain * self.size)[: max(2, self.size)]), replicated(mesh))
-        self._negative, self.empty_text = unconditional[0], unconditional[1]
+        self._negative, self.empty_text = (jax.tree.map(lambda x, i=i: x[i], unconditional) for i in range(2))
 
         sampler = make_sampler(
             pipeline.scheduler_config,
@@ -134,7 +137,7 @@ class Stages:
             )
 
         shapes = jax.eval_shape(fresh)
-        shardings = infer_state_shardings(shapes, mesh)
+        shardings = infer_state_shardings(shapes, mesh, rules)
         self.abstract_state: TrainState = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
         )
@@ -142,14 +145,14 @@ class Stages:
         self._pairing = make_pairing(config, rewards, (shardings.statistics, shardings.watched, replicated(mesh)))
         self._push = jax.jit(push, out_shardings=shardings.buffer)
         float32 = self.policy.in_float32()
-        self._update = Update(config, self.policy.denoise, float32.denoise, pipeline.schedule, optimizer, shardings)
+        self._update = Update(config, self.policy.denoise, float32.denoise, pipeline.process, optimizer, shardings)
 
     def fresh_state(self) -> TrainState:
         """The state before the first step."""
         return self._fresh()
 
-    def encode(self, prompts: Sequence[str]) -> jax.Array:
-        """[P, L, D] of P prompts."""
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Of P prompts."""
         if self._cache is not None:
             return self._place(self._cache(prompts))
         return self._encode(self._text_params, self._tokenize(list(prompts)))
@@ -164,26 +167,27 @@ class Stages:
             raise UserError("data.text_cache: made by one process only; leave it empty on several hosts")
         params = self._text_params
 
-        def encode(batch: Sequence[str]) -> jax.Array:
+        def encode(batch: Sequence[str]) -> Text:
             return self._encode(params, self._tokenize(batch))
 
         self._cache = open_text_cache(folder, prompts, encode, params, self._tokenize, self.size)
         self._text_params = None
 
-    def sample(self, adapters: Tree, text: jax.Array, step: int) -> jax.Array:
+    def sample(self, adapters: Tree, text: Text, step: int) -> jax.Array:
         """Candidates of a step's prompts: clean latents [P * N, F, h, w, C]."""
         return self._sample(adapters, self._repeat(text), self._keys(np.int32(step)))
 
-    def _sample(self, adapters: Tree, text: jax.Array, keys: jax.Array) -> jax.Array:
+    def _sample(self, adapters: Tree, text: Text, keys: jax.Array) -> jax.Array:
         update, mesh = self._meshes.update, self._meshes.rollout
         if mesh == update:
             return self._rollout(self.frozen, adapters, text, self._negative, keys)
         # Weights lie as the update wants them, and are gathered once for all steps of the sampler.
         weights = (self.frozen, adapters)
-        frozen, adapters = move(weights, infer_shardings(weights, mesh, PARAMETER_RULES))
-        negative = move(self._negative, replicated(mesh))
+        frozen, adapters = move(weights, infer_shardings(weights, mesh, self._rules))
+        negative = move(self._negative, jax.tree.map(lambda _: replicated(mesh), self._negative))
         with jax.set_mesh(mesh):
-            latents = self._rollout(frozen, adapters, bring(text, mesh), negative, keys)
+            text = jax.tree.map(lambda x: bring(x, mesh), text)
+            latents = self._rollout(frozen, adapters, text, negative, keys)
         return move(latents, infer_shardings(latents, update, (("", VIDEO),)))
 
     def generate(self, adapters: Tree, prompts: Sequence[str], keys: jax.Array) -> jax.Array:
@@ -201,9 +205,7 @@ class Stages:
         update = self._meshes.update
         return scores if self._meshes.score == update else jax.device_put(scores, replicated(update))
 
-    def pair(
-        self, state: TrainState, latents: jax.Array, text: jax.Array, scores: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def pair(self, state: TrainState, latents: jax.Array, text: Text, scores: jax.Array) -> tuple[TrainState, Metrics]:
         """The state with this step's pairs in its buffer; the first step's are kept for watching too."""
         statistics, pairs, metrics = self._pairing(state.statistics, latents, text, scores, state.step)
         first = {} if int(state.step) else {"watched": pairs}
@@ -227,8 +229,8 @@ class Stages:
         return self._update.displacement(state, self.frozen, self.start, self.empty_text)
 
 
-def abstract_pairs(size: int, latent_shape: tuple[int, ...], text: jax.Array) -> Pairs:
-    """Shapes and dtypes of a step's pairs; `text` is one prompt's encoding [L, D]."""
+def abstract_pairs(size: int, latent_shape: tuple[int, ...], text: Text) -> Pairs:
+    """Shapes and dtypes of a step's pairs; `text` is one prompt's encoding."""
 
     def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((size, *shape), dtype)
@@ -236,7 +238,7 @@ def abstract_pairs(size: int, latent_shape: tuple[int, ...], text: jax.Array) ->
     return Pairs(
         winner=array(jnp.float32, *latent_shape),
         loser=array(jnp.float32, *latent_shape),
-        text=array(text.dtype, *text.shape),
+        text=jax.tree.map(lambda x: array(x.dtype, *x.shape), text),
         mask=array(jnp.bool_),
         winner_reward=array(jnp.float32),
         loser_reward=array(jnp.float32),

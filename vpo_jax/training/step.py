@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from vpo_jax.diffusion.schedules import Schedule, add_noise, training_target
+from vpo_jax.families.protocol import Text
 from vpo_jax.runtime.batches import in_microbatches, split_batch
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import VIDEO, constrain
@@ -26,7 +27,7 @@ from vpo_jax.training.state import TrainState
 
 Tree = Any
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # (sum, count)
-Denoise = Callable[[Tree, Tree, jax.Array, jax.Array, jax.Array], jax.Array]
+Denoise = Callable[[Tree, Tree, jax.Array, jax.Array, Text], jax.Array]
 
 # Rounding in u above this is of the size of real preferences.
 NOISE_LIMIT = 0.1
@@ -44,7 +45,7 @@ class Noised(NamedTuple):
       winner_target: what the denoiser should predict, likewise.
       loser_target: likewise.
       timesteps: int32 [P].
-      text: [P, L, D].
+      text: of P prompts.
     """
 
     winner: jax.Array
@@ -52,7 +53,7 @@ class Noised(NamedTuple):
     winner_target: jax.Array
     loser_target: jax.Array
     timesteps: jax.Array
-    text: jax.Array
+    text: Text
 
 
 class Predictions(NamedTuple):
@@ -69,7 +70,7 @@ def make_draw(
     caption_dropout: float = 0.0,
     timesteps: tuple[float, float] = (0.0, 1.0),
 ) -> Callable:
-    """`draw(pairs, empty_text [L, D], step, update) -> Noised`, jitted.
+    """`draw(pairs, empty_text of one prompt, step, update) -> Noised`, jitted.
 
     A pair's key depends on the step that made it, its slot and how many updates have passed since that step began,
     so neither another batch nor another mesh nor a restart changes it.
@@ -85,7 +86,7 @@ def make_draw(
     low = min(round(timesteps[0] * number), number - 1)
     high = max(round(timesteps[1] * number), low + 1)
 
-    def draw(pairs: Pairs, empty_text: jax.Array, step: jax.Array, update: jax.Array) -> Noised:
+    def draw(pairs: Pairs, empty_text: Text, step: jax.Array, update: jax.Array) -> Noised:
         shape = pairs.winner.shape[1:]
 
         def of_pair(birth: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -98,7 +99,13 @@ def make_draw(
 
         timesteps, noise, drop = jax.vmap(of_pair)(jnp.maximum(pairs.step, 0), pairs.slot)
         noise = constrain(noise, VIDEO)
-        text = jnp.where(drop[:, None, None], empty_text, pairs.text) if caption_dropout > 0.0 else pairs.text
+        text = pairs.text
+        if caption_dropout > 0.0:
+            text = jax.tree.map(
+                lambda empty, given: jnp.where(drop.reshape(-1, *(1,) * (given.ndim - 1)), empty, given),
+                empty_text,
+                text,
+            )
         return Noised(
             winner=add_noise(schedule, pairs.winner, noise, timesteps),
             loser=add_noise(schedule, pairs.loser, noise, timesteps),
@@ -118,7 +125,8 @@ def predict_pairs(denoise: Denoise, frozen: Tree, adapters: Tree, noised: Noised
     """
     both = jnp.stack([noised.winner, noised.loser], axis=1)
     latents = constrain(both.reshape(-1, *both.shape[2:]), VIDEO)
-    prediction = denoise(frozen, adapters, latents, jnp.repeat(noised.timesteps, 2), jnp.repeat(noised.text, 2, axis=0))
+    text = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), noised.text)
+    prediction = denoise(frozen, adapters, latents, jnp.repeat(noised.timesteps, 2), text)
     prediction = prediction.reshape(both.shape)
     return Predictions(prediction[:, 0], prediction[:, 1])
 
@@ -331,7 +339,7 @@ class Update:
         self._perturb = jax.jit(_perturb)
 
     def __call__(
-        self, state: TrainState, frozen: Tree, start: Tree, empty_text: jax.Array, update: int, precise: bool = False
+        self, state: TrainState, frozen: Tree, start: Tree, empty_text: Text, update: int, precise: bool = False
     ) -> tuple[TrainState, Metrics]:
         """The state after one update with fresh noise on the buffer's pairs, and metrics as (sum, count)."""
         errors = self.errors_float32 if precise else self.errors
@@ -349,7 +357,7 @@ class Update:
         curriculum = curriculum._replace(correct=curriculum.correct + correct, pairs=curriculum.pairs + kept)
         return state._replace(**trained._asdict(), curriculum=curriculum), metrics | more
 
-    def rounding_noise(self, state: TrainState, frozen: Tree, empty_text: jax.Array) -> float:
+    def rounding_noise(self, state: TrainState, frozen: Tree, empty_text: Text) -> float:
         """Mean over pairs of |u - u in float32| for phi = theta + 1e-5 noise: what rounding alone does to u."""
         if self.errors_float32 is self.errors:
             return 0.0

@@ -4,7 +4,6 @@ sample candidates -> score -> pair -> update -> maybe refresh the reference -> l
 """
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -253,8 +252,7 @@ def mean_of(metrics: Sequence[Mapping[str, tuple[Any, Any]]]) -> dict[str, float
 
 def tuned(pipeline: Any, policy: Policy, adapters: Any) -> Any:
     """The pipeline with the trained weights in it."""
-    unet = policy.merged(pipeline.params["unet"], fetch(adapters))
-    return dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
+    return pipeline.with_trainable(policy.merged(pipeline.trainable, fetch(adapters)))
 
 
 def save_failure(
