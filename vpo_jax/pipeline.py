@@ -14,8 +14,8 @@ import numpy as np
 
 from vpo_jax.checkpoints.folders import PipelineParts, Place, read_pipeline, write_pipeline
 from vpo_jax.diffusion.guidance import guide
+from vpo_jax.diffusion.process import Process, make_process
 from vpo_jax.diffusion.samplers import make_sampler, sample
-from vpo_jax.diffusion.schedules import Schedule, make_schedule
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
@@ -60,9 +60,9 @@ class Pipeline:
         return self.configs["scheduler"]
 
     @property
-    def schedule(self) -> Schedule:
-        """The noise schedule that the checkpoint was trained with."""
-        return make_schedule(self.scheduler_config)
+    def schedule(self) -> Process:
+        """The noise process that the checkpoint was trained with."""
+        return make_process(self.scheduler_config)
 
     # Sizes.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpo_jax.diffusion.schedules import make_schedule
+from vpo_jax.diffusion.process import make_process
 from vpo_jax.models.layers import Conv, Dense
 from vpo_jax.runtime.mesh import Meshes, make_mesh
 from vpo_jax.runtime.signals import Stop
@@ -67,7 +67,7 @@ class TinyPipeline:
 
     @property
     def schedule(self) -> Any:
-        return make_schedule(self.scheduler_config)
+        return make_process(self.scheduler_config)
 
     def tokenize(self, prompts: Any) -> np.ndarray:
         return np.array([[ord(c) % 31 for c in prompt.ljust(6)[:6]] for prompt in prompts], np.int32)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpo_jax.diffusion.schedules import add_noise, make_schedule, to_clean_and_noise
+from vpo_jax.diffusion.process import make_process
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.shapes import world
 
@@ -331,7 +331,7 @@ def _round_trip(pipeline: Any) -> Callable[..., jax.Array]:
 
 def _denoised(pipeline: Any, largest: float = 0.4, steps: int = 3) -> Callable[..., jax.Array]:
     """(params, key, videos uint8, text) -> the videos noised to a small time and denoised in a few steps, uint8."""
-    schedule = make_schedule(pipeline.scheduler_config)
+    process = make_process(pipeline.scheduler_config)
 
     def run(params: Any, key: jax.Array, videos: jax.Array, text: jax.Array) -> jax.Array:
         time_key, noise_key = jax.random.split(key)
@@ -340,14 +340,14 @@ def _denoised(pipeline: Any, largest: float = 0.4, steps: int = 3) -> Callable[.
         noise = jax.random.normal(noise_key, latents.shape)
 
         def times(step: int) -> jax.Array:
-            return (start * (1.0 - step / steps) * schedule.num_train_timesteps).astype(jnp.int32)
+            return (start * (1.0 - step / steps) * process.num_train_timesteps).astype(jnp.int32)
 
         clean = latents
         for step in range(steps):
             now = times(step)
-            latents = add_noise(schedule, clean, noise, now)
+            latents = process.add_noise(clean, noise, now)
             prediction = pipeline.denoise({"params": params["unet"]}, latents, now, text)
-            clean, noise = to_clean_and_noise(schedule, prediction, latents, now)
+            clean, noise = process.to_clean_and_noise(prediction, latents, now)
         return world.to_uint8(pipeline.decode(params["vae"], clean))
 
     return run

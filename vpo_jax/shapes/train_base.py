@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from vpo_jax.checkpoints.folders import PipelineParts, read_pipeline, write_pipeline
-from vpo_jax.diffusion.schedules import add_noise, make_schedule, training_target
+from vpo_jax.diffusion.process import make_process
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
@@ -256,7 +256,7 @@ def train_denoiser(
     vae = AutoencoderKL(AutoencoderKLConfig.from_dict(VAE))
     unet = UNet3DConditionModel(UNet3DConfig.from_dict(UNET))
     text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(TEXT))
-    schedule = make_schedule(SCHEDULER)
+    process = make_process(SCHEDULER)
     seed_key = jax.random.fold_in(jax.random.key(seed), 2)
 
     captions = ["", *world.captions("train")]
@@ -274,11 +274,11 @@ def train_denoiser(
         # Stratified timesteps: the same distribution with less noise in the gradient.
         offsets = (jnp.arange(batch) + jax.random.uniform(keys[3], (batch,))) / batch
         low = jnp.where(step < lessons, _LESSON_NOISE, 0.0)
-        timesteps = ((low + (1 - low) * offsets) * schedule.num_train_timesteps).astype(jnp.int32)
+        timesteps = ((low + (1 - low) * offsets) * process.num_train_timesteps).astype(jnp.int32)
         noise = jax.random.normal(keys[4], clean.shape)
-        noisy = add_noise(schedule, clean, noise, timesteps)
+        noisy = process.add_noise(clean, noise, timesteps)
         prediction: Any = unet.apply({"params": params["unet"]}, noisy, timesteps, text)
-        value = jnp.square(prediction - training_target(schedule, clean, noise, timesteps)).mean()
+        value = jnp.square(prediction - process.target(clean, noise, timesteps)).mean()
         return value, {"loss": value}
 
     side = world.SIZE // 4

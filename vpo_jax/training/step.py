@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vpo_jax.diffusion.schedules import Schedule, add_noise, training_target
+from vpo_jax.diffusion.process import Process
 from vpo_jax.runtime.batches import in_microbatches, split_batch
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import VIDEO, constrain
@@ -43,7 +43,7 @@ class Noised(NamedTuple):
       loser: likewise, with the same noise and timestep.
       winner_target: what the denoiser should predict, likewise.
       loser_target: likewise.
-      timesteps: int32 [P].
+      timesteps: [P], as the process draws them.
       text: [P, L, D].
     """
 
@@ -63,7 +63,7 @@ class Predictions(NamedTuple):
 
 
 def make_draw(
-    schedule: Schedule,
+    schedule: Process,
     seed: int,
     updates_per_step: int,
     caption_dropout: float = 0.0,
@@ -81,9 +81,7 @@ def make_draw(
       caption_dropout: share of the draws in which a pair has no caption.
       timesteps: from which share of the schedule, 0 clean and 1 noise, to which a pair is noised.
     """
-    number = schedule.num_train_timesteps
-    low = min(round(timesteps[0] * number), number - 1)
-    high = max(round(timesteps[1] * number), low + 1)
+    low, high = timesteps
 
     def draw(pairs: Pairs, empty_text: jax.Array, step: jax.Array, update: jax.Array) -> Noised:
         shape = pairs.winner.shape[1:]
@@ -91,7 +89,7 @@ def make_draw(
         def of_pair(birth: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             since = (step - birth) * updates_per_step + update
             at_time, at_noise = jax.random.split(stream_key(seed, "noise", birth, slot, since))
-            timestep = jax.random.randint(at_time, (), low, high)
+            timestep = schedule.draw_timesteps(at_time, low, high)
             noise = jax.random.normal(at_noise, shape, jnp.float32)
             drop = jax.random.bernoulli(stream_key(seed, "dropout", birth, slot, since), caption_dropout)
             return timestep, noise, drop
@@ -100,10 +98,10 @@ def make_draw(
         noise = constrain(noise, VIDEO)
         text = jnp.where(drop[:, None, None], empty_text, pairs.text) if caption_dropout > 0.0 else pairs.text
         return Noised(
-            winner=add_noise(schedule, pairs.winner, noise, timesteps),
-            loser=add_noise(schedule, pairs.loser, noise, timesteps),
-            winner_target=training_target(schedule, pairs.winner, noise, timesteps),
-            loser_target=training_target(schedule, pairs.loser, noise, timesteps),
+            winner=schedule.add_noise(pairs.winner, noise, timesteps),
+            loser=schedule.add_noise(pairs.loser, noise, timesteps),
+            winner_target=schedule.target(pairs.winner, noise, timesteps),
+            loser_target=schedule.target(pairs.loser, noise, timesteps),
             timesteps=timesteps,
             text=text,
         )
@@ -306,7 +304,7 @@ class Update:
         config: Any,
         denoise: Denoise,
         denoise_float32: Denoise,
-        schedule: Schedule,
+        schedule: Process,
         optimizer: optax.GradientTransformation,
         shardings: TrainState | None = None,
     ) -> None:
