@@ -104,7 +104,7 @@ def reached(start: Path) -> set[Path]:
 
 
 def test_diffusion_losses_and_pairs_know_no_flax_however_far_one_follows():
-    pure = [*(PACKAGE / "diffusion").glob("*.py"), PACKAGE / "training/losses.py", PACKAGE / "training/pairs.py"]
+    pure = [*(PACKAGE / "diffusion").rglob("*.py"), PACKAGE / "training/losses.py", PACKAGE / "training/pairs.py"]
     assert len(pure) > 3
     for start in pure:
         for path in reached(start):

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from vpo_jax.checkpoints.folders import PipelineParts, Place, write_pipeline
 from vpo_jax.diffusion.guidance import guided
+from vpo_jax.diffusion.process import Process
 from vpo_jax.diffusion.samplers import make_sampler, sample
-from vpo_jax.diffusion.schedules import Schedule
 from vpo_jax.families.protocol import Family
 from vpo_jax.families.table import family_of_parts, read_pipeline
 from vpo_jax.runtime.errors import UserError
@@ -72,7 +72,7 @@ class Pipeline:
         return self.family.scheduler_config
 
     @property
-    def process(self) -> Schedule:
+    def process(self) -> Process:
         """The noise process that the checkpoint was trained with."""
         return self.family.process
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from vpo_jax.checkpoints.folders import Layout
-from vpo_jax.diffusion.schedules import make_schedule
+from vpo_jax.diffusion.process import make_process
 from vpo_jax.families.protocol import Text
 from vpo_jax.models.layers import Conv, Dense
 from vpo_jax.pipeline import Pipeline
+from vpo_jax.rewards.protocol import repeat_rows
 from vpo_jax.runtime.mesh import PARAMETER_RULES, Meshes, make_mesh
 from vpo_jax.runtime.signals import Stop
 from vpo_jax.runtime.workdir import open_workdir
@@ -95,7 +96,7 @@ class ToyFamily:
 
     @property
     def process(self) -> Any:
-        return make_schedule(self.scheduler_config)
+        return make_process(self.scheduler_config)
 
     def video_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         return num_frames, height, width
@@ -169,7 +170,8 @@ class ToyReward:
         bright = pixels.mean(axis=(1, 2, 3, 4))
         moves = jnp.abs(jnp.diff(pixels, axis=1)).mean(axis=(1, 2, 3, 4))
         scores = jnp.stack([bright, moves], axis=-1)[:, : len(self.dimensions)]
-        return jnp.where(jnp.asarray(prepared)[:, None], jnp.nan, scores)
+        poisoned = repeat_rows(prepared, len(pixels))
+        return jnp.where(jnp.asarray(poisoned)[:, None], jnp.nan, scores)
 
 
 def make_config(**overrides: Any) -> Any:

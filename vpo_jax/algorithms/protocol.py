@@ -8,6 +8,8 @@ import optax
 from jax.sharding import Mesh
 
 from vpo_jax.algorithms.state import TrainState
+from vpo_jax.diffusion.process import Process
+from vpo_jax.diffusion.samplers import Sampler
 from vpo_jax.diffusion.trajectory import Trajectory
 from vpo_jax.rewards.combine import Dimensions
 from vpo_jax.runtime.fields import Field, Values
@@ -55,7 +57,7 @@ class Setting(NamedTuple):
       config: the run's.
       denoise: the policy's prediction in the run's dtype.
       denoise_float32: the same, computed in float32.
-      process: of the noise: see `diffusion.process`.
+      process: of the noise.
       sampler: of the rollouts.
       optimizer: of the trainable parameters.
       rewards: the training scorers.
@@ -69,8 +71,8 @@ class Setting(NamedTuple):
     config: Any
     denoise: Denoise
     denoise_float32: Denoise
-    process: Any
-    sampler: Any
+    process: Process
+    sampler: Sampler
     optimizer: optax.GradientTransformation
     rewards: Sequence[Dimensions]
     latents: jax.ShapeDtypeStruct

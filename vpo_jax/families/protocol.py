@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 import jax
 import numpy as np
 
-from vpo_jax.diffusion.schedules import Schedule
+from vpo_jax.diffusion.process import Process
 from vpo_jax.runtime.mesh import Rules
 
 if TYPE_CHECKING:  # pairs and losses know `Text` and no flax
@@ -109,7 +109,7 @@ class Family(Protocol):
         ...
 
     @property
-    def process(self) -> Schedule:
+    def process(self) -> Process:
         """The noise process that the checkpoint was trained with."""
         ...
 

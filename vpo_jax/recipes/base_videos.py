@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpo_jax.diffusion.schedules import add_noise, make_schedule, to_clean_and_noise
+from vpo_jax.families.protocol import Text
+from vpo_jax.families.text_to_video_sd.family import TextToVideoSD
 from vpo_jax.pipeline import Pipeline
 from vpo_jax.recipes.scorer_data import Labelled, equivalent_blur, make_videos
 from vpo_jax.shapes import world
 
 Tree = Any
 # (params, key, videos uint8, text) -> videos uint8
-Carry = Callable[[Tree, jax.Array, jax.Array, jax.Array], jax.Array]
+Carry = Callable[[Tree, jax.Array, jax.Array, Text], jax.Array]
 
 _CHUNK = 64  # videos carried through the base model at a time
 
@@ -26,7 +27,7 @@ _CHUNK = 64  # videos carried through the base model at a time
 def _round_trip(pipeline: Pipeline) -> Carry:
     """(params, key, videos uint8, text) -> what the autoencoder makes of the videos, uint8."""
 
-    def run(params: Tree, _key: jax.Array, videos: jax.Array, _text: jax.Array) -> jax.Array:
+    def run(params: Tree, _key: jax.Array, videos: jax.Array, _text: Text) -> jax.Array:
         latents = encode_videos(pipeline, pipeline.family.decoder_params(params), videos)
         return world.to_uint8(pipeline.family.decode(pipeline.family.decoder_params(params), latents))
 
@@ -35,23 +36,23 @@ def _round_trip(pipeline: Pipeline) -> Carry:
 
 def _denoised(pipeline: Pipeline, largest: float = 0.4, steps: int = 3) -> Carry:
     """(params, key, videos uint8, text) -> the videos noised to a small time and denoised in a few steps, uint8."""
-    schedule = make_schedule(pipeline.scheduler_config)
+    process = pipeline.process
 
-    def run(params: Tree, key: jax.Array, videos: jax.Array, text: jax.Array) -> jax.Array:
+    def run(params: Tree, key: jax.Array, videos: jax.Array, text: Text) -> jax.Array:
         time_key, noise_key = jax.random.split(key)
         latents = encode_videos(pipeline, pipeline.family.decoder_params(params), videos)
         start = jax.random.uniform(time_key, (len(videos),), minval=0.05, maxval=largest)
         noise = jax.random.normal(noise_key, latents.shape)
 
         def times(step: int) -> jax.Array:
-            return (start * (1.0 - step / steps) * schedule.num_train_timesteps).astype(jnp.int32)
+            return (start * (1.0 - step / steps) * process.num_train_timesteps).astype(jnp.int32)
 
         clean = latents
         for step in range(steps):
             now = times(step)
-            latents = add_noise(schedule, clean, noise, now)
+            latents = process.add_noise(clean, noise, now)
             prediction = pipeline.family.denoise({"params": pipeline.family.trainable(params)}, latents, now, text)
-            clean, noise = to_clean_and_noise(schedule, prediction, latents, now)
+            clean, noise = process.to_clean_and_noise(prediction, latents, now)
         return world.to_uint8(pipeline.family.decode(pipeline.family.decoder_params(params), clean))
 
     return run
@@ -60,7 +61,9 @@ def _denoised(pipeline: Pipeline, largest: float = 0.4, steps: int = 3) -> Carry
 def encode_videos(pipeline: Pipeline, params: Tree, videos: jax.Array) -> jax.Array:
     """Scaled latents of uint8 videos [B, F, H, W, 3], the posterior's mean: float32 [B, F, h, w, C]."""
     frames = videos.reshape(-1, *videos.shape[2:]).astype(jnp.float32) / 127.5 - 1.0
-    vae = pipeline.family.vae
+    family = pipeline.family
+    assert isinstance(family, TextToVideoSD)
+    vae = family.vae
     mean, _ = vae.apply({"params": params}, frames, method="encode")
     return (mean * vae.config.scaling_factor).reshape(*videos.shape[:2], *mean.shape[1:])
 

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from vpo_jax.checkpoints.folders import PipelineParts, write_pipeline
-from vpo_jax.diffusion.schedules import add_noise, make_schedule, training_target
+from vpo_jax.diffusion.process import make_process
 from vpo_jax.families.table import read_pipeline
 from vpo_jax.families.text_to_video_sd.layout import LAYOUT
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -266,7 +266,7 @@ def train_denoiser(
     vae = AutoencoderKL(AutoencoderKLConfig.from_dict(VAE))
     unet = UNet3DConditionModel(UNet3DConfig.from_dict(UNET))
     text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(TEXT))
-    schedule = make_schedule(SCHEDULER)
+    process = make_process(SCHEDULER)
     seed_key = jax.random.fold_in(jax.random.key(seed), 2)
 
     captions = ["", *world.captions("train")]
@@ -284,11 +284,11 @@ def train_denoiser(
         # Stratified timesteps: the same distribution with less noise in the gradient.
         offsets = (jnp.arange(batch) + jax.random.uniform(keys[3], (batch,))) / batch
         low = jnp.where(step < lessons, _LESSON_NOISE, 0.0)
-        timesteps = ((low + (1 - low) * offsets) * schedule.num_train_timesteps).astype(jnp.int32)
+        timesteps = ((low + (1 - low) * offsets) * process.num_train_timesteps).astype(jnp.int32)
         noise = jax.random.normal(keys[4], clean.shape)
-        noisy = add_noise(schedule, clean, noise, timesteps)
+        noisy = process.add_noise(clean, noise, timesteps)
         prediction: Any = unet.apply({"params": params["unet"]}, noisy, timesteps, text)
-        value = jnp.square(prediction - training_target(schedule, clean, noise, timesteps)).mean()
+        value = jnp.square(prediction - process.target(clean, noise, timesteps)).mean()
         return value, {"loss": value}
 
     side = world.SIZE // 4

@@ -9,6 +9,7 @@ import jax
 
 from vpo_jax.algorithms.protocol import Algorithm, Frozen
 from vpo_jax.algorithms.state import TrainState, infer_state_shardings, init_state
+from vpo_jax.diffusion.trajectory import Trajectory
 from vpo_jax.pipeline import Pipeline
 from vpo_jax.rewards.combine import dimension_names
 from vpo_jax.rewards.scoring import Scores, Weights, bring
@@ -144,7 +145,7 @@ def _scoring(
 
     def generate(trainable: Tree, prompts: Sequence[str], keys: jax.Array) -> jax.Array:
         found = rollouts.sample(trainable, encode(prompts), keys)
-        latents = found.latents[:, -1] if programs.algorithm.keeps_trajectories else found
+        latents = found.latents[:, -1] if isinstance(found, Trajectory) else found
         with jax.set_mesh(looks):
             return decode_all(to_look, bring(latents, looks))
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.checkpoints.folders import Configs, Layout
-from vpo_jax.diffusion.schedules import Schedule, make_schedule
+from vpo_jax.diffusion.process import Process, make_process
 from vpo_jax.families.protocol import Importer, Params, Text, Tree
 from vpo_jax.families.text_to_video_sd.layout import LAYOUT
 from vpo_jax.families.text_to_video_sd.published import LICENCES, PUBLISHED
@@ -98,9 +98,9 @@ class TextToVideoSD:
         return config
 
     @property
-    def process(self) -> Schedule:
+    def process(self) -> Process:
         """See `Family`."""
-        return make_schedule(self.scheduler_config)
+        return make_process(self.scheduler_config)
 
     @property
     def text_length(self) -> int:
