@@ -145,7 +145,7 @@ def test_the_command_writes_a_folder_that_diffusers_opens(file, donor, tmp_path,
     assert isinstance(scope["pipe"], TextToVideoSDPipeline) and scope["pipe"].unet.config["fps_cond"]
 
     pipe = load_pipeline(tmp_path / "model")
-    assert pipe.unet.config.fps_cond and pipe.unet.config.fps == 28
+    assert pipe.family.unet.config.fps_cond and pipe.family.unet.config.fps == 28
     assert pipe.defaults["guidance_scale"] == 12.0
     pipe.save_pretrained(tmp_path / "again")
     again = load_pipeline(tmp_path / "again")
