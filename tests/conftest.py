@@ -44,7 +44,7 @@ def model_folder(tmp_path_factory) -> Path:
     import numpy as np
 
     from vpo_jax.checkpoints.folders import PipelineParts, param_shapes, write_pipeline
-    from vpo_jax.shapes.tokenizer import make_tokenizer
+    from vpo_jax.recipes.tokenizer import make_tokenizer
 
     tokenizer = make_tokenizer()
     configs = {

@@ -75,7 +75,7 @@ def run(*argv: str) -> int:
     return int(caught.value.code)
 
 
-def test_the_command_leaves_a_table_a_page_numbers_and_clips(loaded, tmp_path, capsys):
+def test_the_command_leaves_a_table_a_page_numbers_and_videos(loaded, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("<b>fox</b> 🦊\na 'quoted' \"thing\"\n", encoding="utf-8")
     out = tmp_path / "out"

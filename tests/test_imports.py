@@ -13,14 +13,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room may import its own level's rooms only where both names are the same, and any lower level.
 LEVELS = (
-    ("commands",),
+    ("commands", "recipes"),
     ("report", "planning"),
     ("training",),
     ("evaluation",),
     ("pipeline",),
     ("rewards",),
     ("checkpoints", "data"),
-    ("models", "world"),
+    ("models", "shapes"),
     ("diffusion",),
     ("runtime",),
 )
@@ -35,9 +35,6 @@ def room_of(module: str) -> str:
         return "runtime"
     if parts[0] in COMMANDS:
         return "commands"
-    if parts[0] == "shapes":
-        # The world and its judge stand beside the models; what trains the shipped weights are commands.
-        return "world" if len(parts) < 2 or parts[1] in ("world", "judge") else "commands"
     return parts[0]
 
 
@@ -142,7 +139,7 @@ def test_nothing_unpickles():
 def test_the_judge_labels_nothing(recipe):
     """The recipes and whatever they import, however far, never reach the judge."""
     judge = PACKAGE / "shapes/judge.py"
-    assert judge.exists() and judge not in reached(PACKAGE / f"shapes/{recipe}.py")
+    assert judge.exists() and judge not in reached(PACKAGE / f"recipes/{recipe}.py")
 
 
 def test_import_vpo_jax_is_quick_and_loads_no_jax():

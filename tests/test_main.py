@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.running import lines, rewrite_steps, start, wait_for_step, weights, without_time
+from tests.running import lines, rewrite_steps, run_program, start, wait_for_step, weights, without_time
 from vpo_jax import main
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.runtime import backend, cli
@@ -194,22 +194,7 @@ def test_a_non_finite_step_ends_with_exit_code_1(monkeypatch):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc alone")
 def test_memory_that_was_freed_is_not_asked_for_again():
     """Page faults of a large buffer that is made and freed ten times: those of one, where it was kept."""
-    code = """
-import resource, sys
-import jax
-import numpy as np
-from vpo_jax.runtime.backend import keep_freed_memory
-if sys.argv[1] == "keep": keep_freed_memory()
-np.ones(2**22)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10): np.ones(2**22)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
-    faults = {
-        mode: int(subprocess.run([sys.executable, "-c", code, mode], env=environment, capture_output=True).stdout)
-        for mode in ("keep", "free")
-    }
+    faults = {mode: int(run_program("page_faults.py", mode, GLIBC_TUNABLES="").stdout) for mode in ("keep", "free")}
     assert faults["keep"] < 0.1 * faults["free"]
 
 

@@ -1,4 +1,4 @@
-"""Base against tuned: same prompts, same seeds, every judge; a table, a report and the clips.
+"""Base against tuned: same prompts, same seeds, every judge; a table, a report and the videos.
 
 python -m vpo_jax.evaluate --base=DIR --tuned=DIR [--prompts=FILE] [--scorers=a,b] --output=DIR
 """
@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from vpo_jax.data.prompts import load_prompts
-from vpo_jax.evaluation.clips import write_clips
 from vpo_jax.evaluation.compare import Sampling, compare, table, write_json
+from vpo_jax.evaluation.videos import write_videos
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
@@ -58,10 +58,10 @@ def main(argv: Sequence[str]) -> None:
             sampling,
             roles_of(flags.tuned, rewards, scorers),
             keep=flags.keep,
-            progress=lambda what, done, total: status.update(f"{what}: {done} of {total} clips"),
+            progress=lambda what, done, total: status.update(f"{what}: {done} of {total} videos"),
         )
     write_json(output / "evaluation.json", comparison)
-    write_clips(output / "videos", comparison)
+    write_videos(output / "videos", comparison)
     write_report(output / "report.html", comparison, title=f"{Path(flags.tuned).name} against {Path(flags.base).name}")
     console.print(table(comparison))
     console.print(f"look at  {output / 'report.html'}", soft_wrap=True, highlight=False)
@@ -78,10 +78,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, help="folder for evaluation.json, report.html and videos/")
     parser.add_argument("--limit", type=int, default=None, help="first so many prompts (default: all)")
-    parser.add_argument("--samples", type=int, default=1, help="clips a prompt (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1, help="videos a prompt (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default: %(default)s)")
-    parser.add_argument("--keep", type=int, default=8, help="clips to keep and show (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="clips at a time (default: %(default)s)")
+    parser.add_argument("--keep", type=int, default=8, help="videos to keep and show (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="videos at a time (default: %(default)s)")
     for name in FROM_BASE:
         kind = float if name == "guidance_scale" else int
         parser.add_argument(f"--{name}", type=kind, default=None, help="default: what the base model was made for")

@@ -16,8 +16,8 @@ from rich.console import Console
 from vpo_jax.checkpoints.folders import beyond_diffusers
 from vpo_jax.convert import model_card
 from vpo_jax.data.prompts import load_prompts, set_apart
-from vpo_jax.evaluation.clips import write_clips
 from vpo_jax.evaluation.compare import Comparison, Sampling, compare, table, write_json
+from vpo_jax.evaluation.videos import write_videos
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.report.card import write_card
 from vpo_jax.report.page import write_report
@@ -196,7 +196,7 @@ def write_result(config: Any, workdir: Workdir, comparison: Comparison) -> None:
     write_json(workdir.path / "evaluation.json", comparison)
     weights = "ema" if config.ema.decay > 0 else "policy"
     write_card(workdir.export, model_card(config, workdir.path, config.train.steps, weights))
-    write_clips(workdir.samples / "final", comparison)
+    write_videos(workdir.samples / "final", comparison)
     write_report(workdir.report, comparison, read_metrics(workdir.path), workdir.config)
 
 

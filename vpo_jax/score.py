@@ -19,6 +19,7 @@ from vpo_jax.rewards.loading import Scorer, load_scorer
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.files import write_text_atomically
 from vpo_jax.runtime.video import read_video
 
 FORMATS = (".json", ".jsonl", ".csv")
@@ -100,10 +101,8 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
         content = json.dumps(list(rows), indent=1, ensure_ascii=False) + "\n"
-    whole = path.with_name(f".{path.name}.tmp")
     try:
-        whole.write_text(content, encoding="utf-8")
-        os.replace(whole, path)
+        write_text_atomically(path, content)
     except OSError as error:
         raise UserError(f"--output: {path} cannot be written: {error.strerror}; choose another") from error
 

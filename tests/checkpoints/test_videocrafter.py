@@ -126,7 +126,7 @@ def test_the_text_encoder_ends_before_the_last_layer(tower, file):
 def donor(file, tmp_path_factory):
     """A diffusers folder with a tokenizer for the file's text encoder."""
     from vpo_jax.checkpoints.folders import PipelineParts, write_pipeline
-    from vpo_jax.shapes.tokenizer import make_tokenizer
+    from vpo_jax.recipes.tokenizer import make_tokenizer
 
     parts = read_videocrafter(file)
     folder = tmp_path_factory.mktemp("donor") / "model"

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vpo_jax.recipes import textures
 from vpo_jax.rewards.classical import RANGES
 from vpo_jax.rewards.flow import gaussian
 from vpo_jax.rewards.loading import load_rewards, load_scorer
 from vpo_jax.rewards.protocol import Reward
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.shapes import textures, world
+from vpo_jax.shapes import world
 
 COUNT, SIZE = 4, 64
 
@@ -28,7 +29,7 @@ def images():
 @pytest.fixture(scope="module")
 def clips(images):
     """Textures that glide by one pixel a frame, float32 [4, 4, 64, 64, 3]."""
-    return np.stack([textures.moving_clip(image, SIZE, 4, 1.0) for image in images]).astype(np.float32)
+    return np.stack([textures.moving_video(image, SIZE, 4, 1.0) for image in images]).astype(np.float32)
 
 
 def scores_of(scorer, steps, dimension):
@@ -84,7 +85,7 @@ def test_exposure_falls_on_the_way_to_black_and_to_white(scorer, clips, tone):
 
 def test_dynamic_degree_is_the_speed_in_percent_of_the_diagonal(scorer, images):
     speeds = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0)
-    steps = [np.stack([textures.moving_clip(image, SIZE, 4, speed) for image in images]) for speed in speeds]
+    steps = [np.stack([textures.moving_video(image, SIZE, 4, speed) for image in images]) for speed in speeds]
     scores = scores_of(scorer, steps, "dynamic_degree")
     true = 100 * np.array(speeds) / np.hypot(SIZE, SIZE)
     np.testing.assert_allclose(scores.mean(1), true, rtol=0.25, atol=0.02)
@@ -92,7 +93,7 @@ def test_dynamic_degree_is_the_speed_in_percent_of_the_diagonal(scorer, images):
 
 
 def test_noise_and_flicker_are_no_motion(scorer, images):
-    still = np.stack([textures.moving_clip(image, SIZE, 4, 0.0) for image in images]).astype(np.float32)
+    still = np.stack([textures.moving_video(image, SIZE, 4, 0.0) for image in images]).astype(np.float32)
     assert (scores_of(scorer, [still], "dynamic_degree") == 0).all()
     # The slowest move above is 0.28 %.
     assert (scores_of(scorer, [noisy(still, 10.0), flickering(still, 20.0)], "dynamic_degree") < 0.05).all()

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vpo_jax.recipes import textures
 from vpo_jax.rewards.flow import gaussian, optical_flow, shrink, warp, working_size
-from vpo_jax.shapes import textures
 
 ANGLE = 0.5
 _flow = jax.jit(optical_flow)
@@ -23,7 +23,7 @@ def luma(clip):
 
 @pytest.mark.parametrize("speed", [0.5, 1.0, 2.0, 4.0])
 def test_a_known_move_is_found(image, speed):
-    first, second = luma(textures.moving_clip(image, 64, 2, speed, ANGLE))
+    first, second = luma(textures.moving_video(image, 64, 2, speed, ANGLE))
     flow = np.asarray(_flow(first, second))
     # The window glides one way, and what is seen moves the other.
     true = -speed * np.array([np.cos(ANGLE), np.sin(ANGLE)])
@@ -37,7 +37,7 @@ def test_a_known_move_is_found(image, speed):
 
 
 def test_nothing_that_stays_moves(image):
-    still = luma(textures.moving_clip(image, 64, 1, 0.0))[0]
+    still = luma(textures.moving_video(image, 64, 1, 0.0))[0]
     noise = np.random.default_rng(0).normal(0, 10, (2, 64, 64)).astype(np.float32)
     flat = np.full((64, 64), 90, np.float32)
     for first, second, most in [

@@ -106,7 +106,7 @@ def test_the_judge_scores_clean_clips_above_degraded_ones():
     rows = world.caption_indices("tune")[:8]
     captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in rows]
     clean, degraded = (
-        np.asarray(world.to_uint8(world.render_clips(jax.random.key(0), rows, p).frames)) for p in (0.0, 1.0)
+        np.asarray(world.to_uint8(world.render_videos(jax.random.key(0), rows, p).frames)) for p in (0.0, 1.0)
     )
     scorer = load_scorer("judge")
     good, bad = scorer(clean, captions), scorer(degraded, captions)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vpo_jax.recipes import fit_niqe, textures
 from vpo_jax.rewards import niqe
-from vpo_jax.shapes import fit_niqe, textures
 
 _features = jax.jit(niqe.patch_features)
 

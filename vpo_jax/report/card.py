@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.files import write_text_atomically
 
 CARD_FILE = "README.md"
 
@@ -98,7 +99,7 @@ def write_card(folder: str | Path, card: ModelCard) -> None:
     """Writes the card into an exported folder; UserError when the disk refuses."""
     file = Path(folder, CARD_FILE)
     try:
-        file.write_text(render(card), encoding="utf-8")
+        write_text_atomically(file, render(card))
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error}); free space, the model itself is whole") from error
 

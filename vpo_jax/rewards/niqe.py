@@ -54,7 +54,7 @@ def fit_pristine(features: np.ndarray, least: float = 1e-3) -> tuple[np.ndarray,
 
 @functools.cache
 def read_pristine() -> Pristine:
-    """The shipped models, made by the command that stands in the file (`python -m vpo_jax.shapes.fit_niqe`)."""
+    """The shipped models, made by the command that stands in the file (`python -m vpo_jax.recipes.fit_niqe`)."""
     models = json.loads(ASSET.read_text(encoding="utf-8"))["models"]
     mean, whiten = (np.array([model[name] for model in models], np.float32) for name in ("mean", "whiten"))
     return Pristine(mean, whiten.reshape(-1, FEATURES, FEATURES))

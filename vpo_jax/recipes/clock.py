@@ -1,7 +1,7 @@
 """Frame numbers for a UNet3DConditionModel that is trained from nothing.
 
 That UNet has no embedding of the frame index. The order of frames reaches it through the zero padding of its
-temporal convolutions alone, and their last layers start at zero: to a fresh one a clip is a set of frames, and
+temporal convolutions alone, and their last layers start at zero: to a fresh one a video is a set of frames, and
 "moving left" says no more than "moving right". `wind` gives one group of channels of a temporal convolution to
 the padding: they carry a constant that the missing neighbours at both ends change, a frame further with each of
 the four layers, and the last layer adds the resulting code, another one for every frame, to what passes.
@@ -18,13 +18,13 @@ _CONSTANT = 1.5
 
 
 def wind(temporal: Tree, key: jax.Array, num_groups: int, num_frames: int, amplitude: float = 0.5) -> Tree:
-    """Parameters of a TemporalConvLayer whose last group of channels tells the frames of a clip apart.
+    """Parameters of a TemporalConvLayer whose last group of channels tells the frames of a video apart.
 
     Args:
       temporal: {"conv1", ..., "conv4"}, kernels [3, 1, 1, C, C].
       key: draws the code.
       num_groups: of its GroupNorms; C / num_groups channels, the last ones, become the clock.
-      num_frames: of the clips, at most 9: the four layers reach that far from both ends.
+      num_frames: of the videos, at most 9: the four layers reach that far from both ends.
       amplitude: standard deviation of the code over frames and channels, in the units of the layer's output.
     """
     wound: dict[str, Any] = {}

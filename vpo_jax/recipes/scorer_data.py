@@ -1,19 +1,17 @@
-"""What the embedded world's scorer learns from: clips whose flaws are known because they were put there.
+"""What the embedded world's scorer learns from: videos whose flaws are known because they were put there.
 
-No judge labels anything here. Three sources: clips rendered with degradations of known strength; such clips carried
+No judge labels anything here. Three sources: videos rendered with degradations of known strength; such videos carried
 through the base model, which keep their labels and get its artefacts, the softness by comparison with what went in;
 and the base model's own samples with one known degradation added, of which only the order is known.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpo_jax.diffusion.schedules import add_noise, make_schedule, to_clean_and_noise
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.shapes import world
 
@@ -22,13 +20,12 @@ RANGE = (1.0, 4.0)
 _LOWEST_LABEL, _HIGHEST_LABEL = 1.2, 3.8
 _FASTEST = 2.2  # pixels a frame: full dynamic degree
 _SHARP_EDGE = 0.35  # standard deviation of a clean edge's own width, pixels
-_CHUNK = 64  # clips carried through the base model at a time
 
 QUALITY, CONSISTENCY, MOTION, ALIGNMENT, FACTS = range(len(DIMENSIONS))
 
 
 class Labelled(NamedTuple):
-    """Clips with what is known of them."""
+    """Videos with what is known of them."""
 
     videos: jax.Array  # uint8 [B, F, H, W, 3]
     goodness: jax.Array  # float32 [B, 5] in [0, 1]; the column of the alignment is still to be asked for
@@ -42,7 +39,7 @@ def labels(goodness: jax.Array) -> jax.Array:
     return _LOWEST_LABEL + (_HIGHEST_LABEL - _LOWEST_LABEL) * goodness
 
 
-# How often a clip to learn from has flicker, jitter, blur, noise, freeze, morph; some clips have nothing at all.
+# How often a video to learn from has flicker, jitter, blur, noise, freeze, morph; some videos have nothing at all.
 _PRESENCE = (0.45, 0.45, 0.4, 0.3, 0.4, 0.4)
 _NOTHING = 0.15
 
@@ -62,7 +59,7 @@ def sample_strengths(key: jax.Array, presence: Sequence[float] | None = None) ->
 
 
 def goodness_of(scene: world.Scene, strengths: world.Degradation) -> jax.Array:
-    """[5] in [0, 1] from the strengths that a clip was made with, its natural unsteadiness included."""
+    """[5] in [0, 1] from the strengths that a video was made with, its natural unsteadiness included."""
     quality = quality_of(world.BLUR_SIGMA * strengths.blur, strengths.noise)
 
     # Uniform on [-1, 1] has a standard deviation of 1 / sqrt(3).
@@ -82,52 +79,52 @@ def quality_of(blur: world.Number, noise: world.Number) -> jax.Array:
     return jnp.maximum(1.0 - softer, 0.0) * (1.0 - jnp.sqrt(noise))
 
 
-def soften(key: jax.Array, clip: jax.Array, blur: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A clip [F, H, W, 3] in [0, 1] with blur and grain added; its visual quality.
+def soften(key: jax.Array, video: jax.Array, blur: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A video [F, H, W, 3] in [0, 1] with blur and grain added; its visual quality.
 
-    `blur` is what the clip already has, in pixels: the autoencoder's, which leaves no grain.
+    `blur` is what the video already has, in pixels: the autoencoder's, which leaves no grain.
     """
     which, blur_key, noise_key, grain_key = jax.random.split(key, 4)
     present = jax.random.uniform(which, (2,)) < jnp.array([0.5, 0.25])
     added = jnp.where(present[0], world.BLUR_SIGMA * jax.random.uniform(blur_key), 0.0)
     noise = jnp.where(present[1], jax.random.uniform(noise_key) ** 2, 0.0)
-    clip = _blurred(clip, added)
-    clip += world.NOISE_STD * noise * jax.random.normal(grain_key, clip.shape)
-    return jnp.clip(clip, 0.0, 1.0), quality_of(jnp.hypot(blur, added), noise)
+    video = _blurred(video, added)
+    video += world.NOISE_STD * noise * jax.random.normal(grain_key, video.shape)
+    return jnp.clip(video, 0.0, 1.0), quality_of(jnp.hypot(blur, added), noise)
 
 
 _BLURS = np.linspace(0.0, 2.0, 41)
 _COARSE = 1.5  # blur in pixels that leaves the coarse gradients
 
 
-def equivalent_blur(source: jax.Array, clip: jax.Array) -> jax.Array:
-    """Blur in pixels after which `source` is as soft as `clip`, which was made of it: both [F, H, W, 3] -> scalar.
+def equivalent_blur(source: jax.Array, video: jax.Array) -> jax.Array:
+    """Blur in pixels after which `source` is as soft as `video`, which was made of it: both [F, H, W, 3] -> scalar.
 
     Softness is the ratio of all squared gradients to those that a wide blur leaves: it follows neither the place of
-    things nor their contrast, so that a clip that came back moved or tinted is not called soft for it.
+    things nor their contrast, so that a video that came back moved or tinted is not called soft for it.
     """
 
-    def crispness(clip: jax.Array) -> jax.Array:
-        return _squared_gradients(clip) / (_squared_gradients(_blurred(clip, _COARSE)) + 1e-6)
+    def crispness(video: jax.Array) -> jax.Array:
+        return _squared_gradients(video) / (_squared_gradients(_blurred(video, _COARSE)) + 1e-6)
 
     blurs = jnp.asarray(_BLURS)
     falling = jax.vmap(lambda blur: crispness(_blurred(source, blur)))(blurs)
-    return jnp.interp(crispness(clip), falling[::-1], blurs[::-1])
+    return jnp.interp(crispness(video), falling[::-1], blurs[::-1])
 
 
-def _squared_gradients(clip: jax.Array) -> jax.Array:
-    return jnp.square(jnp.diff(clip, axis=1)).sum() + jnp.square(jnp.diff(clip, axis=2)).sum()
+def _squared_gradients(video: jax.Array) -> jax.Array:
+    return jnp.square(jnp.diff(video, axis=1)).sum() + jnp.square(jnp.diff(video, axis=2)).sum()
 
 
-def _blurred(clip: jax.Array, sigma: world.Number) -> jax.Array:
+def _blurred(video: jax.Array, sigma: world.Number) -> jax.Array:
     kernel = world.blur_matrix(sigma)
-    return jnp.einsum("ij,fjkc,lk->filc", kernel, clip, kernel)
+    return jnp.einsum("ij,fjkc,lk->filc", kernel, video, kernel)
 
 
 def ask(key: jax.Array, row: jax.Array, freeze: jax.Array | float, fewest: int = 0) -> tuple[jax.Array, jax.Array]:
-    """A caption for a clip, right or with some attributes exchanged: (row of ALL_ATTRIBUTES, goodness in [0, 1]).
+    """A caption for a video, right or with some attributes exchanged: (row of ALL_ATTRIBUTES, goodness in [0, 1]).
 
-    `fewest` is the smallest number of exchanged attributes; the largest is four. A clip that hardly moves
+    `fewest` is the smallest number of exchanged attributes; the largest is four. A video that hardly moves
     contradicts any direction.
     """
     count_key, order_key, value_key = jax.random.split(key, 3)
@@ -146,34 +143,34 @@ def ask(key: jax.Array, row: jax.Array, freeze: jax.Array | float, fewest: int =
 _TAILS = [[len(values) for values in world.VALUES[i + 1 :]] for i in range(len(world.VALUES))]
 
 
-def disturb(key: jax.Array, clip: jax.Array) -> jax.Array:
-    """What a generator does to a clip and a label should not depend on: [F, H, W, 3] in [0, 1] -> the same.
+def disturb(key: jax.Array, video: jax.Array) -> jax.Array:
+    """What a generator does to a video and a label should not depend on: [F, H, W, 3] in [0, 1] -> the same.
 
     Tints, a coarser grid, and smooth stains, most of which stand still.
     """
     keys = jax.random.split(key, 8)
     gain = 1.0 + 0.08 * jax.random.uniform(keys[0], (3,), minval=-1.0)
     offset = 0.04 * jax.random.uniform(keys[1], (3,), minval=-1.0)
-    clip = clip * gain + offset
+    video = video * gain + offset
 
-    shape = clip.shape
-    coarse = clip.reshape(shape[0], shape[1] // 2, 2, shape[2] // 2, 2, 3).mean((2, 4))
+    shape = video.shape
+    coarse = video.reshape(shape[0], shape[1] // 2, 2, shape[2] // 2, 2, 3).mean((2, 4))
     coarse = jax.image.resize(coarse, shape, "linear")
     share = jnp.where(jax.random.uniform(keys[2]) < 0.3, 0.3 * jax.random.uniform(keys[3]), 0.0)
-    clip += share * (coarse - clip)
+    video += share * (coarse - video)
 
     still = jax.image.resize(jax.random.normal(keys[4], (1, 8, 8, 3)), (1, *shape[1:]), "cubic")
     moving = jax.image.resize(jax.random.normal(keys[5], (shape[0], 8, 8, 3)), shape, "cubic")
     size = jax.random.uniform(keys[6], (2,)) ** 2 * (jax.random.uniform(keys[7], (2,)) < 0.5)
-    return jnp.clip(clip + 0.04 * size[0] * still + 0.015 * size[1] * moving, 0.0, 1.0)
+    return jnp.clip(video + 0.04 * size[0] * still + 0.015 * size[1] * moving, 0.0, 1.0)
 
 
-def make_clips(key: jax.Array, count: int, rows: jax.Array, **how: Any) -> Labelled:
-    """Freshly rendered clips of captions drawn from `rows`, with their labels; see `make_known_clips`; jittable."""
-    return make_known_clips(key, count, rows, **how)[0]
+def make_videos(key: jax.Array, count: int, rows: jax.Array, **how: Any) -> Labelled:
+    """Freshly rendered videos of captions drawn from `rows`, with their labels; see `make_known_videos`; jittable."""
+    return make_known_videos(key, count, rows, **how)[0]
 
 
-# Of a frame; `make_known_clips` says in which units.
+# Of a frame; `make_known_videos` says in which units.
 SHOWN = (
     *("x", "y", "radius", "red", "green", "blue"),
     *("background_red", "background_green", "background_blue", "exposure", "blur", "grain"),
@@ -181,7 +178,7 @@ SHOWN = (
 )
 
 
-def make_known_clips(
+def make_known_videos(
     key: jax.Array,
     count: int,
     rows: jax.Array,
@@ -189,7 +186,7 @@ def make_known_clips(
     soft: bool = True,
     presence: Sequence[float] | None = None,
 ) -> tuple[Labelled, jax.Array]:
-    """Freshly rendered clips of captions drawn from `rows`, with their labels, and what their frames show; jittable.
+    """Freshly rendered videos of captions drawn from `rows`, with their labels, and what their frames show; jittable.
 
     Without `soft` none is blurred or has grain. `presence` is that of `sample_strengths`. What frames show is float32
     [B, F, 15] in the order of `SHOWN`, numbers of order one.
@@ -204,11 +201,11 @@ def make_known_clips(
         strengths = sample_strengths(strength_key, presence)
         if not soft:
             strengths = strengths._replace(blur=jnp.zeros(()), noise=jnp.zeros(()))
-        clip = world.render(scene, strengths, render_key)
+        video = world.render(scene, strengths, render_key)
         if disturbed:
-            clip = disturb(disturb_key, clip)
+            video = disturb(disturb_key, video)
         goodness, blur = goodness_of(scene, strengths), world.BLUR_SIGMA * jnp.asarray(strengths.blur)
-        labelled = Labelled(world.to_uint8(clip), goodness, row, jnp.asarray(strengths.freeze), blur)
+        labelled = Labelled(world.to_uint8(video), goodness, row, jnp.asarray(strengths.freeze), blur)
         return labelled, _facts(scene, strengths, world.follow(scene, strengths, render_key))
 
     return jax.vmap(one)(jax.random.split(key, count))
@@ -238,45 +235,45 @@ _SPOILED = np.array([CONSISTENCY, CONSISTENCY, QUALITY, QUALITY, MOTION, FACTS, 
 
 
 def spoil(
-    key: jax.Array, clip: jax.Array, kind: jax.Array, weakest: jax.Array | float = 0.2
+    key: jax.Array, video: jax.Array, kind: jax.Array, weakest: jax.Array | float = 0.2
 ) -> tuple[jax.Array, jax.Array]:
-    """A clip [F, H, W, 3] in [0, 1] with degradation `kind` of a strength in [weakest, 1] added, and that strength.
+    """A video [F, H, W, 3] in [0, 1] with degradation `kind` of a strength in [weakest, 1] added, and that strength.
 
-    In order: flicker, jitter, blur, noise, slower motion, drifting colours; the last (6) leaves the clip alone and
+    In order: flicker, jitter, blur, noise, slower motion, drifting colours; the last (6) leaves the video alone and
     means a wrong caption. `_SPOILED[kind]` is the dimension that must fall.
     """
     strength_key, key = jax.random.split(key)
     strength = jax.random.uniform(strength_key, minval=weakest)
-    frames, size = clip.shape[0], world.SIZE
+    frames, size = video.shape[0], world.SIZE
 
-    def flicker(clip: jax.Array) -> jax.Array:
+    def flicker(video: jax.Array) -> jax.Array:
         change = jax.random.uniform(key, (frames,), minval=-1.0)
-        return world.expose(clip, world.FLICKER_AMPLITUDE * strength * change)
+        return world.expose(video, world.FLICKER_AMPLITUDE * strength * change)
 
-    def jitter(clip: jax.Array) -> jax.Array:
+    def jitter(video: jax.Array) -> jax.Array:
         offsets = world.JITTER_STD * strength * jax.random.normal(key, (2, frames, 1, 1))
         place = jnp.arange(size, dtype=jnp.float32)
         source = jnp.clip(place[:, None] + offsets, 0.0, size - 1.0)  # [2, F, size, 1]
         rows, columns = jax.nn.relu(1.0 - jnp.abs(source - place))  # [F, size, size]
-        return jnp.einsum("fij,fjkc,flk->filc", rows, clip, columns)
+        return jnp.einsum("fij,fjkc,flk->filc", rows, video, columns)
 
-    def blur(clip: jax.Array) -> jax.Array:
-        return _blurred(clip, world.BLUR_SIGMA * strength)
+    def blur(video: jax.Array) -> jax.Array:
+        return _blurred(video, world.BLUR_SIGMA * strength)
 
-    def noise(clip: jax.Array) -> jax.Array:
-        return clip + world.NOISE_STD * strength * jax.random.normal(key, clip.shape)
+    def noise(video: jax.Array) -> jax.Array:
+        return video + world.NOISE_STD * strength * jax.random.normal(key, video.shape)
 
-    def slower(clip: jax.Array) -> jax.Array:
+    def slower(video: jax.Array) -> jax.Array:
         middle = (frames - 1) / 2
         source = middle + (jnp.arange(frames) - middle) * (1.0 - strength)
-        return clip[jnp.round(source).astype(jnp.int32)]
+        return video[jnp.round(source).astype(jnp.int32)]
 
-    def drift(clip: jax.Array) -> jax.Array:
+    def drift(video: jax.Array) -> jax.Array:
         wave = 0.5 + 0.5 * jnp.sin(2 * jnp.pi * (jnp.arange(frames) / frames + jax.random.uniform(key)))
         share = (world.MORPH_COLOR * strength * wave).reshape(-1, 1, 1, 1)
-        return clip + share * (jnp.roll(clip, 1, axis=-1) - clip)
+        return video + share * (jnp.roll(video, 1, axis=-1) - video)
 
-    changed = jax.lax.switch(kind, [flicker, jitter, blur, noise, slower, drift, lambda clip: clip], clip)
+    changed = jax.lax.switch(kind, [flicker, jitter, blur, noise, slower, drift, lambda video: video], video)
     return jnp.clip(changed, 0.0, 1.0), strength
 
 
@@ -296,7 +293,7 @@ def make_pairs(
 ) -> Pairs:
     """Pairs from samples uint8 [N, F, H, W, 3] of the captions `rows`, the `kinds` of `spoil` in turn; jittable.
 
-    In half of them the worse clip is another sample, made so much worse that the two samples' own difference is
+    In half of them the worse video is another sample, made so much worse that the two samples' own difference is
     small beside it: what a dimension means must not hang on colour, shape and size.
     """
 
@@ -307,119 +304,10 @@ def make_pairs(
         across = (number // len(kinds)) % 2 == 1
         source = jnp.where(across & (kind != _WRONG_CAPTION), other, chosen)
         weakest = jnp.where(across, _WEAKEST_ACROSS, 0.2)
-        clip, strength = spoil(spoil_key, videos[source].astype(jnp.float32) / 255.0, kind, weakest)
+        video, strength = spoil(spoil_key, videos[source].astype(jnp.float32) / 255.0, kind, weakest)
         # A sample may miss its caption in one attribute; with two or more exchanged it is still the better match.
         wrong, _ = ask(ask_key, rows[chosen], 0.0, fewest=2)
         row = jnp.where(kind == _WRONG_CAPTION, wrong, rows[source])
-        return Pairs(videos[chosen], world.to_uint8(clip), rows[chosen], row, jnp.asarray(_SPOILED)[kind], strength)
+        return Pairs(videos[chosen], world.to_uint8(video), rows[chosen], row, jnp.asarray(_SPOILED)[kind], strength)
 
     return jax.vmap(one)(jnp.arange(count))
-
-
-# Clips carried through the base model.
-
-
-def _round_trip(pipeline: Any) -> Callable[..., jax.Array]:
-    """(params, key, videos uint8, text) -> what the autoencoder makes of the videos, uint8."""
-
-    def run(params: Any, key: jax.Array, videos: jax.Array, text: jax.Array) -> jax.Array:
-        latents = encode_videos(pipeline, params["vae"], videos)
-        return world.to_uint8(pipeline.decode(params["vae"], latents))
-
-    return run
-
-
-def _denoised(pipeline: Any, largest: float = 0.4, steps: int = 3) -> Callable[..., jax.Array]:
-    """(params, key, videos uint8, text) -> the videos noised to a small time and denoised in a few steps, uint8."""
-    schedule = make_schedule(pipeline.scheduler_config)
-
-    def run(params: Any, key: jax.Array, videos: jax.Array, text: jax.Array) -> jax.Array:
-        time_key, noise_key = jax.random.split(key)
-        latents = encode_videos(pipeline, params["vae"], videos)
-        start = jax.random.uniform(time_key, (len(videos),), minval=0.05, maxval=largest)
-        noise = jax.random.normal(noise_key, latents.shape)
-
-        def times(step: int) -> jax.Array:
-            return (start * (1.0 - step / steps) * schedule.num_train_timesteps).astype(jnp.int32)
-
-        clean = latents
-        for step in range(steps):
-            now = times(step)
-            latents = add_noise(schedule, clean, noise, now)
-            prediction = pipeline.denoise({"params": params["unet"]}, latents, now, text)
-            clean, noise = to_clean_and_noise(schedule, prediction, latents, now)
-        return world.to_uint8(pipeline.decode(params["vae"], clean))
-
-    return run
-
-
-def encode_videos(pipeline: Any, params: Any, videos: jax.Array) -> jax.Array:
-    """Scaled latents of uint8 videos [B, F, H, W, 3], the posterior's mean: float32 [B, F, h, w, C]."""
-    frames = videos.reshape(-1, *videos.shape[2:]).astype(jnp.float32) / 127.5 - 1.0
-    mean, _ = pipeline.vae.apply({"params": params}, frames, method="encode")
-    return (mean * pipeline.vae.config.scaling_factor).reshape(*videos.shape[:2], *mean.shape[1:])
-
-
-def carried_clips(pipeline: Any, way: str, seed: int, count: int, folder: Path) -> Labelled:
-    """`count` labelled clips that went through the base model; chunks are kept in `folder` and made only once.
-
-    way: "round_trip" (the autoencoder alone) or "denoised". The labels are those of what went in, which has neither
-    blur nor grain; the blur is what the clip caught on its way, and the visual quality is left to `soften`.
-    """
-    carry = jax.jit({"round_trip": _round_trip, "denoised": _denoised}[way](pipeline))
-    rows = jnp.asarray(world.caption_indices("train"))
-    make = jax.jit(lambda key: make_clips(key, _CHUNK, rows, disturbed=False, soft=False))
-    encode_text = jax.jit(pipeline.encode_text)
-
-    @jax.jit
-    @jax.vmap
-    def caught(source: jax.Array, clip: jax.Array) -> jax.Array:
-        return equivalent_blur(source.astype(jnp.float32) / 255.0, clip.astype(jnp.float32) / 255.0)
-
-    def chunk(number: int) -> dict[str, np.ndarray]:
-        clip_key, carry_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
-        clips = make(clip_key)
-        captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in np.asarray(clips.rows)]
-        text = encode_text(pipeline.params["text_encoder"], pipeline.tokenize(captions))
-        videos = carry(pipeline.params, carry_key, clips.videos, text)
-        return clips._replace(videos=videos, blur=caught(clips.videos, videos))._asdict()
-
-    found = _kept(chunk, -(-count // _CHUNK), folder, way)
-    return Labelled(*(jnp.asarray(found[name]) for name in Labelled._fields))
-
-
-def base_samples(pipeline: Any, split: str, seed: int, count: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """`count` samples of the base model with its own defaults: videos uint8 [count, ...], rows of the captions."""
-    rows = np.resize(world.caption_indices(split), -(-count // _CHUNK) * _CHUNK)
-    wanted = ("guidance_scale", "num_inference_steps")
-    how = {name: pipeline.defaults[name] for name in wanted if name in pipeline.defaults}
-
-    def chunk(number: int) -> dict[str, np.ndarray]:
-        chosen = rows[number * _CHUNK : (number + 1) * _CHUNK]
-        captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in chosen]
-        videos = pipeline(captions, seed=seed + number, batch_size=_CHUNK, **how)
-        return {"videos": videos, "rows": chosen}
-
-    parts = _kept(chunk, len(rows) // _CHUNK, folder, f"samples_{split}")
-    return parts["videos"][:count], parts["rows"][:count]
-
-
-def _kept(make: Callable[[int], dict[str, Any]], chunks: int, folder: Path, name: str) -> dict[str, np.ndarray]:
-    """The chunks' arrays one after the other; each chunk is written once and read ever after."""
-
-    def parts() -> Iterator[dict[str, np.ndarray]]:
-        for number in range(chunks):
-            file = folder / f"{name}_{number:04d}.npz"
-            if not file.is_file():
-                made: dict[str, Any] = {key: np.asarray(value) for key, value in make(number).items()}
-                partial = file.with_suffix(".partial.npz")
-                np.savez_compressed(partial, **made)
-                partial.rename(file)
-                if number % 8 == 0:
-                    print(f"{name}: chunk {number + 1} of {chunks}", flush=True)
-            with np.load(file) as saved:
-                yield dict(saved)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    found = list(parts())
-    return {key: np.concatenate([part[key] for part in found]) for key in found[0]}

@@ -1,4 +1,4 @@
-"""Clips that look like photographs to a filter: opaque disks of all sizes, one behind the other, with 1/f textures.
+"""Videos that look like photographs to a filter: opaque disks of all sizes, one behind the other, with 1/f textures.
 
 "Dead leaves" (Lee, Mumford and Huang 2001) have the edges, the heavy tails and the 1/f spectrum of natural images;
 each leaf carries a piece of Gaussian 1/f noise. Everything is numpy and follows from a seed alone.
@@ -41,13 +41,13 @@ def dead_leaves(seed: int, size: int) -> np.ndarray:
     return np.clip(small, 0, 255).astype(np.float32)
 
 
-def moving_clip(image: np.ndarray, size: int, frames: int, speed: float, angle: float = 0.5) -> np.ndarray:
+def moving_video(image: np.ndarray, size: int, frames: int, speed: float, angle: float = 0.5) -> np.ndarray:
     """A window of `size` pixels that glides over the image: uint8 [frames, size, size, 3].
 
     What is seen moves by `speed` pixels a frame against the window, along `angle` (radians); bilinear between pixels.
     """
     middle = (np.array(image.shape[:2]) - size) / 2
-    clip = []
+    video = []
     for frame in range(frames):
         along = (frame - (frames - 1) / 2) * speed
         top, left = middle + along * np.array([np.sin(angle), np.cos(angle)])
@@ -55,5 +55,5 @@ def moving_clip(image: np.ndarray, size: int, frames: int, speed: float, angle: 
         dy, dx = top - y, left - x
         corners = [image[y + i : y + i + size, x + j : x + j + size] for i in (0, 1) for j in (0, 1)]
         weights = [(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx]
-        clip.append(sum(w * c for w, c in zip(weights, corners, strict=True)))
-    return np.round(np.clip(np.stack(clip), 0, 255)).astype(np.uint8)
+        video.append(sum(w * c for w, c in zip(weights, corners, strict=True)))
+    return np.round(np.clip(np.stack(video), 0, 255)).astype(np.uint8)

@@ -1,12 +1,12 @@
 """Trains a small VideoScore of the embedded world: the paper's scorer, an Idefics2 with a head of five, in miniature.
 
-    python -m vpo_jax.shapes.train_videoscore --base=DIR --workdir=DIR --output=DIR
+    python -m vpo_jax.recipes.train_videoscore --base=DIR --workdir=DIR --output=DIR
 
 It learns from what the shipped scorer learns from (see `train_scorer`). A real VideoScore starts from a model that has
-seen the world; this one learns first what the frames of rendered clips show, which is known because it was drawn.
+seen the world; this one learns first what the frames of rendered videos show, which is known because it was drawn.
 Its folder is like a real VideoScore's; docs/scorers.md has the command that trains the embedded job with it.
 
-The workdir keeps the carried clips and the checkpoints; interrupted, the same command goes on.
+The workdir keeps the carried videos and the checkpoints; interrupted, the same command goes on.
 """
 
 import sys
@@ -26,6 +26,20 @@ from vpo_jax.checkpoints.scorers import make_word_tokenizer
 from vpo_jax.checkpoints.videoscore import VideoScoreParts, read_videoscore, write_videoscore
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
 from vpo_jax.models.idefics2_config import Idefics2Config, PerceiverConfig, TextConfig, VisionConfig
+from vpo_jax.recipes import scorer_data as data
+from vpo_jax.recipes.train_scorer import (
+    Batch,
+    Loss,
+    Metrics,
+    Pools,
+    commands_of,
+    draw_videos,
+    make_parser,
+    open_pools,
+    optimise,
+    ranking,
+    weighted,
+)
 from vpo_jax.rewards.frames import FrameSettings, prepare_frames
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.rewards.query import FAKE_TOKEN, FIELD, IMAGE_TOKEN, QueryEncoder
@@ -34,21 +48,7 @@ from vpo_jax.runtime.cli import run
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.trees import flatten, unflatten
-from vpo_jax.shapes import scorer_data as data
 from vpo_jax.shapes import world
-from vpo_jax.shapes.train_scorer import (
-    Batch,
-    Loss,
-    Metrics,
-    Pools,
-    commands_of,
-    draw_clips,
-    make_parser,
-    open_pools,
-    optimise,
-    ranking,
-    weighted,
-)
 
 Tree = Any
 
@@ -60,9 +60,9 @@ _APART = 25.0  # times transformers' 0.02: words and places that look alike are 
 _LATENTS, _LATENT_STD = "model/connector/perceiver_resampler/latents", 0.02
 _EYES = ("scorer/model/vision_model/", "scorer/model/connector/")
 _PATCHES = "model/vision_model/embeddings/patch_embedding"
-_WHITENING_CLIPS, _WHITENING_FLOOR = 64, 1e-4
+_WHITENING_VIDEOS, _WHITENING_FLOOR = 64, 1e-4
 _EARLY, _LESSONS = 0.25, 0.5
-_SEEING_CLIPS, _SEEING_FRAMES = 64, 2  # a step; frames of one clip are alike
+_SEEING_VIDEOS, _SEEING_FRAMES = 64, 2  # a step; frames of one video are alike
 _MATRICES = 20.0  # times the learning rate of everything else
 _SEEING_RATE = 0.1  # of the learning rate, for what has learnt to see: at all of it places blur again
 ALONE = Batch(fresh=48)
@@ -122,13 +122,13 @@ PROCESSOR = {"size": {"shortest_edge": world.SIZE, "longest_edge": 980}, "do_ima
 
 
 def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Loss:
-    """The loss of {"scorer", "lessons"}: all five scores are read of one caption for each clip, and the lessons.
+    """The loss of {"scorer", "lessons"}: all five scores are read of one caption for each video, and the lessons.
 
     The lessons beside the scores are what frames show (read of the perceiver's tokens), what changed since the frame
-    before, which attributes the caption names, which the clip has, and which of them agree (of the decoder, behind each
-    frame, where it also has to give the scores that it would give so far). Only what lies side by side is compared:
-    without the two lessons of attributes, colours and shapes stay at chance. The heads that answer are dropped after
-    the training.
+    before, which attributes the caption names, which the video has, and which of them agree (of the decoder, behind
+    each frame, where it also has to give the scores that it would give so far). Only what lies side by side is
+    compared: without the two lessons of attributes, colours and shapes stay at chance. The heads that answer are
+    dropped after the training.
     """
     model = Idefics2ForSequenceClassification(config, len(DIMENSIONS))
     settings = FrameSettings.from_dict(PROCESSOR)
@@ -159,12 +159,12 @@ def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Lo
         return seen, behind, scores
 
     def loss(params: Tree, key: jax.Array, pools: Pools | None) -> tuple[jax.Array, Metrics]:
-        clip_key, ask_key, pair_key = jax.random.split(key, 3)
-        clips, facts = draw_clips(clip_key, sizes, pools)
-        number = len(clips.rows)
-        asked, match = jax.vmap(data.ask)(jax.random.split(ask_key, number), clips.rows, clips.freeze)
-        truth = data.labels(clips.goodness.at[:, data.ALIGNMENT].set(match))
-        videos, rows = clips.videos, asked
+        video_key, ask_key, pair_key = jax.random.split(key, 3)
+        labelled, facts = draw_videos(video_key, sizes, pools)
+        number = len(labelled.rows)
+        asked, match = jax.vmap(data.ask)(jax.random.split(ask_key, number), labelled.rows, labelled.freeze)
+        truth = data.labels(labelled.goodness.at[:, data.ALIGNMENT].set(match))
+        videos, rows = labelled.videos, asked
         if pools is not None:
             pairs = data.make_pairs(pair_key, sizes.pairs, pools.samples, pools.sample_rows, _SPOILS)
             videos = jnp.concatenate([videos, pairs.better, pairs.worse])
@@ -185,8 +185,8 @@ def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Lo
         changes = jnp.square(changed[..., : len(data.SHOWN)] - 2.0 * first).mean()
         changes += jnp.square(changed[:, 1:, len(data.SHOWN) :] - 2.0 * second).mean()
         named = _naming(_answer(heads["named"], behind[:number]), attributes[asked])
-        drawn = _naming(_answer(heads["drawn"], behind[:number]), attributes[clips.rows])
-        right = (attributes[asked] == attributes[clips.rows]).astype(jnp.float32)
+        drawn = _naming(_answer(heads["drawn"], behind[:number]), attributes[labelled.rows])
+        right = (attributes[asked] == attributes[labelled.rows]).astype(jnp.float32)
         logits = _answer(heads["right"], behind[:number, 2:])
         matches = optax.sigmoid_binary_cross_entropy(logits, right[:, None]).mean()
         lessons = {"shown": shown, "changed": changes, "named": named, "drawn": drawn, "right": matches}
@@ -213,14 +213,14 @@ def _make_head(inputs: int, outputs: int) -> Tree:
     return {"kernel": jnp.zeros((inputs, outputs)), "bias": jnp.zeros(outputs)}
 
 
-def make_seeing_loss(config: Idefics2Config, clips: int = _SEEING_CLIPS) -> Loss:
-    """The loss of {"scorer", "lessons"} of what frames of fresh clips show and how these differ, and nothing else."""
+def make_seeing_loss(config: Idefics2Config, videos: int = _SEEING_VIDEOS) -> Loss:
+    """The loss of {"scorer", "lessons"} of what frames of fresh videos show and how these differ, and nothing else."""
     model = Idefics2ForSequenceClassification(config, len(DIMENSIONS))
     settings = FrameSettings.from_dict(PROCESSOR)
 
     def loss(params: Tree, key: jax.Array, pools: Pools | None) -> tuple[jax.Array, Metrics]:
-        clip_key, frame_key = jax.random.split(key)
-        fresh, facts = data.make_known_clips(clip_key, clips, jnp.asarray(world.caption_indices("train")))
+        video_key, frame_key = jax.random.split(key)
+        fresh, facts = data.make_known_videos(video_key, videos, jnp.asarray(world.caption_indices("train")))
         chosen = jax.random.choice(frame_key, world.NUM_FRAMES, (_SEEING_FRAMES,), replace=False)
         facts = facts[:, chosen]
         pixels = prepare_frames(settings, fresh.videos[:, chosen])
@@ -251,7 +251,7 @@ def muon_that_sees(schedule: optax.Schedule) -> optax.GradientTransformation:
 
 
 def make_start(config: Idefics2Config, seed: int) -> Callable[[], Tree]:
-    """() -> fresh parameters, through which a clip's differences reach the head.
+    """() -> fresh parameters, through which a video's differences reach the head.
 
     The resampler's latents differ, or they would never part, but are small beside what they see; matrices keep the
     variance of what they multiply; patches are whitened (as in arXiv 2404.00498), so that grain and edges are no
@@ -266,11 +266,11 @@ def make_start(config: Idefics2Config, seed: int) -> Callable[[], Tree]:
         gains = {"kernel": _GAIN, "embedding": _APART}
         fresh = {path: x * gains.get(path.rpartition("/")[2], 1.0) for path, x in flatten(params).items()}
         fresh["score/bias"] = jnp.full_like(fresh["score/bias"], _MIDDLE)
-        latent_key, clip_key = stream_key(seed, "init", 1), stream_key(seed, "init", 2)
+        latent_key, video_key = stream_key(seed, "init", 1), stream_key(seed, "init", 2)
         fresh[_LATENTS] = _LATENT_STD * jax.random.normal(latent_key, fresh[_LATENTS].shape)
         rows = jnp.asarray(world.caption_indices("train"))
-        clips = jax.jit(lambda key: data.make_clips(key, _WHITENING_CLIPS, rows))(clip_key)
-        frames = prepare_frames(FrameSettings.from_dict(PROCESSOR), clips.videos)
+        labelled = jax.jit(lambda key: data.make_videos(key, _WHITENING_VIDEOS, rows))(video_key)
+        frames = prepare_frames(FrameSettings.from_dict(PROCESSOR), labelled.videos)
         kernel, bias = whiten(frames.reshape(-1, *frames.shape[2:]), side, config.vision.hidden_size)
         fresh[f"{_PATCHES}/kernel"], fresh[f"{_PATCHES}/bias"] = kernel, bias
         return {"scorer": unflatten(fresh), "lessons": make_heads(config)}
@@ -358,7 +358,7 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled_programs()
     keep_freed_memory()
     parser = make_parser(
-        "vpo_jax.shapes.train_videoscore", __doc__ or "", steps=3500, learning_rate=1e-3, carried=1280, samples=768
+        "vpo_jax.recipes.train_videoscore", __doc__ or "", steps=3500, learning_rate=1e-3, carried=1280, samples=768
     )
     parser.add_argument("--seeing_steps", type=int, help="before, on what frames show alone: 3000; 0 with --start")
     parser.add_argument("--start", type=Path, default=None, help="a miniature to train further")
@@ -368,7 +368,7 @@ def main(argv: Sequence[str]) -> None:
     if flags.seeing_steps < 0:
         raise UserError(f"--seeing_steps: {flags.seeing_steps} is negative; give 0 or more")
     start = None if flags.start is None else read_miniature(flags.start)
-    commands = commands_of("vpo_jax.shapes.train_videoscore", flags, ["seeing_steps"])
+    commands = commands_of("vpo_jax.recipes.train_videoscore", flags, ["seeing_steps"])
     pools = open_pools(flags)
     seconds, seeing = flags.seconds, flags.seeing_steps
     parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, seconds, seeing, start)

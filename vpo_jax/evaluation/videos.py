@@ -1,4 +1,4 @@
-"""The clips of a comparison as files."""
+"""The videos of a comparison as files."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ import numpy as np
 from vpo_jax.evaluation.compare import Comparison
 from vpo_jax.runtime.video import enlarge, write_mp4, write_webp
 
-_GAP = 4  # pixels between clips that stand side by side
+_GAP = 4  # pixels between videos that stand side by side
 
 
-def write_clips(folder: str | Path, comparison: Comparison, fps: int = 8) -> None:
-    """`base_0000.mp4` and `.webp` (without loss), `tuned_0000` likewise, for every prompt whose clips were kept.
+def write_videos(folder: str | Path, comparison: Comparison, fps: int = 8) -> None:
+    """`base_0000.mp4` and `.webp` (without loss), `tuned_0000` likewise, for every prompt whose videos were kept.
 
     `side_by_side.webp` shows them all: base above, tuned below.
     """

@@ -1,13 +1,12 @@
 """Measures the shipped base model and scorer on held-out captions.
 
-    python -m vpo_jax.shapes.measure --base=DIR --scorer=DIR --workdir=DIR --output=quality.json
+    python -m vpo_jax.recipes.measure --base=DIR --scorer=DIR --workdir=DIR --output=quality.json
 
-The base model's samples are measured by the analytic judge, beside clean clips and the mixture that it was trained
-on. The scorer is compared with the truth twice: on rendered clips, where the truth is how they were made, and on the
+The base model's samples are measured by the analytic judge, beside clean videos and the mixture that it was trained
+on. The scorer is compared with the truth twice: on rendered videos, where the truth is how they were made, and on the
 base model's samples, where it is what the judge measures. Rank correlations are Spearman's. Nothing here trains.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.pipeline import load_pipeline
+from vpo_jax.recipes import base_videos, scorer_data
 from vpo_jax.rewards.loading import Scorer, load_scorer
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
-from vpo_jax.shapes import judge, scorer_data, world
+from vpo_jax.runtime.files import write_json
+from vpo_jax.shapes import judge, world
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -48,40 +49,40 @@ def summarise(videos: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
     return result | {f"right_{name}": float(x.mean()) for name, x in judge.matches(videos, captions).items()}
 
 
-def reference_clips(count: int, probability: float, seed: int = 1) -> tuple[np.ndarray, list[str]]:
-    """Rendered clips of training captions, degraded with `probability`, as the base model was trained on."""
+def reference_videos(count: int, probability: float, seed: int = 1) -> tuple[np.ndarray, list[str]]:
+    """Rendered videos of training captions, degraded with `probability`, as the base model was trained on."""
     rows = np.resize(world.caption_indices("train"), count)
-    clips = world.render_clips(jax.random.key(seed), rows, probability)
-    return np.asarray(world.to_uint8(clips.frames)), _captions(rows)
+    videos = world.render_videos(jax.random.key(seed), rows, probability)
+    return np.asarray(world.to_uint8(videos.frames)), _captions(rows)
 
 
-# Three clips in four have any one degradation. In the clips that a scorer learns from two in three share the best
+# Three videos in four have any one degradation. In the videos that a scorer learns from two in three share the best
 # label of a dimension, and ties bound a rank correlation whatever the scorer does.
 _PRESENCE = (0.75,) * 6
 
 
-def synthetic_clips(
+def synthetic_videos(
     count: int, seed: int, presence: Sequence[float] | None = _PRESENCE
 ) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """Rendered clips of held-out captions, what is asked of each, and the labels in [0, 1]: [count, 5]."""
+    """Rendered videos of held-out captions, what is asked of each, and the labels in [0, 1]: [count, 5]."""
     rows = jnp.asarray(world.caption_indices("held_out"))
-    clip_key, ask_key = jax.random.split(jax.random.key(seed))
-    make = jax.jit(lambda key: scorer_data.make_clips(key, count, rows, disturbed=False, presence=presence))
-    clips = make(clip_key)
-    asked, match = jax.vmap(scorer_data.ask)(jax.random.split(ask_key, count), clips.rows, clips.freeze)
-    truth = np.array(clips.goodness)
+    video_key, ask_key = jax.random.split(jax.random.key(seed))
+    make = jax.jit(lambda key: scorer_data.make_videos(key, count, rows, disturbed=False, presence=presence))
+    labelled = make(video_key)
+    asked, match = jax.vmap(scorer_data.ask)(jax.random.split(ask_key, count), labelled.rows, labelled.freeze)
+    truth = np.array(labelled.goodness)
     truth[:, scorer_data.ALIGNMENT] = np.asarray(match)
-    return np.asarray(clips.videos), _captions(np.asarray(asked)), truth
+    return np.asarray(labelled.videos), _captions(np.asarray(asked)), truth
 
 
 def synthetic_correlations(
     scorer: Scorer, count: int = 768, seed: int = 2, presence: Sequence[float] | None = _PRESENCE
 ) -> dict[str, float]:
-    """Spearman of each dimension with the labels of rendered held-out clips that no training has seen.
+    """Spearman of each dimension with the labels of rendered held-out videos that no training has seen.
 
     `presence` None draws degradations as the training does.
     """
-    videos, captions, truth = synthetic_clips(count, seed, presence)
+    videos, captions, truth = synthetic_videos(count, seed, presence)
     scores = scorer(videos, captions)
     return {name: spearman(scores[name], truth[:, i]) for i, name in enumerate(DIMENSIONS)}
 
@@ -114,7 +115,7 @@ def real_correlations(scorer: Scorer, videos: np.ndarray, captions: Sequence[str
     """Spearman of each dimension with the judge's measures on a model's samples.
 
     A model that follows its captions has nearly all matches right, so for the alignment samples are asked for
-    captions with some attributes exchanged, as rendered clips are.
+    captions with some attributes exchanged, as rendered videos are.
     """
     rows = np.array([world.parse_caption(caption) for caption in captions], np.int32)
     keys = jax.random.split(jax.random.key(3), len(rows))
@@ -134,19 +135,19 @@ def _indices(attributes: np.ndarray) -> np.ndarray:
 def measure_all(base: str | Path, scorer: str | Path, count: int, seed: int, workdir: Path) -> dict[str, Any]:
     """Everything that quality.json holds; samples are kept in `workdir` and made once."""
     pipeline = load_pipeline(base)
-    videos, rows = scorer_data.base_samples(pipeline, "held_out", seed, count, workdir)
+    videos, rows = base_videos.base_samples(pipeline, "held_out", seed, count, workdir)
     captions = _captions(rows)
     loaded = load_scorer(str(scorer))
     return {
         "samples": count,
         "seed": seed,
         "base": summarise(videos, captions),
-        "clean": summarise(*reference_clips(960, 0.0)),
-        "mixture": summarise(*reference_clips(960, 0.5)),
+        "clean": summarise(*reference_videos(960, 0.0)),
+        "mixture": summarise(*reference_videos(960, 0.5)),
         "scorer": {
             "spearman_synthetic": synthetic_correlations(loaded),
             "spearman_as_trained": synthetic_correlations(loaded, presence=None),
-            "spearman_as_trained_at_most": bounds(synthetic_clips(768, 2, None)[2]),
+            "spearman_as_trained_at_most": bounds(synthetic_videos(768, 2, None)[2]),
             "spearman_real": real_correlations(loaded, videos, captions),
         },
     }
@@ -168,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
     """Measures and writes the file."""
     keep_compiled_programs()
     keep_freed_memory()
-    parser = Parser("vpo_jax.shapes.measure", __doc__ or "")
+    parser = Parser("vpo_jax.recipes.measure", __doc__ or "")
     parser.add_argument("--base", type=Path, required=True, help="diffusers folder of the base model")
     parser.add_argument("--scorer", required=True, help="folder of the scorer, or its name")
     parser.add_argument("--workdir", type=Path, required=True, help="keeps the samples")
@@ -179,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
     quality = measure_all(flags.base, flags.scorer, flags.count, flags.seed, flags.workdir)
     _show(quality)
     flags.output.parent.mkdir(parents=True, exist_ok=True)
-    flags.output.write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
+    write_json(flags.output, quality)
     print(f"wrote {flags.output}")
 
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from vpo_jax.evaluation.clips import side_by_side
+from vpo_jax.evaluation.videos import side_by_side
 
 
 def test_base_stands_above_tuned_with_white_between_them():

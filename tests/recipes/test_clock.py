@@ -6,8 +6,8 @@ import numpy as np
 
 from vpo_jax.models.unet3d_config import UNet3DConfig
 from vpo_jax.models.unet3d_layers import Compute, TemporalConvLayer
+from vpo_jax.recipes import clock
 from vpo_jax.runtime.trees import flatten
-from vpo_jax.shapes import clock
 
 FRAMES, CHANNELS, GROUPS = 8, 32, 8
 
@@ -25,7 +25,7 @@ def test_the_code_names_every_frame() -> None:
 
     np.testing.assert_array_equal(layer.apply({"params": fresh}, x), x)  # the last layer starts at zero
     code = np.asarray(layer.apply({"params": wound}, x)) - np.asarray(x)
-    # The same for every clip and place, whatever the noise: the clock hears nothing but the padding.
+    # The same for every video and place, whatever the noise: the clock hears nothing but the padding.
     per_frame = code.mean((0, 2, 3))  # [F, C]
     np.testing.assert_allclose(code, np.broadcast_to(per_frame[None, :, None, None], code.shape), atol=1e-4)
     assert abs((per_frame - per_frame.mean(0)).std() - 0.5) < 1e-3

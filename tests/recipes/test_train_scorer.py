@@ -1,4 +1,4 @@
-"""The scorer's recipe on a handful of clips: it runs, resumes, writes a folder that scores."""
+"""The scorer's recipe on a handful of videos: it runs, resumes, writes a folder that scores."""
 
 import json
 
@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpo_jax.pipeline import load_pipeline
+from vpo_jax.recipes import measure, train_scorer, train_videoscore
+from vpo_jax.recipes import scorer_data as data
 from vpo_jax.rewards.loading import load_scorer
 from vpo_jax.rewards.protocol import DIMENSIONS
-from vpo_jax.shapes import measure, train_scorer, train_videoscore, world
-from vpo_jax.shapes import scorer_data as data
+from vpo_jax.shapes import world
 
 
 @pytest.fixture
 def pools():
     rows = jnp.asarray(world.caption_indices("train"))
-    clips = jax.jit(lambda key: data.make_clips(key, 16, rows, disturbed=False))(jax.random.key(0))
-    return train_scorer.Pools(clips, clips, clips.videos, clips.rows)
+    labelled = jax.jit(lambda key: data.make_videos(key, 16, rows, disturbed=False))(jax.random.key(0))
+    return train_scorer.Pools(labelled, labelled, labelled.videos, labelled.rows)
 
 
 def test_a_resumed_training_ends_bitwise_where_an_uninterrupted_one_does(pools, tmp_path, monkeypatch):
@@ -47,31 +47,6 @@ def test_a_training_of_one_step_learns(rule, tmp_path):
 
     found = train_scorer.optimise(loss, start, 0, 1, 1e-2, None, tmp_path, rule=rule)
     assert (np.asarray(found["x"]) > 0.001).all()
-
-
-@pytest.mark.parametrize("way", ["round_trip", "denoised"])
-def test_carried_clips_keep_the_labels_of_what_went_in(way, model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_CHUNK", 4)
-    pipeline = load_pipeline(str(model_folder))
-    carried = data.carried_clips(pipeline, way, 5, 8, tmp_path)
-    assert carried.videos.shape == (8, world.NUM_FRAMES, world.SIZE, world.SIZE, 3)
-    assert carried.videos.dtype == np.uint8
-    key = jax.random.split(jax.random.fold_in(jax.random.key(5), 1))[0]
-    clips = data.make_clips(key, 4, jnp.asarray(world.caption_indices("train")), disturbed=False, soft=False)
-    np.testing.assert_array_equal(np.asarray(carried.rows)[4:], np.asarray(clips.rows))
-    np.testing.assert_allclose(np.asarray(carried.goodness)[4:], np.asarray(clips.goodness), atol=1e-6)
-    assert not np.array_equal(np.asarray(carried.videos)[4:], np.asarray(clips.videos))
-    assert np.all(np.asarray(clips.blur) == 0.0) and np.all(np.isfinite(carried.blur))
-    assert len(list(tmp_path.glob("*.npz"))) == 2
-
-
-def test_samples_of_the_base_follow_its_own_defaults(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_CHUNK", 4)
-    pipeline = load_pipeline(str(model_folder))
-    videos, rows = data.base_samples(pipeline, "held_out", 3, 6, tmp_path)
-    frames, height, width = pipeline.video_size()
-    assert videos.shape == (6, frames, height, width, 3)
-    np.testing.assert_array_equal(rows, world.caption_indices("held_out")[:6])
 
 
 def test_spearman_gives_ties_their_mean_rank():

@@ -1,4 +1,4 @@
-"""The recipe of the miniature VideoScore on a handful of clips: it runs, resumes, writes a folder that scores."""
+"""The recipe of the miniature VideoScore on a handful of videos: it runs, resumes, writes a folder that scores."""
 
 import dataclasses
 
@@ -9,26 +9,27 @@ import pytest
 from tokenizers import Tokenizer
 
 from vpo_jax.checkpoints.videoscore import read_videoscore, write_videoscore
+from vpo_jax.recipes import scorer_data as data
+from vpo_jax.recipes import train_videoscore
+from vpo_jax.recipes.train_scorer import Batch, Pools
 from vpo_jax.rewards.loading import load_scorer
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.rewards.query import FIELD, IMAGE_TOKEN, QueryEncoder
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import flatten
-from vpo_jax.shapes import scorer_data as data
-from vpo_jax.shapes import train_videoscore, world
-from vpo_jax.shapes.train_scorer import Batch, Pools
+from vpo_jax.shapes import world
 
 
 @pytest.fixture
 def pools():
     rows = jnp.asarray(world.caption_indices("train"))
-    clips = jax.jit(lambda key: data.make_clips(key, 16, rows, disturbed=False))(jax.random.key(0))
-    return Pools(clips, clips, clips.videos, clips.rows)
+    labelled = jax.jit(lambda key: data.make_videos(key, 16, rows, disturbed=False))(jax.random.key(0))
+    return Pools(labelled, labelled, labelled.videos, labelled.rows)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """One layer of everything, two clips of each kind."""
+    """One layer of everything, two videos of each kind."""
     whole = train_videoscore.make_config
 
     def make_config(tokenizer: Tokenizer):
@@ -82,17 +83,17 @@ def test_the_scores_that_it_learns_are_those_that_the_reward_gives(small, pools,
         config, params["scorer"], tokenizer, train_videoscore.PROCESSOR, train_videoscore.QUERY
     )
     write_videoscore(tmp_path / "out", parts)
-    clip_key, ask_key, _ = jax.random.split(key, 3)
-    clips, _ = jax.jit(train_videoscore.draw_clips, static_argnums=1)(clip_key, Batch(fresh=3), None)
-    rows, match = jax.vmap(data.ask)(jax.random.split(ask_key, 3), clips.rows, clips.freeze)
+    video_key, ask_key, _ = jax.random.split(key, 3)
+    labelled, _ = jax.jit(train_videoscore.draw_videos, static_argnums=1)(video_key, Batch(fresh=3), None)
+    rows, match = jax.vmap(data.ask)(jax.random.split(ask_key, 3), labelled.rows, labelled.freeze)
     captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in np.asarray(rows)]
-    scores = load_scorer(tmp_path / "out")(np.asarray(clips.videos), captions)
-    truth = np.asarray(data.labels(clips.goodness.at[:, data.ALIGNMENT].set(match)))
+    scores = load_scorer(tmp_path / "out")(np.asarray(labelled.videos), captions)
+    truth = np.asarray(data.labels(labelled.goodness.at[:, data.ALIGNMENT].set(match)))
     for i, name in enumerate(DIMENSIONS):
         assert float(metrics[name]) == pytest.approx(float(np.mean((scores[name] - truth[:, i]) ** 2)), rel=1e-4), name
 
 
-def test_lessons_of_attributes_ask_for_what_the_caption_names_and_for_what_the_clip_has(small):
+def test_lessons_of_attributes_ask_for_what_the_caption_names_and_for_what_the_video_has(small):
     """Heads that answer nothing leave log(choices) an attribute; those that know one side answer that one alone."""
     tokenizer = train_videoscore.make_tokenizer()
     config = train_videoscore.make_config(tokenizer)
@@ -105,10 +106,10 @@ def test_lessons_of_attributes_ask_for_what_the_caption_names_and_for_what_the_c
     assert float(metrics["drawn"]) == pytest.approx(chance, rel=1e-5)
     assert float(metrics["right"]) == pytest.approx(np.log(2), rel=1e-5)
 
-    clip_key, ask_key, _ = jax.random.split(key, 3)
-    clips, _ = jax.jit(train_videoscore.draw_clips, static_argnums=1)(clip_key, Batch(fresh=3), None)
-    asked, _ = jax.vmap(data.ask)(jax.random.split(ask_key, 3), clips.rows, clips.freeze)
-    for name, rows in (("named", asked), ("drawn", clips.rows)):
+    video_key, ask_key, _ = jax.random.split(key, 3)
+    labelled, _ = jax.jit(train_videoscore.draw_videos, static_argnums=1)(video_key, Batch(fresh=3), None)
+    asked, _ = jax.vmap(data.ask)(jax.random.split(ask_key, 3), labelled.rows, labelled.freeze)
+    for name, rows in (("named", asked), ("drawn", labelled.rows)):
         attributes = np.asarray(world.ALL_ATTRIBUTES)[np.asarray(rows)]  # [3, 5]
         firsts = np.cumsum([0, *(len(values) for values in world.VALUES)])[:-1]
         counts = np.zeros(sum(len(values) for values in world.VALUES))
@@ -178,8 +179,8 @@ def test_what_frames_show_is_learnt_from_what_was_drawn(small):
     params = jax.jit(train_videoscore.make_start(config, 0))()
     key, rows = jax.random.key(2), jnp.asarray(world.caption_indices("train"))
     value, metrics = jax.jit(train_videoscore.make_seeing_loss(config, 4))(params, key, None)
-    clip_key, frame_key = jax.random.split(key)
-    _, facts = jax.jit(lambda key: data.make_known_clips(key, 4, rows))(clip_key)
+    video_key, frame_key = jax.random.split(key)
+    _, facts = jax.jit(lambda key: data.make_known_videos(key, 4, rows))(video_key)
     first, second = jax.random.choice(frame_key, world.NUM_FRAMES, (2,), replace=False)
     facts = np.asarray(facts)[:, [first, second]]
     for i, name in enumerate(data.SHOWN):

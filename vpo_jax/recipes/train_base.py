@@ -1,7 +1,7 @@
-"""Trains the embedded base model: `python -m vpo_jax.shapes.train_base --workdir=DIR --output=DIR`.
+"""Trains the embedded base model: `python -m vpo_jax.recipes.train_base --workdir=DIR --output=DIR`.
 
 An ordinary small latent video diffusion model of the shapes world, in two stages: an AutoencoderKL on frames,
-then UNet3DConditionModel and CLIPTextModel together on latents. Its clips are a mixture of clean and degraded
+then UNet3DConditionModel and CLIPTextModel together on latents. Its videos are a mixture of clean and degraded
 ones, so it follows captions but flickers, shakes and blurs some of the time: room for preference training.
 `--lessons` come first where the UNet does not know the order of frames yet, without which left is right.
 Held-out and tuning captions are never seen. Interrupted, the same command goes on.
@@ -24,12 +24,14 @@ from vpo_jax.diffusion.schedules import add_noise, make_schedule, training_targe
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
+from vpo_jax.recipes import clock
+from vpo_jax.recipes.fit import fit
+from vpo_jax.recipes.tokenizer import MAX_LENGTH, make_tokenizer, vocabulary
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
+from vpo_jax.runtime.files import write_json
 from vpo_jax.runtime.trees import count
-from vpo_jax.shapes import clock, world
-from vpo_jax.shapes.fit import fit
-from vpo_jax.shapes.tokenizer import MAX_LENGTH, make_tokenizer, vocabulary
+from vpo_jax.shapes import world
 
 Tree = Any
 
@@ -103,7 +105,7 @@ _LOG_VARIANCE_AT_START = -6.0  # else the first thousand steps are spent on lear
 _EDGE_WEIGHT = 1.0
 _CAPTION_DROPOUT = 0.1
 _TOKEN_SPREAD = 50.0  # times CLIP's 0.02: else all captions look alike, and colours wait for 1,400 steps
-_POOL = 12288  # clips encoded at a time
+_POOL = 12288  # videos encoded at a time
 _POOL_PASSES = 4  # times that a pool is gone through before the next
 _LESSON_POOL = 2048
 _LESSON_NOISE = 0.97  # share of the timesteps below a lesson's: at most noise only the caption tells where it moves
@@ -155,7 +157,7 @@ def train_vae(seed: int, steps: int, rate: float, workdir: Path, seconds: float 
     def loss(params: Tree, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         data_key, row_key, frame_key, noise_key = jax.random.split(jax.random.fold_in(seed_key, step), 4)
         chosen = rows[jax.random.randint(row_key, (_CLIPS_A_VAE_STEP,), 0, len(rows))]
-        frames = world.render_clips(data_key, chosen).frames
+        frames = world.render_videos(data_key, chosen).frames
         take = jax.random.randint(frame_key, (_CLIPS_A_VAE_STEP, _FRAMES_A_CLIP), 0, world.NUM_FRAMES)
         images = jnp.take_along_axis(frames, take[:, :, None, None, None], axis=1)
         images = 2 * images.reshape(-1, *images.shape[2:]) - 1  # [N, H, W, 3]
@@ -184,8 +186,8 @@ def train_vae(seed: int, steps: int, rate: float, workdir: Path, seconds: float 
         seconds=seconds,
     )  # fmt: skip
 
-    clips = world.render_clips(jax.random.fold_in(seed_key, 1), rows[jnp.arange(512) % len(rows)])
-    means = _encode(vae, state.ema, clips.frames)[0]
+    videos = world.render_videos(jax.random.fold_in(seed_key, 1), rows[jnp.arange(512) % len(rows)])
+    means = _encode(vae, state.ema, videos.frames)[0]
     return standardise_latents(state.ema, means.mean((0, 1, 2, 3)), means.std((0, 1, 2, 3)))
 
 
@@ -211,10 +213,10 @@ def _moments(vae: AutoencoderKL, params: Tree, images: jax.Array) -> tuple[jax.A
 
 @partial(jax.jit, static_argnums=0)
 def _encode(vae: AutoencoderKL, params: Tree, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of the latents of clips [B, F, H, W, 3] in [0, 1], each [B, F, h, w, Cz]."""
+    """Mean and standard deviation of the latents of videos [B, F, H, W, 3] in [0, 1], each [B, F, h, w, Cz]."""
 
-    def one(clip: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, logvar = _moments(vae, params, 2 * clip - 1)
+    def one(video: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean, logvar = _moments(vae, params, 2 * video - 1)
         return mean, jnp.exp(0.5 * logvar)
 
     return jax.lax.map(one, frames, batch_size=8)
@@ -224,9 +226,9 @@ def _encode(vae: AutoencoderKL, params: Tree, frames: jax.Array) -> tuple[jax.Ar
 
 
 def encode_pool(
-    seed_key: jax.Array, vae: AutoencoderKL, params: Tree, number: int, size: int, render: Any = world.render_clips
+    seed_key: jax.Array, vae: AutoencoderKL, params: Tree, number: int, size: int, render: Any = world.render_videos
 ) -> tuple[jax.Array, ...]:
-    """Pool `number` of encoded clips: latent means, latent standard deviations, rows of the training captions."""
+    """Pool `number` of encoded videos: latent means, latent standard deviations, rows of the training captions."""
     rows = jnp.asarray(world.caption_indices("train"))
     parts = []
     for chunk in range(size // 256):
@@ -250,7 +252,7 @@ def train_denoiser(
     """UNet3DConditionModel and CLIPTextModel together, on v-prediction with caption dropout; the moving average.
 
     `start` {"unet", "text_encoder"} are the parameters to begin with; None draws fresh ones. In the first
-    `lessons` of the steps, clips cross the middle of the frame at one speed and noise hides all of them: knowing
+    `lessons` of the steps, videos cross the middle of the frame at one speed and noise hides all of them: knowing
     where they move lowers the loss by four fifths, against a ninth in the mixture, so that it is soon learnt.
     """
     vae = AutoencoderKL(AutoencoderKLConfig.from_dict(VAE))
@@ -311,7 +313,7 @@ def train_denoiser(
         if number not in pools:
             pools.clear()
             key = jax.random.fold_in(seed_key, 1 if number >= 0 else 3)
-            size, render = (_POOL, world.render_clips) if number >= 0 else (_LESSON_POOL, world.render_crossings)
+            size, render = (_POOL, world.render_videos) if number >= 0 else (_LESSON_POOL, world.render_crossings)
             pools[number] = encode_pool(key, vae, vae_params, max(number, 0), size, render)
         return update(state, step, *pools[number])
 
@@ -328,17 +330,17 @@ def write_base(output: Path, vae_params: Tree, denoiser: Tree, recipe: dict[str,
         defaults=DEFAULTS,
     )
     write_pipeline(output, parts, {"unet": "float16", "vae": "float16", "text_encoder": "float32"})
-    (output / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    write_json(output / "recipe.json", recipe)
 
 
 def main(argv: Sequence[str]) -> None:
     """Trains both stages and writes the folder."""
     keep_compiled_programs()
     keep_freed_memory()
-    parser = Parser("vpo_jax.shapes.train_base", __doc__ or "")
+    parser = Parser("vpo_jax.recipes.train_base", __doc__ or "")
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints of the two stages")
     parser.add_argument("--output", type=Path, required=True, help="the diffusers folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="with --start another one: other clips and noise")
+    parser.add_argument("--seed", type=int, default=0, help="with --start another one: other videos and noise")
     parser.add_argument("--vae_steps", type=int, default=2200)
     parser.add_argument("--vae_learning_rate", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=6000)
@@ -365,7 +367,7 @@ def main(argv: Sequence[str]) -> None:
     words = [f"--{name}={getattr(flags, name)}" for name in names]
     if before is not None:
         words.append("--start=THE_BASE_ABOVE" if flags.start else "--autoencoder=THE_BASE_ABOVE")
-    command = " ".join(["python -m vpo_jax.shapes.train_base", *words])
+    command = " ".join(["python -m vpo_jax.recipes.train_base", *words])
     earlier = [] if before is None else json.loads((before / "recipe.json").read_text())["commands"]
     write_base(flags.output, vae_params, denoiser, {"commands": [*earlier, command]})
     print(f"wrote {flags.output}")

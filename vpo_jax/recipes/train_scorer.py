@@ -1,10 +1,10 @@
 """Trains the embedded world's video quality scorer.
 
-    python -m vpo_jax.shapes.train_scorer --base=DIR --workdir=DIR --output=DIR
+    python -m vpo_jax.recipes.train_scorer --base=DIR --workdir=DIR --output=DIR
 
-It learns from clips whose flaws are known by construction (see `scorer_data`): fresh ones, ones carried through
+It learns from videos whose flaws are known by construction (see `scorer_data`): fresh ones, ones carried through
 the base model, and the base model's samples against the same samples made worse. Held-out and tuning captions are
-never seen. The workdir keeps the carried clips and the checkpoints; interrupted, the same command goes on.
+never seen. The workdir keeps the carried videos and the checkpoints; interrupted, the same command goes on.
 """
 
 import sys
@@ -21,15 +21,16 @@ from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.scorers import ScorerParts, encode_captions, make_word_tokenizer, read_scorer, write_scorer
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.pipeline import load_pipeline
+from vpo_jax.recipes import base_videos
+from vpo_jax.recipes import scorer_data as data
+from vpo_jax.recipes.fit import fit
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.trees import count
-from vpo_jax.shapes import scorer_data as data
 from vpo_jax.shapes import world
-from vpo_jax.shapes.fit import fit
 
 Tree = Any
 Metrics = dict[str, jax.Array]
@@ -39,11 +40,11 @@ _MARGIN = 0.4  # by which a sample must beat itself made worse at full strength,
 _SOFTNESS = 0.15  # of the ranking loss, on the same scale
 _DIMENSION_WEIGHTS = (2.0, 1.0, 2.0, 1.0, 2.0)  # softness and speed differ least between samples
 _EMA = 0.995
-_CAPTIONS = 12  # captions asked of each clip a step
+_CAPTIONS = 12  # captions asked of each video a step
 
 
 class Pools(NamedTuple):
-    """Clips made once before the training; None without a base model."""
+    """Videos made once before the training; None without a base model."""
 
     round_trip: data.Labelled
     denoised: data.Labelled
@@ -56,7 +57,7 @@ Loss = Callable[[Tree, jax.Array, Pools | None], tuple[jax.Array, Metrics]]
 
 
 class Batch(NamedTuple):
-    """Clips a step from each source."""
+    """Videos a step from each source."""
 
     fresh: int = 64
     round_trip: int = 0
@@ -94,21 +95,21 @@ def make_config(tokenizer: Any) -> VideoScorerConfig:
 
 
 def make_pools(base: str | Path, seed: int, carried: int, samples: int, folder: Path) -> Pools:
-    """Clips carried through the base model in `base`, and its samples of training captions."""
+    """Videos carried through the base model in `base`, and its samples of training captions."""
     pipeline = load_pipeline(base)
-    videos, rows = data.base_samples(pipeline, "train", seed, samples, folder)
+    videos, rows = base_videos.base_samples(pipeline, "train", seed, samples, folder)
     return Pools(
-        data.carried_clips(pipeline, "round_trip", seed + 1, carried, folder),
-        data.carried_clips(pipeline, "denoised", seed + 2, carried, folder),
+        base_videos.carried_videos(pipeline, "round_trip", seed + 1, carried, folder),
+        base_videos.carried_videos(pipeline, "denoised", seed + 2, carried, folder),
         jnp.asarray(videos),
         jnp.asarray(rows),
     )
 
 
-def draw_clips(key: jax.Array, sizes: Batch, pools: Pools | None) -> tuple[data.Labelled, jax.Array]:
-    """The labelled clips of one step, from every source, fresh ones first, and the facts of these; jittable."""
+def draw_videos(key: jax.Array, sizes: Batch, pools: Pools | None) -> tuple[data.Labelled, jax.Array]:
+    """The labelled videos of one step, from every source, fresh ones first, and the facts of these; jittable."""
     fresh_key, *pool_keys = jax.random.split(key, 3)
-    fresh, facts = data.make_known_clips(fresh_key, sizes.fresh, jnp.asarray(world.caption_indices("train")))
+    fresh, facts = data.make_known_videos(fresh_key, sizes.fresh, jnp.asarray(world.caption_indices("train")))
     parts = [fresh]
     if pools is not None:
         parts.append(_draw(pool_keys[0], pools.round_trip, sizes.round_trip))
@@ -134,7 +135,7 @@ def weighted(error: jax.Array, weights: Sequence[float]) -> tuple[jax.Array, Met
 
 
 def ranking(scores: jax.Array, pairs: data.Pairs) -> tuple[jax.Array, Metrics]:
-    """The loss of scores [2 B, 5] of B pairs, the better clips first: how far the worse ones are not behind."""
+    """The loss of scores [2 B, 5] of B pairs, the better videos first: how far the worse ones are not behind."""
     better, worse = jnp.split(scores, 2)
     lead = jnp.take_along_axis(better - worse, pairs.dimension[:, None], axis=1)[:, 0]
     short = (_MARGIN * pairs.strength - lead) / _SOFTNESS
@@ -151,19 +152,19 @@ def make_loss(config: VideoScorerConfig, token_ids: np.ndarray, sizes: Batch) ->
         return scorer.apply({"params": params}, *inputs, method=method)
 
     def loss(params: Tree, key: jax.Array, pools: Pools | None) -> tuple[jax.Array, Metrics]:
-        clip_key, ask_key, pair_key = jax.random.split(key, 3)
-        clips, _ = draw_clips(clip_key, sizes, pools)
-        number = len(clips.rows)
+        video_key, ask_key, pair_key = jax.random.split(key, 3)
+        labelled, _ = draw_videos(video_key, sizes, pools)
+        number = len(labelled.rows)
         pairs = None if pools is None else data.make_pairs(pair_key, sizes.pairs, pools.samples, pools.sample_rows)
-        videos = [clips.videos] if pairs is None else [clips.videos, pairs.better, pairs.worse]
+        videos = [labelled.videos] if pairs is None else [labelled.videos, pairs.better, pairs.worse]
         seen = apply("see", params, jnp.concatenate(videos))
         scores = apply("to_range", params, apply("judge_quality", params, seen))
-        error = jnp.square(scores[:number] - data.labels(clips.goodness))
+        error = jnp.square(scores[:number] - data.labels(labelled.goodness))
 
-        # Many captions for each clip cost next to nothing.
+        # Many captions for each video cost next to nothing.
         ask_keys = jax.random.split(ask_key, (number, _CAPTIONS))
         ask = jax.vmap(jax.vmap(data.ask, (0, None, None)))
-        asked, match = ask(ask_keys, clips.rows, clips.freeze)  # [B, captions]
+        asked, match = ask(ask_keys, labelled.rows, labelled.freeze)  # [B, captions]
         logits = apply("judge_match", params, jax.tree.map(lambda x: x[:number], seen), ids[asked])
         matched = apply("to_range", params, logits, data.ALIGNMENT)
         alignment_error = jnp.square(matched - data.labels(match)).mean(1)
@@ -257,13 +258,15 @@ def train(
 def make_parser(name: str, text: str, steps: int, learning_rate: float, carried: int, samples: int) -> Parser:
     """The flags that the recipes of scorers share, with these defaults."""
     parser = Parser(name, text)
-    parser.add_argument("--base", type=Path, default=None, help="diffusers folder of the base model; none: fresh clips")
-    parser.add_argument("--workdir", type=Path, required=True, help="carried clips and checkpoints")
+    parser.add_argument(
+        "--base", type=Path, default=None, help="diffusers folder of the base model (default: fresh videos)"
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="carried videos and checkpoints")
     parser.add_argument("--output", type=Path, required=True, help="the scorer's folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--learning_rate", type=float, default=learning_rate)
-    parser.add_argument("--carried", type=int, default=carried, help="clips carried through the base model, each way")
+    parser.add_argument("--carried", type=int, default=carried, help="videos carried through the base model, each way")
     parser.add_argument("--samples", type=int, default=samples, help="samples of the base model")
     parser.add_argument("--seconds", type=float, default=None, help="stop the training after this long, saved")
     return parser
@@ -303,11 +306,11 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled_programs()
     keep_freed_memory()
     parser = make_parser(
-        "vpo_jax.shapes.train_scorer", __doc__ or "", steps=3000, learning_rate=2e-3, carried=4096, samples=1024
+        "vpo_jax.recipes.train_scorer", __doc__ or "", steps=3000, learning_rate=2e-3, carried=4096, samples=1024
     )
     parser.add_argument("--start", type=Path, default=None, help="a scorer to train further")
     flags = parser.parse(argv)
-    commands = commands_of("vpo_jax.shapes.train_scorer", flags)
+    commands = commands_of("vpo_jax.recipes.train_scorer", flags)
     pools = open_pools(flags)
     start = None if flags.start is None else read_scorer(flags.start).params
     parts = train(flags.seed, flags.steps, flags.learning_rate, pools, flags.workdir, flags.seconds, start)

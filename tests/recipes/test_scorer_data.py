@@ -1,16 +1,17 @@
-"""The scorer's training data: labels that follow from how a clip was made."""
+"""The scorer's training data: labels that follow from how a video was made."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpo_jax.shapes import judge, measure, world
-from vpo_jax.shapes import scorer_data as data
+from vpo_jax.recipes import measure
+from vpo_jax.recipes import scorer_data as data
+from vpo_jax.shapes import judge, world
 
 
 def _goodness(**strengths):
-    scene = world.render_clips(jax.random.key(0), np.arange(1), 0.0).scenes
+    scene = world.render_videos(jax.random.key(0), np.arange(1), 0.0).scenes
     scene = jax.tree.map(lambda x: x[0], scene)
     strengths = {name: jnp.float32(strengths.get(name, 0.0)) for name in world.Degradation._fields}
     return np.asarray(data.goodness_of(scene, world.Degradation(**strengths)))
@@ -54,7 +55,7 @@ def test_a_wrong_caption_of_a_pair_has_two_attributes_exchanged_at_least():
     assert wrong.min() == 2
 
 
-def test_a_frozen_clip_contradicts_any_direction():
+def test_a_frozen_video_contradicts_any_direction():
     right = [float(data.ask(jax.random.key(k), 7, 1.0)[1]) for k in range(12)]
     moving = [float(data.ask(jax.random.key(k), 7, 0.0)[1]) for k in range(12)]
     assert all(a <= b for a, b in zip(right, moving, strict=True))
@@ -63,14 +64,14 @@ def test_a_frozen_clip_contradicts_any_direction():
 
 def test_only_training_captions_are_rendered():
     rows = world.caption_indices("train")
-    clips = jax.jit(lambda key: data.make_clips(key, 64, jnp.asarray(rows)))(jax.random.key(0))
-    assert np.isin(np.asarray(clips.rows), rows).all()
-    assert clips.videos.dtype == np.uint8
+    labelled = jax.jit(lambda key: data.make_videos(key, 64, jnp.asarray(rows)))(jax.random.key(0))
+    assert np.isin(np.asarray(labelled.rows), rows).all()
+    assert labelled.videos.dtype == np.uint8
 
 
 def test_a_spoiled_sample_is_worse_in_its_dimension_by_the_judge():
     rows = world.caption_indices("train")[:42]
-    clean = world.render_clips(jax.random.key(2), rows, 0.0)
+    clean = world.render_videos(jax.random.key(2), rows, 0.0)
     videos = world.to_uint8(clean.frames)
     pairs = jax.jit(lambda key: data.make_pairs(key, 70, videos, jnp.asarray(rows)))(jax.random.key(3))
     captions = [[world.make_caption(world.ALL_ATTRIBUTES[r]) for r in np.asarray(part)] for part in pairs[2:4]]
@@ -93,7 +94,7 @@ def test_a_spoiled_sample_is_worse_in_its_dimension_by_the_judge():
 
 def test_pairs_of_chosen_kinds_alone():
     rows = world.caption_indices("train")[:8]
-    videos = world.to_uint8(world.render_clips(jax.random.key(2), rows, 0.0).frames)
+    videos = world.to_uint8(world.render_videos(jax.random.key(2), rows, 0.0).frames)
     make = jax.jit(lambda key: data.make_pairs(key, 6, videos, jnp.asarray(rows), kinds=(6, 2, 6)))
     pairs = make(jax.random.key(3))
     assert list(np.asarray(pairs.dimension)) == [data.ALIGNMENT, data.QUALITY, data.ALIGNMENT] * 2
@@ -101,37 +102,22 @@ def test_pairs_of_chosen_kinds_alone():
     assert list(same) == [True, False, True] * 2
 
 
-def test_disturbances_keep_the_clip_recognisable():
+def test_disturbances_keep_the_video_recognisable():
     rows = np.resize(world.caption_indices("train"), 64)
-    clips = world.render_clips(jax.random.key(4), rows, 0.0)
-    changed = jax.jit(jax.vmap(data.disturb))(jax.random.split(jax.random.key(5), 64), clips.frames)
+    videos = world.render_videos(jax.random.key(4), rows, 0.0)
+    changed = jax.jit(jax.vmap(data.disturb))(jax.random.split(jax.random.key(5), 64), videos.frames)
     captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in rows]
     for name, found in judge.matches(np.asarray(world.to_uint8(changed)), captions).items():
         assert found.mean() > 0.9, name
 
 
-def test_chunks_on_disk_are_not_made_again(tmp_path):
-    made = []
-
-    def make(number):
-        made.append(number)
-        return {"x": np.full(2, number)}
-
-    first = data._kept(make, 3, tmp_path, "a")
-    (tmp_path / "a_0001.npz").unlink()
-    second = data._kept(make, 3, tmp_path, "a")
-    np.testing.assert_array_equal(first["x"], [0, 0, 1, 1, 2, 2])
-    np.testing.assert_array_equal(second["x"], first["x"])
-    assert made == [0, 1, 2, 1]
-
-
-def test_softened_clips_are_softer_and_grainier_by_the_judge_the_lower_their_quality():
+def test_softened_videos_are_softer_and_grainier_by_the_judge_the_lower_their_quality():
     rows = jnp.asarray(world.caption_indices("train"))
-    clips = data.make_clips(jax.random.key(1), 96, rows, disturbed=False, soft=False)
-    assert float(jnp.abs(clips.goodness[:, data.QUALITY] - 1.0).max()) < 1e-6
-    frames = clips.videos.astype(jnp.float32) / 255.0
-    softened, quality = jax.vmap(data.soften)(jax.random.split(jax.random.key(2), 96), frames, clips.blur)
-    captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in np.asarray(clips.rows)]
+    labelled = data.make_videos(jax.random.key(1), 96, rows, disturbed=False, soft=False)
+    assert float(jnp.abs(labelled.goodness[:, data.QUALITY] - 1.0).max()) < 1e-6
+    frames = labelled.videos.astype(jnp.float32) / 255.0
+    softened, quality = jax.vmap(data.soften)(jax.random.split(jax.random.key(2), 96), frames, labelled.blur)
+    captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in np.asarray(labelled.rows)]
     videos = np.asarray(world.to_uint8(softened))
     grain = judge.noise_level(videos)
     plain = grain < 0.002
@@ -142,10 +128,10 @@ def test_softened_clips_are_softer_and_grainier_by_the_judge_the_lower_their_qua
 
 
 @pytest.mark.parametrize("change", ["nothing", "exposure", "place"])
-def test_equivalent_blur_is_the_blur_that_a_clip_caught_wherever_and_however_bright_it_came_back(change):
+def test_equivalent_blur_is_the_blur_that_a_video_caught_wherever_and_however_bright_it_came_back(change):
     rows = jnp.asarray(world.caption_indices("train"))
-    clips = data.make_clips(jax.random.key(4), 24, rows, disturbed=False, soft=False)
-    source = clips.videos.astype(jnp.float32) / 255.0
+    labelled = data.make_videos(jax.random.key(4), 24, rows, disturbed=False, soft=False)
+    source = labelled.videos.astype(jnp.float32) / 255.0
     blurs = jnp.linspace(0.25, 1.4, 24)  # a narrower kernel does not reach the next pixel
     back = jax.vmap(data._blurred)(source, blurs)
     if change == "exposure":
@@ -161,20 +147,21 @@ def test_equivalent_blur_is_the_blur_that_a_clip_caught_wherever_and_however_bri
 def test_facts_are_what_the_frames_show():
     rows = jnp.asarray(world.caption_indices("train"))
     presence = (1.0, 1.0, 0.0, 0.0, 0.0, 1.0)  # flicker, jitter, morph
-    clips, facts = jax.jit(lambda key: data.make_known_clips(key, 32, rows, False, True, presence))(jax.random.key(9))
-    frames, facts = np.asarray(clips.videos) / 255.0, np.asarray(facts)
+    make = jax.jit(lambda key: data.make_known_videos(key, 32, rows, False, True, presence))
+    labelled, facts = make(jax.random.key(9))
+    frames, facts = np.asarray(labelled.videos) / 255.0, np.asarray(facts)
     shown = {name: facts[..., i] for i, name in enumerate(data.SHOWN)}
     assert not shown["blur"].any() and not shown["grain"].any()
     checked = 0
-    for clip in range(32):
+    for video in range(32):
         for frame in range(world.NUM_FRAMES):
-            x, y = (16.0 + 8.0 * shown[axis][clip, frame] for axis in "xy")
-            radius = 6.0 + 2.0 * shown["radius"][clip, frame]
+            x, y = (16.0 + 8.0 * shown[axis][video, frame] for axis in "xy")
+            radius = 6.0 + 2.0 * shown["radius"][video, frame]
             if not (radius < x < 32 - radius and radius < y < 32 - radius):
                 continue
-            image, checked = frames[clip, frame], checked + 1
-            background = [(shown[f"background_{c}"][clip, frame] + 1.5) / 3.0 for c in ("red", "green", "blue")]
-            color = [(shown[c][clip, frame] + 1.5) / 3.0 for c in ("red", "green", "blue")]
+            image, checked = frames[video, frame], checked + 1
+            background = [(shown[f"background_{c}"][video, frame] + 1.5) / 3.0 for c in ("red", "green", "blue")]
+            color = [(shown[c][video, frame] + 1.5) / 3.0 for c in ("red", "green", "blue")]
             corner = image[-1 if y < 16 else 0, -1 if x < 16 else 0]
             np.testing.assert_allclose(corner, background, atol=0.003)
             np.testing.assert_allclose(image[int(y), int(x)], color, atol=0.003)
