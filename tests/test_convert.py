@@ -25,6 +25,7 @@ def test_the_newest_checkpoint_is_the_export(finished, tmp_path, capsys):
     assert "the policy weights of step 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_extrapolated_average_comes_out_as_the_run_exported_it(job, tmp_path):
     workdir = tmp_path / "run"
     main.main([*job, f"--workdir={workdir}", "--config.ema.decay=0.5", "--config.ema.extrapolation=2.0"])

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import importlib.util, json, sys
 from pathlib import Path
@@ -65,6 +67,7 @@ print(json.dumps(dict(
 """
 
 
+@pytest.mark.slow
 def test_scorers_apart_learn_from_candidates_one_step_old_and_resume_to_the_same_bits(tmp_path):
     root = Path(__file__).resolve().parents[2]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}

@@ -84,6 +84,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full", "denoiser", pytest.param("axis", marks=pytest.mark.long)])
 def test_one_device_and_eight_give_the_same_videos_scores_pairs_and_gradients(kind):
     root = Path(__file__).resolve().parents[2]
