@@ -30,7 +30,7 @@ from vpo_jax.main import run
 from vpo_jax.models.idefics2_config import Idefics2Config
 from vpo_jax.pipeline import SHIPPED
 from vpo_jax.planning.chips import Topology
-from vpo_jax.planning.fit import abstract_meshes, make_plan, measure_stages
+from vpo_jax.planning.fit import abstract_meshes, make_plan, measure_programs
 from vpo_jax.planning.job import make_job
 from vpo_jax.planning.specs import MODELSCOPE, SCORERS
 from vpo_jax.rewards.protocol import DIMENSIONS
@@ -98,7 +98,7 @@ def summary(config: Any, workdir: Path) -> dict[str, Any]:
     if chip := chip_of(devices[0]):
         job = make_job(config)
         topology = Topology(found["devices"], chip, len(devices))
-        plan = make_plan(job, measure_stages(job), topology, abstract_meshes(config.mesh, len(devices)))
+        plan = make_plan(job, measure_programs(job), topology, abstract_meshes(config.mesh, len(devices)))
         floors = {f"floor/{stage.name}": stage.floor for stage in plan.stages}
         found |= floors | {"planned_peak_bytes": plan.peak, "share_of_floor": sum(floors.values()) / times["time/step"]}
     return found

@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vpo_jax.planning.chips import Topology, parse_topology
-from vpo_jax.planning.compiled import compile_stage, missing, topology_meshes
-from vpo_jax.planning.fit import Linear, measure_stages
-from vpo_jax.planning.job import Job, choose_stages, make_job
+from vpo_jax.planning.compiled import compile_program, missing, topology_meshes
+from vpo_jax.planning.fit import Linear, measure_programs
+from vpo_jax.planning.job import Job, make_job
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.programs import choose_programs
 from vpo_jax.training.check import check, check_meshes
 
 SLICES = "v5e:2x4,v5e:4x4,v5e:4x8,v5e:8x8,v5e:8x16,v5e:16x16"
@@ -41,7 +42,7 @@ def wire_bytes(collectives: Mapping[str, float], count: int) -> float:
 def step_seconds(job: Job, lines: Mapping[str, Linear], topology: Topology, sent: Mapping[str, float]) -> float:
     """Floor of a step: each stage's arithmetic or memory, and `sent` (stage -> bytes a chip a call) on top."""
     total = 0.0
-    for stage in job.stages:
+    for stage in job.programs:
         chunks = stage.calls * stage.batch / (stage.microbatch or stage.batch)
         cost = lines[stage.name].at((stage.microbatch or stage.batch) / topology.count)
         total += chunks * max(cost.flops / topology.chip.flops, cost.traffic / topology.chip.bandwidth)
@@ -73,14 +74,15 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
             config[section][field] = int(config[section][field] * times)
         check(config)
         job = make_job(config)
-        chosen = choose_stages(job, flags.stages)
+        chosen = choose_programs(job.programs, flags.stages)
         meshes = topology_meshes(topology, config.mesh)
         if meshes is None:
             raise UserError(f"--slices: libtpu counts the devices of {topology.name} in another way")
         check_meshes(config, meshes)
-        compiled = {stage.name: compile_stage(stage, meshes) for stage in chosen}
+        rules = job.pipeline.family.sharding_rules
+        compiled = {stage.name: compile_program(stage, meshes, rules) for stage in chosen}
         sent = {name: wire_bytes(found.collectives, topology.count) for name, found in compiled.items()}
-        seconds = step_seconds(job, measure_stages(job), topology, sent)
+        seconds = step_seconds(job, measure_programs(job), topology, sent)
         rows.append({
             "slice": topology.name,
             "chips": topology.count,

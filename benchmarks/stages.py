@@ -21,11 +21,12 @@ import jax.numpy as jnp
 from measuring import chip_of, random_weights, timed
 
 from vpo_jax.planning.chips import CHIPS, Topology
-from vpo_jax.planning.fit import abstract_meshes, make_plan, measure_stages
-from vpo_jax.planning.job import Stage, choose_stages, make_job
+from vpo_jax.planning.fit import abstract_meshes, make_plan, measure_programs
+from vpo_jax.planning.job import make_job
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs
-from vpo_jax.runtime.mesh import PARAMETER_RULES, batch_sharding, infer_shardings, make_meshes, replicated
+from vpo_jax.runtime.mesh import Rules, batch_sharding, infer_shardings, make_meshes, replicated
+from vpo_jax.runtime.programs import Program, choose_programs
 from vpo_jax.training.check import check
 
 _NUMBER = 7  # a token, a timestep and a row at once: no table is that small
@@ -50,12 +51,13 @@ def main(argv: Sequence[str]) -> None:
     device = jax.devices()[0]
     kind = chip_of(device) or CHIPS["h100"]  # one that the planner does not know is held against an H100
     topology = Topology(f"{len(jax.devices())} x {device.device_kind}", kind, len(jax.devices()))
-    plan = make_plan(job, measure_stages(job), topology, abstract_meshes(config.mesh, topology.count))
+    plan = make_plan(job, measure_programs(job), topology, abstract_meshes(config.mesh, topology.count))
     planned = {stage.name: stage for stage in plan.stages}
     meshes = make_meshes(config.mesh)
     found: dict[str, Any] = {"device": topology.name, "jax": jax.__version__, "floor_of": kind.name}
-    for stage in choose_stages(job, flags.stages):
-        measured = measure(stage, getattr(meshes, stage.role), flags.repeats)
+    rules = job.pipeline.family.sharding_rules
+    for stage in choose_programs(job.programs, flags.stages):
+        measured = measure(stage, getattr(meshes, stage.mesh), rules, flags.repeats)
         floor = planned[stage.name].floor / stage.calls
         measured |= {
             "floor": floor,
@@ -68,24 +70,25 @@ def main(argv: Sequence[str]) -> None:
         cli.write_output(flags.output, found)
 
 
-def measure(stage: Stage, mesh: Any, repeats: int) -> dict[str, Any]:
+def measure(program: Program, mesh: Any, rules: Rules, repeats: int) -> dict[str, Any]:
     """Of one call: {"seconds": ..., "compile_seconds": ..., "argument_bytes": ..., "temporary_bytes": ...}."""
-    function, shapes = stage.build(stage.batch)
 
     def placed(tree: Any, role: str) -> Any:
-        if role == "rules":
-            return jax.device_put(random_weights(tree), infer_shardings(tree, mesh, PARAMETER_RULES))
-        return jax.device_put(jax.tree.map(_fill, tree), batch_sharding(mesh) if role == "batch" else replicated(mesh))
+        if role == "parameters":
+            return jax.device_put(random_weights(tree), infer_shardings(tree, mesh, rules))
+        rows = batch_sharding(mesh) if role == "batch" else replicated(mesh)
+        return jax.tree.map(lambda x: jax.device_put(_fill(x), rows if x.ndim else replicated(mesh)), tree)
 
+    shapes = program.arguments(program.batch)
     with jax.set_mesh(mesh):
-        arguments = [placed(tree, role) for tree, role in zip(shapes, stage.arguments, strict=True)]
-        compiled, compiling = timed(lambda: jax.jit(function).lower(*arguments).compile())
+        arguments = [placed(tree, role) for tree, role in zip(shapes, program.roles, strict=True)]
+        compiled, compiling = timed(lambda: program.function.lower(*arguments).compile())
         memory: Any = compiled.memory_analysis()
         timed(compiled, *arguments)
         seconds = statistics.median(timed(compiled, *arguments)[1] for _ in range(repeats))
     return {
-        "batch": stage.batch,
-        "microbatch": stage.microbatch,
+        "batch": program.batch,
+        "microbatch": program.microbatch,
         "seconds": seconds,
         "compile_seconds": compiling,
         "argument_bytes": memory.argument_size_in_bytes,

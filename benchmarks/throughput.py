@@ -24,7 +24,7 @@ from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.mesh import make_meshes
 from vpo_jax.training.check import check, check_inputs
-from vpo_jax.training.stages import Stages
+from vpo_jax.training.setup import make_setup
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,36 +51,36 @@ def measure(config: Any, repeats: int) -> dict[str, Any]:
     pipeline = load_pipeline(config.model.path)
     rewards = load_rewards(config.reward.scorers, training=True, settings=config.reward)
     check_inputs(config, pipeline, rewards)
-    every = load_prompts(config.data.prompts)
-    prompts = [every[i % len(every)] for i in range(config.train.prompts_per_step)]
-    seconds: dict[str, list[float]] = {"rollout": [], "score": [], "pair": [], "update": []}
+    prompts = load_prompts(config.data.prompts)
+    seconds: dict[str, list[float]] = {"rollout": [], "score": [], "select": [], "update": []}
 
     def timed(stage: str, call: Callable[..., Any], *arguments: Any) -> Any:
         began = time.perf_counter()
-        value = jax.block_until_ready(call(*arguments))
+        value = call(*arguments)
+        jax.block_until_ready(jax.tree.leaves(value))
         seconds[stage].append(time.perf_counter() - began)
         return value
 
     with jax.set_mesh(meshes.update):
-        stages = Stages(config, pipeline, rewards, meshes)
-        state = stages.fresh_state()
+        setup = make_setup(config, pipeline, rewards, meshes, prompts)
+        state, algorithm = setup.fresh_state(), setup.algorithm
         for step in range(repeats + 1):
-            text = stages.encode(prompts)
-            latents = timed("rollout", stages.sample, state.policy, text, step)
-            scores = timed("score", stages.score, latents, prompts)
-            state, _ = timed("pair", stages.pair, state, latents, text, scores)
-            state, _ = timed("update", stages.update, state, step, False)
+            candidates = timed("rollout", setup.rollouts.next, state, step)
+            scores = timed("score", setup.score, candidates)
+            state, _ = timed("select", algorithm.select, state, candidates.rollout, scores)
+            state, _ = timed("update", algorithm.update, state, setup.frozen, step)
             state = state._replace(step=state.step + 1)
+    videos = setup.rollouts.videos
     median = {stage: statistics.median(values[1:]) for stage, values in seconds.items()}
     device = jax.devices()[0]
     return {
         "device": f"{len(jax.devices())} x {device.device_kind}",
         "jax": jax.__version__,
-        "videos": stages.clips,
-        "pairs": stages.size,
+        "videos": videos,
+        "prompts": config.train.prompts_per_step,
         "first": {stage: values[0] for stage, values in seconds.items()},
         "median": median,
-        "videos_per_second": stages.clips / (median["rollout"] + median["score"]),
+        "videos_per_second": videos / (median["rollout"] + median["score"]),
         "step": sum(median.values()) + (config.train.updates_per_step - 1) * median["update"],
     }
 

@@ -65,6 +65,9 @@ def _shapes() -> ConfigDict:
     config.held_out = ConfigDict()
     config.held_out.scorers = "judge"  # judge the result, never the loss; classical reads any videos
 
+    config.algorithm = ConfigDict()
+    config.algorithm.name = "dpo"
+
     config.rollout = ConfigDict()
     config.rollout.candidates = 4
     config.rollout.num_inference_steps = 16
@@ -79,6 +82,8 @@ def _shapes() -> ConfigDict:
     config.rollout.microbatch = 0  # videos at a time; 0 = all at once
 
     config.preference = ConfigDict()
+    config.preference.pairs = "best_worst"  # or top_k, all (pairs); group, listwise (a prompt's whole group)
+    config.preference.top_k = 2  # of pairs=top_k: so many best against so many worst
     config.preference.beta = 500.0
     config.preference.margin = 0.5  # in units of the combined reward
     config.preference.motion_tolerance = 0.5  # winner's dynamic degree may be lower by this much, in z units
@@ -143,6 +148,9 @@ def _shapes() -> ConfigDict:
     config.mesh.tensor = 1
     config.mesh.rollout = ""  # sampling's own cut of the same devices: "data=4,context=2"; "" = as above
     config.mesh.score = ""  # the scorers', likewise, or of reward.devices; unnamed axes are 1, data the rest
+
+    config.profile = ConfigDict()
+    config.profile.steps = ""  # "3:5" traces steps 3 and 4 into WORKDIR/profile, for TensorBoard or xprof
 
     config.log = ConfigDict()
     config.log.every = 1  # steps

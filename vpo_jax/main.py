@@ -32,7 +32,8 @@ from vpo_jax.runtime.signals import Stop, catch_signals
 from vpo_jax.runtime.workdir import Workdir, completed_steps, open_workdir
 from vpo_jax.training.check import check, check_inputs, check_meshes
 from vpo_jax.training.policy import read_start
-from vpo_jax.training.train import Alarmed, NonFinite, train
+from vpo_jax.training.run import Alarmed, NonFinite
+from vpo_jax.training.train import train
 
 CONFIG = "configs/vpo.py"
 
@@ -100,7 +101,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
             tuning_prompts=tuning_prompts(config, prompts),
             # A judge that may not train may not steer either: it sees the result only.
             held_out=[judge for judge in judges if judge.trains],
-            adapters=adapters,
+            initial=adapters,
             stop=stop,
         )
         tuned = result.pipeline

@@ -64,6 +64,21 @@ class Pipeline:
         """The noise schedule that the checkpoint was trained with."""
         return make_schedule(self.scheduler_config)
 
+    # TEMPORARY
+    @property
+    def family(self): return self
+    @property
+    def sharding_rules(self):
+        from vpo_jax.runtime.mesh import PARAMETER_RULES
+        return PARAMETER_RULES
+    @property
+    def process(self): return self.schedule
+    @property
+    def trainable(self): return self.params["unet"]
+    def with_trainable(self, tree): return dataclasses.replace(self, params={**self.params, "unet": tree})
+    @property
+    def text_length(self): return self.text_encoder.config.max_position_embeddings
+
     # Sizes.
 
     def video_size(

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from vpo_jax.planning.chips import CHIPS, parse_topology
-from vpo_jax.planning.compiled import compile_stage, mismatch, missing, topology_meshes
-from vpo_jax.planning.fit import abstract_meshes, make_plan, make_split_plan, measure_stages, propose
-from vpo_jax.planning.job import choose_stages, make_job
+from vpo_jax.planning.compiled import compile_program, mismatch, missing, topology_meshes
+from vpo_jax.planning.fit import abstract_meshes, make_plan, make_split_plan, measure_programs, propose
+from vpo_jax.planning.job import make_job
 from vpo_jax.planning.show import (
     compiled_table,
     describe_job,
@@ -23,6 +23,7 @@ from vpo_jax.planning.show import (
 )
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.programs import choose_programs
 from vpo_jax.training.check import check, check_meshes
 
 CONFIG = "configs/vpo.py"
@@ -65,9 +66,9 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
         check_meshes(config, meshes)
 
     job = make_job(config)
-    chosen = choose_stages(job, flags.stages)
+    chosen = choose_programs(job.programs, flags.stages)
     console.print(describe_job(job), soft_wrap=True, highlight=False)
-    lines = measure_stages(job)
+    lines = measure_programs(job)
     written: dict[str, Any] = {}
     if topology is None or meshes is None:
         proposals = {name: propose(job, lines, chip) for name, chip in CHIPS.items()}
@@ -96,9 +97,10 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
             if warning := mismatch():
                 print(f"warning: {warning}", file=sys.stderr)
             compiled = {}
-            for stage in chosen:
-                print(f"compiling {stage.name}: ", end="", file=sys.stderr, flush=True)
-                found = compiled[stage.name] = compile_stage(stage, described)
+            for program in chosen:
+                print(f"compiling {program.name}: ", end="", file=sys.stderr, flush=True)
+                rules = job.pipeline.family.sharding_rules
+                found = compiled[program.name] = compile_program(program, described, rules)
                 print(f"{found.seconds:.0f} s, temporaries {found.temporaries / 1e9:.3g} GB", file=sys.stderr)
             console.print(compiled_table(compiled, plan))
             written["compiled"] = {name: result._asdict() for name, result in compiled.items()}

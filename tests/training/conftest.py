@@ -66,6 +66,19 @@ class TinyPipeline:
     defaults: Any
 
     @property
+    def family(self): return self
+    @property
+    def sharding_rules(self):
+        from vpo_jax.runtime.mesh import PARAMETER_RULES
+        return PARAMETER_RULES
+    @property
+    def process(self): return self.schedule
+    @property
+    def trainable(self): return self.params["unet"]
+    def with_trainable(self, tree): return dataclasses.replace(self, params={**self.params, "unet": tree})
+    text_length = 6
+
+    @property
     def schedule(self) -> Any:
         return make_schedule(self.scheduler_config)
 

@@ -15,8 +15,8 @@ from jax.experimental import topologies
 from packaging.requirements import Requirement
 
 from vpo_jax.planning.chips import Topology
-from vpo_jax.planning.job import Stage
-from vpo_jax.runtime.mesh import PARAMETER_RULES, Meshes, batch_sharding, infer_shardings, make_meshes, replicated
+from vpo_jax.runtime.mesh import Meshes, Rules, batch_sharding, infer_shardings, make_meshes, replicated
+from vpo_jax.runtime.programs import Program
 
 # What libtpu asks the machine for; any worker of any slice will do.
 _ENVIRONMENT = {
@@ -33,7 +33,7 @@ _OPERANDS_TOO = ("all-gather", "collective-permute")
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a stage, a chip.
+    """What the compiler says of a program, a chip.
 
     Attributes:
       arguments, temporaries, outputs: bytes.
@@ -84,23 +84,22 @@ def topology_meshes(topology: Topology, axes: Mapping[str, Any]) -> Meshes | Non
     return make_meshes(axes, devices=described.devices)
 
 
-def compile_stage(stage: Stage, meshes: Meshes) -> Compiled:
-    """Compiles a stage at its full batch with the shardings that a run gives it."""
-    mesh = getattr(meshes, stage.role)
-    function, arguments = stage.build(stage.batch)
+def compile_program(program: Program, meshes: Meshes, rules: Rules) -> Compiled:
+    """Compiles a program at its full batch with the shardings that a run gives it."""
+    mesh = getattr(meshes, program.mesh)
 
     def placed(tree: Any, role: str) -> Any:
-        if role == "rules":
-            shardings = infer_shardings(tree, mesh, PARAMETER_RULES)
+        if role == "parameters":
+            shardings = infer_shardings(tree, mesh, rules)
         else:
-            chosen = batch_sharding(mesh) if role == "batch" else replicated(mesh)
-            shardings = jax.tree.map(lambda _: chosen, tree)
+            rows = batch_sharding(mesh) if role == "batch" else replicated(mesh)
+            shardings = jax.tree.map(lambda x: rows if x.ndim else replicated(mesh), tree)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
-    placed_arguments = [placed(tree, role) for tree, role in zip(arguments, stage.arguments, strict=True)]
+    arguments = [placed(tree, role) for tree, role in zip(program.arguments(program.batch), program.roles, strict=True)]
     began = time.perf_counter()
     with jax.set_mesh(mesh), _no_cache():
-        compiled = jax.jit(function).lower(*placed_arguments).compile()
+        compiled = program.function.lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
     costs: Any = compiled.cost_analysis() or {}
     return Compiled(

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
+from vpo_jax.algorithms.state import TrainState, infer_state_shardings
 from vpo_jax.planning.chips import USABLE, Topology
 from vpo_jax.planning.cost import Cost, measure
-from vpo_jax.planning.job import Job, Stage
-from vpo_jax.runtime.mesh import AXES, PARAMETER_RULES, Meshes, infer_shardings, sizes_by_role
+from vpo_jax.planning.job import Job
+from vpo_jax.runtime.mesh import AXES, Meshes, infer_shardings, sizes_by_role
+from vpo_jax.runtime.programs import Program
 from vpo_jax.runtime.trees import bytes_of
-from vpo_jax.training.state import TrainState, infer_state_shardings
 
 Tree = Any
 MOST = 256  # devices that are tried
@@ -21,7 +22,7 @@ MOST = 256  # devices that are tried
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """Cost of a stage as a straight line: once a call, and for each of the batch."""
+    """Cost of a program as a straight line: once a call, and for each row of the batch."""
 
     once: Cost
     each: Cost
@@ -31,19 +32,16 @@ class Linear:
         return Cost(*(a + b * batch for a, b in zip(self.once, self.each, strict=True)))
 
 
-def measure_stages(job: Job) -> dict[str, Linear]:
-    """Costs by stage, from the real functions at batch 1 and 2."""
+def measure_programs(job: Job) -> dict[str, Linear]:
+    """Costs by program, from the real functions at one and two units of rows."""
     lines = {}
-    for stage in job.stages:
-        one, two = (measure(*_call(stage, batch)) for batch in (1, 2))
-        each = Cost(*(max(0.0, b - a) for a, b in zip(one, two, strict=True)))
-        lines[stage.name] = Linear(Cost(*(max(0.0, a - e) for a, e in zip(one, each, strict=True))), each)
+    for program in job.programs:
+        unit = program.unit
+        one, two = (measure(program.function, *program.arguments(rows)) for rows in (unit, 2 * unit))
+        each = Cost(*(max(0.0, b - a) / unit for a, b in zip(one, two, strict=True)))
+        once = Cost(*(max(0.0, a - unit * e) for a, e in zip(one, each, strict=True)))
+        lines[program.name] = Linear(once, each)
     return lines
-
-
-def _call(stage: Stage, batch: int) -> tuple:
-    function, arguments = stage.build(batch)
-    return function, *arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,34 +169,32 @@ def make_plan(
     def held(name: str, mesh: AbstractMesh) -> float:
         key = name, tuple(mesh.shape.values())
         if key not in known:
-            known[key] = _held(trees[name][0], mesh)
+            known[key] = _held(job, trees[name][0], mesh)
         return known[key]
 
     resident = {name: held(name, getattr(meshes, role)) for name, (_, role) in trees.items()}
-    trained = bytes_of(job.policy.start)
+    trained = bytes_of(job.policy.initial)
 
     stages = []
-    for stage in job.stages:
-        mesh = getattr(meshes, stage.role).shape
+    for program in job.programs:
+        mesh = getattr(meshes, program.mesh).shape
         parts, inner = mesh["data"] * mesh["fsdp"], mesh["context"] * mesh["tensor"]
-        key = "rollout.microbatch" if stage.role != "update" else ""
-        key = "train.microbatch" if stage.name in ("errors", "update") else key
-        microbatch = changes.get(key, stage.microbatch) or stage.batch
-        chunks = stage.calls * stage.batch / microbatch
-        cost = lines[stage.name].at(microbatch / parts)
-        whole = lines[stage.name].at(microbatch)
+        microbatch = _microbatch(program, changes)
+        chunks = program.calls * program.batch / microbatch
+        cost = lines[program.name].at(microbatch / parts)
+        whole = lines[program.name].at(microbatch)
         collectives: dict[str, float] = {}
-        if mesh["fsdp"] > 1 and stage.weights:
+        if mesh["fsdp"] > 1:
             share = (mesh["fsdp"] - 1) / mesh["fsdp"] / mesh["tensor"]
-            collectives["all-gather"] = stage.passes * chunks * stage.weights * share
+            collectives["all-gather"] = program.passes * chunks * program.weights * share
         copied = 0.0
-        if stage.role == "rollout" and _cuts_weights(meshes.rollout) != _cuts_weights(meshes.update):
-            # The sampler's own cut of the weights, made once a step and dropped after it.
-            weights = ("frozen denoiser", "start of the policy")
+        if program.mesh == "rollout" and _cuts_weights(meshes.rollout) != _cuts_weights(meshes.update):
+            # The sampler's own sharding of the weights, made once a step and dropped after it.
+            weights = ("frozen backbone", "initial policy")
             copied = sum(held(name, meshes.rollout) for name in weights)
             moved = max(0.0, copied - sum(resident[name] for name in weights))
             collectives["all-gather"] = collectives.get("all-gather", 0.0) + moved
-        if parts > 1 and stage.name == "update":
+        if parts > 1 and program.trains:
             collectives["all-reduce"] = chunks * 2 * trained * (parts - 1) / parts
         seconds = {
             "compute": chunks * cost.flops / inner / topology.chip.flops,
@@ -206,17 +202,26 @@ def make_plan(
             "interconnect": sum(collectives.values()) / topology.interconnect,
         }
         stages.append(
-            StagePlan(stage.name, chunks * whole.flops, seconds, copied + cost.temporaries / inner, collectives)
+            StagePlan(program.name, chunks * whole.flops, seconds, copied + cost.temporaries / inner, collectives)
         )
     pairs = job.config.train.prompts_per_step
     return Plan(topology, meshes, resident, tuple(stages), changes, pairs * job.config.rollout.candidates, pairs)
 
 
-def _held(tree: Tree, mesh: Any) -> float:
+def _microbatch(program: Program, changes: Mapping[str, Any]) -> int:
+    """Rows at a time, where a plan may set the config's microbatches differently."""
+    rows = program.microbatch
+    if program.microbatch_key in changes:
+        rows = changes[program.microbatch_key] * (2 if program.microbatch_key == "train.microbatch" else 1)
+    return rows or program.batch
+
+
+def _held(job: Job, tree: Tree, mesh: Any) -> float:
     """Bytes of parameters or of a training state on one device of the mesh."""
+    rules = job.pipeline.family.sharding_rules
     if isinstance(tree, TrainState):
-        return shard_bytes(tree, infer_state_shardings(tree, mesh))
-    return shard_bytes(tree, infer_shardings(tree, mesh, PARAMETER_RULES))
+        return shard_bytes(tree, infer_state_shardings(tree, mesh, job.infer_algorithm, rules))
+    return shard_bytes(tree, infer_shardings(tree, mesh, rules))
 
 
 def _cuts_weights(mesh: AbstractMesh) -> tuple[int, ...]:

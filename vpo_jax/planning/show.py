@@ -20,10 +20,10 @@ def describe_job(job: Job) -> str:
     scorers = {reward.name: count(reward.params) for reward in job.rewards}
     listed = ", ".join(f"{name} {_number(n)}" for name, n in (params | scorers).items())
     config = job.config
-    trained = "LoRA of rank " + str(config.lora.rank) if config.lora.rank else "all of the denoiser"
+    trained = "LoRA of rank " + str(config.lora.rank) if config.lora.rank else "every weight of the denoiser"
     return (
         f"parameters: {listed}\n"
-        f"trained: {trained}, {_number(count(job.policy.start))} parameters; compute in {config.model.dtype}\n"
+        f"trained: {trained}, {_number(count(job.policy.initial))} parameters; compute in {config.model.dtype}\n"
         f"a step: {config.train.prompts_per_step} prompts x {config.rollout.candidates} candidates of {frames} frames"
         f" {height}x{width}, {config.rollout.num_inference_steps} sampling steps,"
         f" {config.train.updates_per_step} updates"

@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vpo_jax.algorithms.dpo.selection import PAIRS, group_size
+from vpo_jax.algorithms.table import ALGORITHMS
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.models.attention import BACKENDS
 from vpo_jax.rewards.combine import parse_weights
 from vpo_jax.runtime.cli import flatten_config, nearest
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import Meshes, batch_size, parse_axes
+from vpo_jax.runtime.profile import parse_steps
 from vpo_jax.training.policy import make_policy
 
 
@@ -74,6 +77,7 @@ FIELDS: Mapping[str, Field] = {
     "reward.videoreward.video_fps": _POSITIVE,
     "reward.videoreward.attention": _one_of(*BACKENDS),
     "held_out.scorers": _TEXT,
+    "algorithm.name": _one_of(*ALGORITHMS),
     "rollout.candidates": _whole(2, extra=" (a pair needs two)"),
     "rollout.num_inference_steps": _whole(1),
     "rollout.guidance_scale": _number(0),
@@ -85,6 +89,8 @@ FIELDS: Mapping[str, Field] = {
     "rollout.sampler": _TEXT,
     "rollout.eta": _number(0, 1),
     "rollout.microbatch": _whole(0, extra=" (0 = all at once)"),
+    "preference.pairs": _one_of(*PAIRS),
+    "preference.top_k": _whole(1),
     "preference.beta": _POSITIVE,
     "preference.margin": _number(0),
     "preference.motion_tolerance": _number(0),
@@ -133,6 +139,7 @@ FIELDS: Mapping[str, Field] = {
     "mesh.tensor": _AXIS,
     "mesh.rollout": _TEXT,
     "mesh.score": _TEXT,
+    "profile.steps": _TEXT,
     "log.every": _whole(1),
     "log.tensorboard": _FLAG,
     "log.samples": _whole(0),
@@ -151,15 +158,12 @@ def check(config: Mapping[str, Any]) -> None:
         _check_value(key, values[key], field)
     for key in ("mesh.rollout", "mesh.score"):
         parse_axes(values[key], key)
+    parse_steps(values["profile.steps"])
+    _check_groups(values)
     if values["reward.devices"] and not values["preference.max_pair_age"]:
         raise UserError(
             "preference.max_pair_age: with reward.devices, candidates are one step old when they are scored;"
             " give 1 or more, or set reward.devices=0"
-        )
-    microbatch, pairs = values["train.microbatch"], values["train.prompts_per_step"]
-    if microbatch and pairs % microbatch:
-        raise UserError(
-            f"train.microbatch: {microbatch} does not divide train.prompts_per_step={pairs}; choose a divisor"
         )
     if values["lora.path"] and not values["lora.rank"]:
         raise UserError("lora.path: an adapter cannot start full fine-tuning (lora.rank=0); give its rank, or merge it")
@@ -175,12 +179,29 @@ def check(config: Mapping[str, Any]) -> None:
             raise UserError("ema.extrapolation: there is no average to extrapolate (ema.decay=0); set it to 1.0")
         if values["lora.path"]:
             raise UserError("ema.extrapolation: is of fresh adapters, and lora.path begins from others; set it to 1.0")
-    rollout, videos = values["rollout.microbatch"], pairs * values["rollout.candidates"]
+    rollout, videos = values["rollout.microbatch"], values["train.prompts_per_step"] * values["rollout.candidates"]
     if rollout and videos % rollout:
         raise UserError(
             f"rollout.microbatch: {rollout} does not divide the step's {videos} videos"
             f" (train.prompts_per_step x rollout.candidates); choose a divisor"
         )
+
+
+def _check_groups(values: Mapping[str, Any]) -> None:
+    """What is learnt from a prompt's candidates has to be there, and microbatches have to divide it."""
+    pairs, candidates, top_k = values["preference.pairs"], values["rollout.candidates"], values["preference.top_k"]
+    if pairs == "top_k" and 2 * top_k > candidates:
+        raise UserError(
+            f"preference.top_k: {top_k} best and {top_k} worst of rollout.candidates={candidates} would be the same"
+            f" videos; choose at most {candidates // 2}"
+        )
+    if pairs == "listwise" and values["preference.label_temperature"] == 0.0:
+        raise UserError("preference.label_temperature: pairs=listwise divides rewards by it; give a number above 0")
+    microbatch, prompts = values["train.microbatch"], values["train.prompts_per_step"]
+    learnt = prompts * group_size(pairs, candidates, top_k)
+    if microbatch and learnt % (2 * microbatch):
+        what = "train.prompts_per_step" if learnt == 2 * prompts else "half of the videos that a step learns from,"
+        raise UserError(f"train.microbatch: {microbatch} does not divide {what}={learnt / 2:g}; choose a divisor")
 
 
 def _check_value(key: str, value: Any, field: Field) -> None:
@@ -230,4 +251,4 @@ def check_inputs(config: Any, pipeline: Any, rewards: Sequence[Any], judges: Seq
         if scorer.jittable and not scorer.trains:  # it would meet its first video after the training
             videos = jax.ShapeDtypeStruct((1, len(frames), height, width, 3), jnp.uint8)
             jax.eval_shape(scorer.score, scorer.params, videos, scorer.prepare(["a"]))
-    jax.eval_shape(lambda: make_policy(config, pipeline.unet, pipeline.params["unet"]).start)
+    jax.eval_shape(lambda: make_policy(config, pipeline.family, pipeline.trainable).initial)

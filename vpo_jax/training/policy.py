@@ -24,14 +24,14 @@ class Policy:
       unet: linen module, (latents [B, F, h, w, C], timesteps [B], text [B, L, D]) -> prediction.
       lora: of the adapters; None for full fine-tuning, where "adapters" are all parameters.
       frozen: the backbone in the compute dtype; {} for full fine-tuning.
-      start: theta0 in float32.
+      initial: theta0 in float32.
       fold: whether every program folds the adapters into kernels before it uses them. The gradients are the same.
     """
 
     unet: Any
     lora: LoRAConfig | None
     frozen: Tree
-    start: Tree
+    initial: Tree
     fold: bool = False
 
     def variables(self, frozen: Tree, adapters: Tree) -> Tree:
@@ -90,7 +90,7 @@ def read_start(config: Any, params: Tree) -> Tree | None:
     return read_adapter(config.lora.path, shapes, lora)
 
 
-def make_policy(config: Any, unet: Any, params: Tree, adapters: Tree | None = None) -> Policy:
+def make_policy(config: Any, family: Any, params: Tree, adapters: Tree | None = None) -> Policy:
     """The policy of a config.
 
     Args:
@@ -102,6 +102,7 @@ def make_policy(config: Any, unet: Any, params: Tree, adapters: Tree | None = No
     Raises:
       UserError: an unknown dtype, a rank below 0, or LoRA targets that match no layer.
     """
+    unet = family.unet
     if config.model.dtype not in DTYPES:
         raise UserError(f"model.dtype: {config.model.dtype!r} is not supported; choose float32 or bfloat16")
     dtype = DTYPES[config.model.dtype]

@@ -1,11 +1,12 @@
 """The reference phi: frozen, refreshed to the policy (the paper's curriculum), an average of it, or adaptive."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from vpo_jax.algorithms.state import Curriculum, TrainState
 from vpo_jax.runtime.errors import UserError
 
 Tree = Any
@@ -14,48 +15,18 @@ SCHEDULES = ("frozen", "refresh", "ema", "adaptive")
 HIGH_ACCURACY = 0.7
 
 
-class Curriculum(NamedTuple):
-    """What has happened since the reference was last refreshed.
-
-    Attributes:
-      correct: float32, implicit accuracy summed over pairs and updates.
-      pairs: float32, how many there were.
-      held_out: float32, the held-out judge at the last refresh; -inf before the first.
-      refreshed_at: int32, steps completed at the last refresh.
-      refreshes: int32.
-    """
-
-    correct: jax.Array
-    pairs: jax.Array
-    held_out: jax.Array
-    refreshed_at: jax.Array
-    refreshes: jax.Array
-
-
-def init_curriculum() -> Curriculum:
-    """Before the first step."""
-    return Curriculum(
-        jnp.zeros((), jnp.float32),
-        jnp.zeros((), jnp.float32),
-        jnp.array(-jnp.inf, jnp.float32),
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((), jnp.int32),
-    )
-
-
-def make_reference(
-    schedule: str, every: int, decay: float
-) -> Callable[[Tree, Tree, Curriculum, int, float | None], tuple[Tree, Curriculum]]:
-    """`follow(policy, reference, curriculum, step, held_out) -> (reference, curriculum)`, called after each step.
+def make_reference(schedule: str, every: int, decay: float) -> Callable[[TrainState, int, float | None], TrainState]:
+    """`update_reference(state, step, gain) -> state`, called after each step.
 
     Args:
       schedule: "frozen"; "refresh" (a copy of the policy every `every` steps, K in the paper); "ema"
-        (phi = decay phi + (1 - decay) theta after each step); "adaptive" (a copy at a look, where implicit accuracy
-        since the last one is high, at least `every` steps have passed and the held-out judge has not fallen).
+        (phi = decay phi + (1 - decay) theta after each step); "adaptive" (a copy at an evaluation, where implicit
+        accuracy since the last one is high, at least `every` steps have passed and the held-out gain has not fallen).
       every: steps.
       decay: of "ema".
 
-    `step` counts completed steps; `held_out` is the held-out judge's value at a look, else None.
+    `step` counts completed steps, on the host: the state's own would have to be waited for. `gain` is the held-out
+    scorers' at this step's evaluation, else None: what is copied is what was evaluated.
     A refreshed reference lies in buffers of its own, since the next update gives the policy's away.
 
     Raises:
@@ -71,39 +42,39 @@ def make_reference(
         lambda reference, policy: jax.tree.map(lambda r, p: decay * r + (1.0 - decay) * p, reference, policy)
     )
 
-    def follow(
-        policy: Tree, reference: Tree, curriculum: Curriculum, step: int, held_out: float | None = None
-    ) -> tuple[Tree, Curriculum]:
+    def update_reference(state: TrainState, step: int, gain: float | None = None) -> TrainState:
         if schedule == "ema":
-            return blend(reference, policy), curriculum
-        if schedule == "refresh" and step % every == 0:
-            return _copy(policy), _refreshed(curriculum, step, held_out)
-        if schedule == "adaptive" and held_out is not None and _due(curriculum, step, every, held_out):
-            return _copy(policy), _refreshed(curriculum, step, held_out)
-        return reference, curriculum
+            return state._replace(reference=blend(state.reference, state.policy))
+        if schedule == "frozen":
+            return state
+        due = step % every == 0 if schedule == "refresh" else gain is not None and _due(state, step, every, gain)
+        if not due:
+            return state
+        return state._replace(reference=_copy(state.policy), curriculum=_refreshed(state.curriculum, step, gain))
 
-    return follow
+    return update_reference
 
 
-def _due(curriculum: Curriculum, step: int, every: int, held_out: float) -> bool:
+def _due(state: TrainState, step: int, every: int, gain: float) -> bool:
+    curriculum = jax.device_get(state.curriculum)
     if step - int(curriculum.refreshed_at) < every or float(curriculum.pairs) == 0.0:
         return False
     accuracy = float(curriculum.correct) / float(curriculum.pairs)
-    return accuracy >= HIGH_ACCURACY and held_out >= float(curriculum.held_out)
+    return accuracy >= HIGH_ACCURACY and gain >= float(curriculum.held_out)
 
 
 def _copy(policy: Tree) -> Tree:
     return jax.tree.map(lambda x: jnp.array(x, copy=True), policy)
 
 
-def _refreshed(curriculum: Curriculum, step: int, held_out: float | None) -> Curriculum:
+def _refreshed(curriculum: Curriculum, step: int, gain: float | None) -> Curriculum:
     def like(value: float, old: jax.Array) -> jax.Array:
         return jax.device_put(jnp.asarray(value, old.dtype), old.sharding)
 
     return Curriculum(
         correct=like(0.0, curriculum.correct),
         pairs=like(0.0, curriculum.pairs),
-        held_out=curriculum.held_out if held_out is None else like(held_out, curriculum.held_out),
+        held_out=curriculum.held_out if gain is None else like(gain, curriculum.held_out),
         refreshed_at=like(step, curriculum.refreshed_at),
         refreshes=curriculum.refreshes + 1,
     )

@@ -7,13 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
-from vpo_jax.runtime.keys import stream_key
-from vpo_jax.training import losses
-from vpo_jax.training.optimizer import make_optimizer
 from vpo_jax.training.pairs import Pairs
-from vpo_jax.training.policy import make_policy
 from vpo_jax.training.state import init_state
 from vpo_jax.training.step import (
     Noised,
@@ -23,6 +17,12 @@ from vpo_jax.training.step import (
     make_gradients,
     predict_pairs,
 )
+
+from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
+from vpo_jax.runtime.keys import stream_key
+from vpo_jax.training import losses
+from vpo_jax.training.optimizer import make_optimizer
+from vpo_jax.training.policy import make_policy
 
 LN2 = np.float32(np.log(2.0))
 

@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from vpo_jax.rewards.combine import init_statistics
 from vpo_jax.training.pairs import (
     DROP_REASONS,
     Pairs,
@@ -15,6 +13,8 @@ from vpo_jax.training.pairs import (
     make_pairing,
     push,
 )
+
+from vpo_jax.rewards.combine import init_statistics
 
 ALL = jnp.ones((1, 4), bool)
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from vpo_jax.training.losses import PairErrors
 
 from vpo_jax.training import losses
-from vpo_jax.training.losses import PairErrors
 
 
 def errors(seed, n=64, scale=1e-2):

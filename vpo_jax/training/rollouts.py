@@ -1,0 +1,175 @@
+"""Candidate videos from the policy as it is now, a step's at a time.
+
+A video's noise comes from its own key, so the same video comes out of any batch, microbatch or mesh.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpo_jax.algorithms.protocol import Algorithm, Denoise, Frozen, Rollout
+from vpo_jax.algorithms.state import TrainState
+from vpo_jax.data.index import PromptIndex
+from vpo_jax.diffusion.guidance import guide
+from vpo_jax.diffusion.samplers import Sampler, sample
+from vpo_jax.diffusion.trajectory import Trajectory, sample_trajectory
+from vpo_jax.rewards.scoring import bring
+from vpo_jax.runtime.batches import in_microbatches
+from vpo_jax.runtime.keys import stream_key
+from vpo_jax.runtime.mesh import BATCH, VIDEO, Meshes, Rules, constrain, infer_shardings, replicated
+from vpo_jax.runtime.processes import move
+from vpo_jax.training.text import TextEncoding
+
+Tree = Any
+
+
+def make_candidate_keys(seed: int, prompts: int, candidates: int) -> Callable[[Any], jax.Array]:
+    """`keys(step)`: keys [prompts * candidates] of a step's videos, the candidates of a prompt side by side."""
+
+    def keys(step: jax.Array) -> jax.Array:
+        slots = jnp.repeat(jnp.arange(prompts), candidates)
+        indices = jnp.tile(jnp.arange(candidates), prompts)
+        return jax.vmap(lambda slot, index: stream_key(seed, "rollout", step, slot, index))(slots, indices)
+
+    return jax.jit(keys)
+
+
+def make_rollout(
+    denoise: Denoise,
+    sampler: Sampler,
+    latent_shape: tuple[int, ...],
+    guidance_scale: float,
+    microbatch: int = 0,
+    guidance_rescale: float = 0.0,
+    keep_trajectory: bool = False,
+) -> Callable[[Tree, Tree, Tree, Tree, jax.Array], jax.Array | Trajectory]:
+    """`rollout(frozen, trainable, text of B, negative text of one, keys [B]) -> clean latents [B, F, h, w, C]`, jitted.
+
+    With `keep_trajectory` it gives the whole `Trajectory`. A guidance scale of 1 or less is no guidance, as in
+    diffusers, and saves half of the work.
+    """
+
+    def of_chunk(
+        frozen: Tree, trainable: Tree, negative: Tree, chunk: tuple[Tree, jax.Array]
+    ) -> jax.Array | Trajectory:
+        text, keys = chunk
+        split = jax.vmap(jax.random.split)(keys)  # [B, 2]
+        noise = jax.vmap(lambda key: jax.random.normal(key, latent_shape, jnp.float32))(split[:, 0])
+        noise = constrain(noise, VIDEO)
+        if guidance_scale <= 1.0:
+            guided = lambda latents, timestep: denoise(  # noqa: E731
+                frozen, trainable, latents, jnp.full(latents.shape[0], timestep), text
+            )
+        else:
+            both_text = jax.tree.map(_side_by_side, negative, text)
+
+            def guided(latents: jax.Array, timestep: jax.Array) -> jax.Array:
+                twice = constrain(jnp.repeat(latents, 2, axis=0), VIDEO)
+                both = denoise(frozen, trainable, twice, jnp.full(twice.shape[0], timestep), both_text)
+                both = both.reshape(-1, 2, *latents.shape[1:])
+                return guide(both[:, 0], both[:, 1], guidance_scale, guidance_rescale)
+
+        if keep_trajectory:
+            return sample_trajectory(sampler, guided, noise, split[:, 1])
+        return constrain(sample(sampler, guided, noise, split[:, 1]), VIDEO)
+
+    def rollout(frozen: Tree, trainable: Tree, text: Tree, negative: Tree, keys: jax.Array) -> jax.Array | Trajectory:
+        return in_microbatches(lambda chunk: of_chunk(frozen, trainable, negative, chunk), (text, keys), microbatch)
+
+    return jax.jit(rollout)
+
+
+def _side_by_side(negative: jax.Array, text: jax.Array) -> jax.Array:
+    """The negative encoding [...] before each of [B, ...]: [2B, ...]; a device that holds a video holds both."""
+    both = jnp.stack([jnp.broadcast_to(negative, text.shape), text], axis=1)
+    return constrain(both.reshape(-1, *text.shape[1:]), BATCH)
+
+
+class Candidates(NamedTuple):
+    """A step's candidates, and what they were made for.
+
+    Attributes:
+      prompts: P of them.
+      rollout: N candidates of each.
+      prefetched: the next step's clean latents where they are sampled ahead, else {}.
+    """
+
+    prompts: list[str]
+    rollout: Rollout
+    prefetched: Tree
+
+
+class Rollouts:
+    """Samples a step's candidates from the current policy.
+
+    Attributes:
+      videos: a step, P x N.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        rollout: Callable[..., jax.Array | Trajectory],
+        algorithm: Algorithm,
+        frozen: Frozen,
+        negative: Tree,
+        encode: TextEncoding,
+        prompts: Sequence[str],
+        meshes: Meshes,
+        rules: Rules,
+    ) -> None:
+        """`frozen` and `negative`, the encoding that guidance leads away from, lie on `meshes.update`."""
+        size, candidates = config.train.prompts_per_step, config.rollout.candidates
+        self.videos = size * candidates
+        self._rollout, self._algorithm, self._frozen, self._encode = rollout, algorithm, frozen, encode
+        self._negative, self._prompts, self._meshes, self._rules = negative, prompts, meshes, rules
+        self._index = PromptIndex(len(prompts), size, config.seed, config.data.shuffle)
+        self._keys = make_candidate_keys(config.seed, size, candidates)
+        self._repeat = jax.jit(
+            lambda text: jax.tree.map(lambda x: constrain(jnp.repeat(x, candidates, axis=0), BATCH), text)
+        )
+
+    def next(self, state: TrainState, step: int) -> Candidates:
+        """The candidates of step `step`, dispatched and not waited for.
+
+        Where scorers have devices of their own, the next step's are sampled too, with the same policy, while this
+        step's are scored.
+        """
+        prompts = self._chosen(step)
+        text = self._encode(prompts)
+        policy = self._algorithm.sampling_policy(state)
+        if not self._meshes.apart:
+            return Candidates(prompts, self._rolled(text, self._sample(policy, text, step)), {})
+        found = state.prefetched if step > 0 else self._sample(policy, text, step)
+        following = self._sample(policy, self._encode(self._chosen(step + 1)), step + 1)
+        return Candidates(prompts, self._rolled(text, found), following)
+
+    def sample(self, trainable: Tree, text: Tree, keys: jax.Array) -> jax.Array | Trajectory:
+        """Clean latents [B, F, h, w, C] of B encodings and keys [B], on the mesh of the updates."""
+        update, mesh = self._meshes.update, self._meshes.rollout
+        if mesh == update:
+            return self._rollout(self._frozen.backbone, trainable, text, self._negative, keys)
+        # Weights lie as the update wants them, and are gathered once for all steps of the sampler.
+        weights = (self._frozen.backbone, trainable)
+        backbone, trainable = move(weights, infer_shardings(weights, mesh, self._rules))
+        negative = move(self._negative, jax.tree.map(lambda _: replicated(mesh), self._negative))
+        with jax.set_mesh(mesh):
+            text = jax.tree.map(lambda x: bring(x, mesh), text)
+            found = self._rollout(backbone, trainable, text, negative, keys)
+        spec = BATCH if isinstance(found, Trajectory) else VIDEO
+        return move(found, infer_shardings(found, update, (("", spec),)))
+
+    def _chosen(self, step: int) -> list[str]:
+        return [self._prompts[i] for i in self._index(step)]
+
+    def _sample(self, policy: Tree, text: Tree, step: int) -> jax.Array | Trajectory:
+        return self.sample(policy, self._repeat(text), self._keys(np.int32(step)))
+
+    @staticmethod
+    def _rolled(text: Tree, found: jax.Array | Trajectory) -> Rollout:
+        if isinstance(found, Trajectory):
+            return Rollout(text, found.latents[:, -1], found)
+        return Rollout(text, found)

@@ -1,0 +1,176 @@
+"""What a training run is made of, from its config: parameters on their devices, programs, state."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from vpo_jax.algorithms.protocol import Algorithm, Frozen
+from vpo_jax.algorithms.state import TrainState, infer_state_shardings, init_state
+from vpo_jax.pipeline import Pipeline
+from vpo_jax.rewards.combine import dimension_names
+from vpo_jax.rewards.scoring import Scores, Weights, bring
+from vpo_jax.runtime.mesh import Meshes, infer_shardings, replicated
+from vpo_jax.runtime.processes import place
+from vpo_jax.training.check import check_meshes
+from vpo_jax.training.evaluator import Evaluator
+from vpo_jax.training.optimizer import make_optimizer
+from vpo_jax.training.policy import Policy, make_policy
+from vpo_jax.training.programs import Programs, decode_program, make_programs
+from vpo_jax.training.rollouts import Candidates, Rollouts
+from vpo_jax.training.text import TextEncoding
+
+Tree = Any
+
+
+class Setup(NamedTuple):
+    """A run, ready to begin; `jax.set_mesh(meshes.update)` is the caller's.
+
+    Attributes:
+      policy: its frozen and initial parameters lie on the devices.
+      frozen: see `algorithms.protocol.Frozen`.
+      programs: see `training.programs`.
+      algorithm: that of the programs.
+      encode: prompts -> encodings.
+      rollouts: samples candidates.
+      score: candidates -> float32 [P * N, D], waited for.
+      evaluator: of the tuning prompts.
+      result: state -> the trainable parameters that a run which ended now would hand back.
+      fresh_state: makes the state before the first step.
+      abstract_state: the state's shapes, dtypes and shardings: what a checkpoint is restored into.
+    """
+
+    policy: Policy
+    frozen: Frozen
+    programs: Programs
+    algorithm: Algorithm
+    encode: TextEncoding
+    rollouts: Rollouts
+    score: Callable[[Candidates], jax.Array]
+    evaluator: Evaluator
+    result: Callable[[TrainState], Tree]
+    fresh_state: Callable[[], TrainState]
+    abstract_state: TrainState
+
+
+def make_setup(
+    config: Any,
+    pipeline: Pipeline,
+    rewards: Sequence[Any],
+    meshes: Meshes,
+    prompts: Sequence[str],
+    tuning_prompts: Sequence[str] = (),
+    held_out: Sequence[Any] = (),
+    initial: Tree | None = None,
+) -> Setup:
+    """Places parameters and builds every program; the arguments are those of `training.train.train`.
+
+    Raises:
+      UserError: sizes that do not fit each other or the mesh, a scorer that may only judge.
+    """
+    check_meshes(config, meshes)
+    rules = pipeline.family.sharding_rules
+    policy = make_policy(config, pipeline.family, pipeline.trainable, initial)
+    programs = make_programs(config, pipeline, policy, rewards, meshes.update)
+
+    def placed(tree: Tree, mesh: Any) -> Tree:
+        return place(tree, infer_shardings(tree, mesh, rules))
+
+    # Policy, reference and initial policy share one frozen backbone. The copies on the host are not needed any more.
+    backbone, start = placed(policy.frozen, meshes.update), placed(policy.initial, meshes.update)
+    policy = dataclasses.replace(policy, frozen=backbone, initial=start)
+    text_params = placed(pipeline.params["text_encoder"], meshes.update)
+    encode = TextEncoding(programs.encode.function, text_params, pipeline.tokenize, config.train.prompts_per_step)
+    # Two prompts at least: with a step's prompts they are one program.
+    plain = [config.rollout.negative_prompt, ""] * config.train.prompts_per_step
+    encodings = encode(plain[: max(2, config.train.prompts_per_step)])
+    negative, empty = (
+        jax.tree.map(lambda x, i=i: jax.device_put(x, replicated(meshes.update))[i], encodings) for i in (0, 1)
+    )
+    if config.data.text_cache:
+        encode.cache(config.data.text_cache, [*prompts, *tuning_prompts])
+    frozen = Frozen(backbone, start, empty)
+
+    algorithm, rollout = programs.algorithm, programs.rollout.function
+    rollouts = Rollouts(config, rollout, algorithm, frozen, negative, encode, prompts, meshes, rules)
+    weights = Weights(meshes.score, config.reward.offload)
+    score, generate = _scoring(config, pipeline, rewards, meshes, programs, rollouts, encode, weights, rules)
+    factor = config.ema.extrapolation
+    extrapolate = jax.jit(partial(policy.extrapolated, factor=factor))
+
+    def result(state: TrainState) -> Tree:
+        return extrapolate(start, state.weights()) if factor != 1.0 else state.weights()
+
+    evaluator = Evaluator(
+        config, tuning_prompts, rewards, held_out, weights, generate, programs.num_frames, result, algorithm, frozen
+    )
+    fresh, abstract = _state(config, programs, rewards, meshes, start, rules)
+    return Setup(policy, frozen, programs, algorithm, encode, rollouts, score, evaluator, result, fresh, abstract)
+
+
+def _scoring(
+    config: Any,
+    pipeline: Pipeline,
+    rewards: Sequence[Any],
+    meshes: Meshes,
+    programs: Programs,
+    rollouts: Rollouts,
+    encode: TextEncoding,
+    weights: Weights,
+    rules: Any,
+) -> tuple[Callable[[Candidates], jax.Array], Callable[[Tree, Sequence[str], jax.Array], jax.Array]]:
+    """What scores a step's candidates, and what makes whole videos for evaluations."""
+    vae = pipeline.params["vae"]
+    looks = meshes.update if meshes.apart else meshes.score  # scorers apart are busy with candidates
+    to_look = place(vae, infer_shardings(vae, looks, rules))
+    to_score = place(vae, infer_shardings(vae, meshes.score, rules)) if meshes.apart else to_look
+    every = tuple(range(programs.num_frames))
+    decode, microbatch = programs.decode.function, config.rollout.microbatch
+    decode_all = decode
+    if programs.frames != every:
+        decode_all = decode_program(pipeline, every, programs.latents, rollouts.videos, microbatch).function
+    scores = Scores(rewards, weights, programs.num_frames, programs.frames, microbatch)
+
+    def score(candidates: Candidates) -> jax.Array:
+        with jax.set_mesh(meshes.score):
+            videos = decode(to_score, bring(candidates.rollout.latents, meshes.score))
+        found = scores(videos, candidates.prompts)
+        if meshes.score != meshes.update:
+            found = jax.device_put(found, replicated(meshes.update))
+        return jax.block_until_ready(found)
+
+    def generate(trainable: Tree, prompts: Sequence[str], keys: jax.Array) -> jax.Array:
+        found = rollouts.sample(trainable, encode(prompts), keys)
+        latents = found.latents[:, -1] if programs.algorithm.keeps_trajectories else found
+        with jax.set_mesh(looks):
+            return decode_all(to_look, bring(latents, looks))
+
+    return score, generate
+
+
+def _state(
+    config: Any, programs: Programs, rewards: Sequence[Any], meshes: Meshes, initial: Tree, rules: Any
+) -> tuple[Callable[[], TrainState], TrainState]:
+    """What makes the fresh state, and its shapes with shardings."""
+    algorithm = programs.algorithm
+    prefetched = None
+    if meshes.apart:
+        rolled = programs.rollout
+        prefetched = jax.eval_shape(rolled.function, *rolled.arguments(rolled.batch))
+
+    def fresh() -> TrainState:
+        return init_state(
+            initial,
+            make_optimizer(config.optimizer),
+            algorithm.init,
+            len(dimension_names(rewards)),
+            with_ema=config.ema.decay > 0.0,
+            prefetched=prefetched,
+        )
+
+    shapes = jax.eval_shape(fresh)
+    shardings = infer_state_shardings(shapes, meshes.update, algorithm.infer_shardings, rules)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return jax.jit(fresh, out_shardings=shardings), abstract

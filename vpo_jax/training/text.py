@@ -1,0 +1,54 @@
+"""Prompts as encodings on the devices: from the text encoder, or from a cache that was filled once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vpo_jax.data.text_cache import TextCache, open_text_cache
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import BATCH, constrain
+
+Tree = Any
+
+
+class TextEncoding:
+    """`encoding(prompts) -> encodings`, every leaf [P, ...] over data and fsdp."""
+
+    def __init__(
+        self,
+        encode: Callable[[Tree, jax.Array], Tree],
+        params: Tree,
+        tokenize: Callable[[Sequence[str]], np.ndarray],
+        batch: int,
+    ) -> None:
+        """`encode(params, ids)` is jitted; `batch` prompts are encoded at a time where all are."""
+        self._encode, self._params, self._tokenize, self._batch = encode, params, tokenize, batch
+        self._cache: TextCache | None = None
+        self._place = jax.jit(lambda text: jax.tree.map(lambda x: constrain(x, BATCH), text))
+
+    def __call__(self, prompts: Sequence[str]) -> Tree:
+        """Of P prompts."""
+        if self._cache is not None:
+            return self._place(self._cache(prompts))
+        return self._encode(self._params, self._ids(prompts))
+
+    def _ids(self, prompts: Sequence[str]) -> np.ndarray:
+        return self._tokenize(list(prompts))
+
+    def cache(self, folder: str, prompts: Sequence[str]) -> None:
+        """Encodes all prompts to a file in `folder`, once; from then on no others, and the encoder leaves the devices.
+
+        Raises:
+          UserError: several processes, or the disk refuses.
+        """
+        if jax.process_count() > 1:
+            raise UserError("data.text_cache: made by one process only; leave it empty on several hosts")
+        params = self._params
+
+        def encode(batch: Sequence[str]) -> Tree:
+            return self._encode(params, self._ids(batch))
+
+        self._cache = open_text_cache(folder, prompts, encode, params, self._tokenize, self._batch)
+        self._params = None
