@@ -104,9 +104,9 @@ def scorer_folder(tmp_path_factory) -> Path:
     import jax
     import numpy as np
 
-    from vpo_jax.checkpoints.scorers import ScorerParts, make_word_tokenizer, scorer_shapes, write_scorer
     from vpo_jax.models.video_scorer import VideoScorerConfig
     from vpo_jax.rewards.protocol import DIMENSIONS
+    from vpo_jax.rewards.shapes.folder import ScorerParts, make_word_tokenizer, scorer_shapes, write_scorer
 
     tokenizer = make_word_tokenizer(["red", "blue", "circle", "square", "moving", "left", "right"], 8)
     config = VideoScorerConfig(

@@ -12,6 +12,7 @@ import pytest
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.planning import specs
 from vpo_jax.rewards.loading import load_reward
+from vpo_jax.rewards.videoscore import published
 from vpo_jax.runtime.cli import load_config
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import bytes_of, flatten
@@ -116,20 +117,20 @@ def test_bytes_on_a_ring_follow_the_kind_of_collective():
 
 
 def test_a_scorers_benchmark_runs_all_of_it_on_videos_that_count(monkeypatch, tmp_path):
-    full = copy.deepcopy(specs.SCORERS["videoscore"])
+    full = copy.deepcopy(published.CONFIG)
     full["vision_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 64}
     full["vision_config"] |= {"num_attention_heads": 2, "patch_size": 32}
     full["perceiver_config"] |= {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4}
     full["perceiver_config"] |= {"resampler_head_dim": 8, "num_key_value_heads": 2}
     full["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     full["text_config"] |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    monkeypatch.setitem(specs.SCORERS, "videoscore", full)
+    monkeypatch.setattr(published, "CONFIG", full)
     output = tmp_path / "found.json"
     scorers = load("scorers")
     scorers.main(["--clips=4", "--prompts=2", "--frames=3", "--size=48", "--repeats=1", f"--output={output}"])
     found = json.loads(output.read_text())
     assert (found["clips"], found["frames"], found["side"]) == (4, 3, 378)
-    assert found["tokens"] == specs.QUERY_TOKENS["videoscore"] + 3 * 6
+    assert found["tokens"] == published.QUERY_TOKENS + 3 * 6
     assert found["seconds_a_video"] > 0 and found["apart_from_xla"] == 0.0
     assert found["tflop_a_video"] * 4e12 > 3 * 4 * 2 * (378 // 32) ** 2 * 3 * 32**2 * 32  # patches alone
 

@@ -103,7 +103,7 @@ def test_a_run_beside_the_export_says_which_scorer_trained_it(loaded, tmp_path):
     assert evaluate.roles_of(str(tmp_path / "export"), rewards) == {
         "a": "trained",
         "b": "trained",
-        "c": "steered",
+        "c": "used for selection",
         "d": "held out",
         "judge": "held out",
     }

@@ -97,8 +97,8 @@ def reached(start: Path) -> set[Path]:
             # "a.b.name" may be the module a/b/name.py or a name in a/b.py
             for dotted in (module, module.rpartition(".")[0]):
                 file = ROOT / (dotted.replace(".", "/") + ".py")
-                if file.exists() and file.is_relative_to(PACKAGE):
-                    waiting.append(file)
+                package = ROOT / dotted.replace(".", "/") / "__init__.py" if dotted != "vpo_jax" else file
+                waiting += [found for found in (file, package) if found.exists() and found.is_relative_to(PACKAGE)]
     return seen
 
 

@@ -99,7 +99,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
             meshes=meshes,
             prompts=prompts,
             tuning_prompts=tuning_prompts(config, prompts),
-            # A judge that may not train may not steer either: it sees the result only.
+            # A scorer that may not train may not be used for selection either: it scores the result only.
             held_out=[judge for judge in judges if judge.trains],
             initial=adapters,
             stop=stop,
@@ -156,8 +156,8 @@ def finish(
     )
     roles = {reward.name: "trained" for reward in rewards}
     for judge in judges:
-        steers = judge.trains and config.eval.every > 0
-        roles.setdefault(judge.name, "steered" if steers else "held out")
+        selects = judge.trains and config.eval.every > 0
+        roles.setdefault(judge.name, "used for selection" if selects else "held out")
     scorers = list({scorer.name: scorer for scorer in (*rewards, *judges)}.values())
     with console.status("comparing base and tuned") as status:
 

@@ -115,7 +115,7 @@ def test_a_judge_of_the_host_and_a_jitted_scorer_are_compared_alike():
 
 
 def test_every_scorer_has_the_role_it_was_given_and_motion_is_always_shown():
-    roles = {"fake": "trained", "other": "steered"}
+    roles = {"fake": "trained", "other": "used for selection"}
     rewards = [FakeReward("fake"), FakeReward("other"), FakeReward("third")]
     rows = compare(FakePipeline(), FakePipeline(2.0), PROMPTS, rewards, roles=roles).rows
     assert {row.scorer: row.role for row in rows} == roles | {"third": "unknown", "frames": "measured"}

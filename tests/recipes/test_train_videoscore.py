@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from vpo_jax.checkpoints.videoscore import read_videoscore, write_videoscore
 from vpo_jax.recipes import scorer_data as data
 from vpo_jax.recipes import train_videoscore
 from vpo_jax.recipes.train_scorer import Batch, Pools
 from vpo_jax.rewards.loading import load_scorer
 from vpo_jax.rewards.protocol import DIMENSIONS
-from vpo_jax.rewards.query import FIELD, IMAGE_TOKEN, QueryEncoder
+from vpo_jax.rewards.query import FIELD
+from vpo_jax.rewards.videoscore.folder import read_videoscore, write_videoscore
+from vpo_jax.rewards.videoscore.query import IMAGE_TOKEN, QueryEncoder
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import flatten
 from vpo_jax.shapes import world

@@ -86,7 +86,7 @@ def test_every_row_and_its_role_are_in_the_table():
         assert word in reader.words
 
 
-def test_motion_is_a_ratio_of_dynamic_degrees_and_never_of_a_judges_grades():
+def test_motion_is_a_ratio_of_dynamic_degrees_and_never_of_grades():
     assert "of the base's" not in " ".join(Reader(page.render_page(make_comparison())).words)
     names = ("mine/dynamic_degree", "judge/speed")
     words = " ".join(Reader(page.render_page(make_comparison(names=names))).words)
@@ -96,7 +96,7 @@ def test_motion_is_a_ratio_of_dynamic_degrees_and_never_of_a_judges_grades():
 def test_curves_are_drawn_from_metrics_and_gaps_are_passed_over():
     text = page.render_page(make_comparison(), METRICS)
     assert "Combined reward of the rollouts" in text and "Fixed prompts, trained scorers: win rate over base" in text
-    assert "Held-out judges" not in text  # all of its values are None
+    assert "Held-out scorers" not in text  # all of its values are None
     assert "The run" not in page.render_page(make_comparison(), [])
 
 

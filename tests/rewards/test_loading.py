@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from vpo_jax.checkpoints.scorers import ScorerParts, make_word_tokenizer, read_scorer, write_scorer
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.rewards.loading import load_reward, load_rewards, load_scorer
 from vpo_jax.rewards.protocol import DIMENSIONS, Reward, even_indices
+from vpo_jax.rewards.shapes.folder import ScorerParts, make_word_tokenizer, read_scorer, write_scorer
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.shapes import world
 

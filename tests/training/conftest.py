@@ -146,7 +146,8 @@ class ToyReward:
         bright = pixels.mean(axis=(1, 2, 3, 4))
         moves = jnp.abs(jnp.diff(pixels, axis=1)).mean(axis=(1, 2, 3, 4))
         scores = jnp.stack([bright, moves], axis=-1)[:, : len(self.dimensions)]
-        return jnp.where(jnp.asarray(prepared)[:, None], jnp.nan, scores)
+        poisoned = jnp.repeat(jnp.asarray(prepared), len(videos) // len(prepared))  # a row a prompt
+        return jnp.where(poisoned[:, None], jnp.nan, scores)
 
 
 def make_config(**overrides: Any) -> Any:

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from vpo_jax.training.rollout import make_candidate_keys, make_decode, make_rollout
 
 from vpo_jax.diffusion.samplers import make_sampler, sample
+from vpo_jax.rewards.scoring import Scores, Weights, frames_to_decode
 from vpo_jax.runtime.mesh import make_mesh
 from vpo_jax.training.policy import make_policy
-from vpo_jax.training.rollout import Scores, Weights, frames_to_decode, make_candidate_keys, make_decode, make_rollout
 
 SHAPE = (4, 4, 4, 4)
 

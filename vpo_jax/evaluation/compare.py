@@ -16,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vpo_jax.evaluation.win_rate import mean_difference, win_rate
-from vpo_jax.rewards.loading import Scorer, make_scorer
+from vpo_jax.pipeline import Pipeline
+from vpo_jax.rewards.protocol import Reward
+from vpo_jax.rewards.scoring import Scorer, make_scorer
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.files import write_text_atomically
 from vpo_jax.runtime.keys import stream_key
@@ -24,11 +26,12 @@ from vpo_jax.runtime.mesh import PARAMETER_RULES, infer_shardings, make_mesh
 from vpo_jax.runtime.processes import largest, share, unshare
 from vpo_jax.runtime.trees import bytes_of
 
-# What a scorer has had to do with the tuned model; only the last kind of number is evidence by itself.
-ROLES = ("trained", "steered", "held out", "measured", "unknown")
-# Always in the table: preference training can freeze videos. Flicker counts as change here, so it is no judge.
+# How a scorer was used to make the tuned model. Only a held-out scorer is independent evidence.
+ROLES = ("trained", "used for selection", "held out", "measured", "unknown")
+# Always in the table: preference training can freeze videos. Flicker counts as change too, so it has no win rate.
 FRAME_CHANGE = "frames/change"
 
+Tree = Any
 Scores = dict[str, np.ndarray]
 Progress = Callable[[str, int, int], None]
 
@@ -58,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """All that was compared, and the first videos to look at.
+    """All that was compared, with the first videos.
 
     `base_videos` and `tuned_videos` are uint8 [V, F, H, W, 3] of the first V prompts, sample 0; `base_scores` and
     `tuned_scores` map "scorer/dimension" to float32 [P, S] of S samples a prompt; `settings` says how videos were made.
@@ -100,10 +103,10 @@ class Sampling:
 
 
 def compare(
-    base: Any,
-    tuned: Any,
+    base: Pipeline,
+    tuned: Pipeline,
     prompts: Sequence[str],
-    rewards: Sequence[Any],
+    rewards: Sequence[Reward],
     sampling: Sampling | None = None,
     roles: Mapping[str, str] | None = None,
     keep: int = 8,
@@ -133,27 +136,27 @@ def compare(
 
 
 def evaluate(
-    pipeline: Any,
+    pipeline: Pipeline,
     prompts: Sequence[str],
-    rewards: Sequence[Any],
+    rewards: Sequence[Reward],
     sampling: Sampling,
     keep: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Scores, np.ndarray]:
     """Scores {"scorer/dimension": float32 [P, S]} of one pipeline, and its first `keep` prompts' videos.
 
-    Each process makes its share of the videos on its own devices, and all get everything.
-    The noise of prompt i, sample s is `stream_key(seed, "eval", 0, i, s)`: it depends on neither batch nor model.
+    Each process makes its share of the videos on its own devices, and every process returns all scores.
+    The noise of prompt i, sample s comes from `stream_key(seed, "eval", 0, i, s)`, whatever the batch and the model.
     """
     mesh = local_mesh(pipeline.params, rewards)
     scorers = [make_scorer(reward, mesh) for reward in rewards]
     return _evaluate(pipeline, prompts, scorers, mesh, sampling, keep, progress)
 
 
-def local_mesh(params: Any, rewards: Sequence[Any]) -> Mesh:
-    """This process's devices: each takes its share of the videos and holds all weights, where they leave it room.
+def local_mesh(params: Tree, rewards: Sequence[Reward]) -> Mesh:
+    """A mesh of this process's devices: videos are divided among them, and each holds all weights if they fit.
 
-    Else weights are sharded over a few devices: see `shards_needed`.
+    Otherwise the weights are sharded over as few devices as possible: see `shards_needed`.
     """
     devices = jax.local_devices()
     whole = bytes_of(params) + sum(bytes_of(reward.params) for reward in rewards if reward.jittable)
@@ -169,7 +172,7 @@ def shards_needed(whole: int, limit: int | None, count: int) -> int:
 
 
 def _evaluate(
-    pipeline: Any,
+    pipeline: Pipeline,
     prompts: Sequence[str],
     scorers: Sequence[Scorer],
     mesh: Mesh,
@@ -189,7 +192,7 @@ def _evaluate(
     pipeline = pipeline.on_device(infer_shardings(pipeline.params, mesh, PARAMETER_RULES))
     for start in range(0, most, size):
         chunk = tasks[start : start + size]
-        # The last batch is filled up with videos that do not count, so that one compiled program serves all.
+        # The last batch is padded with videos that do not count, so that all batches run one compiled program.
         filled = np.concatenate([chunk, np.resize(every[:1], (size - len(chunk), 2))])
         texts = [prompts[i] for i, _ in filled]
         latents = np.asarray(_noise(pipeline, filled, sampling))
@@ -298,8 +301,8 @@ def write_json(path: str | Path, comparison: Comparison) -> None:
 def _caption(rows: Sequence[Row]) -> str:
     words = {
         "trained": "trained: the model was trained on it",
-        "steered": "steered: it chose the checkpoint",
-        "held out": "held out: it neither trained nor steered",
+        "used for selection": "used for selection: it chose the checkpoint or the reference",
+        "held out": "held out: used neither for training nor for selection",
         "unknown": "unknown: not said whether it trained this model",
     }
     roles = [role for role in ROLES if role in words and any(row.role == role for row in rows)]
@@ -312,7 +315,7 @@ def _named(progress: Progress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(what, done, total)
 
 
-def _noise(pipeline: Any, tasks: np.ndarray, sampling: Sampling) -> jax.Array:
+def _noise(pipeline: Pipeline, tasks: np.ndarray, sampling: Sampling) -> jax.Array:
     shape = pipeline.latent_shape(sampling.num_frames, sampling.height, sampling.width)
     slots, samples = jnp.asarray(tasks.T)
     keys = jax.vmap(lambda i, s: stream_key(sampling.seed, "eval", 0, i, s))(slots, samples)

@@ -12,27 +12,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.diffusion.schedules import add_noise, make_schedule, to_clean_and_noise
+from vpo_jax.pipeline import Pipeline
 from vpo_jax.recipes.scorer_data import Labelled, equivalent_blur, make_videos
 from vpo_jax.shapes import world
+
+Tree = Any
+# (params, key, videos uint8, text) -> videos uint8
+Carry = Callable[[Tree, jax.Array, jax.Array, jax.Array], jax.Array]
 
 _CHUNK = 64  # videos carried through the base model at a time
 
 
-def _round_trip(pipeline: Any) -> Callable[..., jax.Array]:
+def _round_trip(pipeline: Pipeline) -> Carry:
     """(params, key, videos uint8, text) -> what the autoencoder makes of the videos, uint8."""
 
-    def run(params: Any, key: jax.Array, videos: jax.Array, text: jax.Array) -> jax.Array:
+    def run(params: Tree, _key: jax.Array, videos: jax.Array, _text: jax.Array) -> jax.Array:
         latents = encode_videos(pipeline, params["vae"], videos)
         return world.to_uint8(pipeline.decode(params["vae"], latents))
 
     return run
 
 
-def _denoised(pipeline: Any, largest: float = 0.4, steps: int = 3) -> Callable[..., jax.Array]:
+def _denoised(pipeline: Pipeline, largest: float = 0.4, steps: int = 3) -> Carry:
     """(params, key, videos uint8, text) -> the videos noised to a small time and denoised in a few steps, uint8."""
     schedule = make_schedule(pipeline.scheduler_config)
 
-    def run(params: Any, key: jax.Array, videos: jax.Array, text: jax.Array) -> jax.Array:
+    def run(params: Tree, key: jax.Array, videos: jax.Array, text: jax.Array) -> jax.Array:
         time_key, noise_key = jax.random.split(key)
         latents = encode_videos(pipeline, params["vae"], videos)
         start = jax.random.uniform(time_key, (len(videos),), minval=0.05, maxval=largest)
@@ -52,14 +57,14 @@ def _denoised(pipeline: Any, largest: float = 0.4, steps: int = 3) -> Callable[.
     return run
 
 
-def encode_videos(pipeline: Any, params: Any, videos: jax.Array) -> jax.Array:
+def encode_videos(pipeline: Pipeline, params: Tree, videos: jax.Array) -> jax.Array:
     """Scaled latents of uint8 videos [B, F, H, W, 3], the posterior's mean: float32 [B, F, h, w, C]."""
     frames = videos.reshape(-1, *videos.shape[2:]).astype(jnp.float32) / 127.5 - 1.0
     mean, _ = pipeline.vae.apply({"params": params}, frames, method="encode")
     return (mean * pipeline.vae.config.scaling_factor).reshape(*videos.shape[:2], *mean.shape[1:])
 
 
-def carried_videos(pipeline: Any, way: str, seed: int, count: int, folder: Path) -> Labelled:
+def carried_videos(pipeline: Pipeline, way: str, seed: int, count: int, folder: Path) -> Labelled:
     """`count` labelled videos that went through the base model; chunks are kept in `folder` and made only once.
 
     way: "round_trip" (the autoencoder alone) or "denoised". The labels are those of what went in, which has neither
@@ -87,7 +92,7 @@ def carried_videos(pipeline: Any, way: str, seed: int, count: int, folder: Path)
     return Labelled(*(jnp.asarray(found[name]) for name in Labelled._fields))
 
 
-def base_samples(pipeline: Any, split: str, seed: int, count: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def base_samples(pipeline: Pipeline, split: str, seed: int, count: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """`count` samples of the base model with its own defaults: videos uint8 [count, ...], rows of the captions."""
     rows = np.resize(world.caption_indices(split), -(-count // _CHUNK) * _CHUNK)
     wanted = ("guidance_scale", "num_inference_steps")

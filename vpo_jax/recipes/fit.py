@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 
 from vpo_jax.checkpoints.orbax_store import CheckpointStore
 
-State = Any
+State = TypeVar("State")  # a pytree of arrays
 
 
 def fit(
@@ -41,7 +41,7 @@ def fit(
         start, state, _ = store.restore(None, target)
         print(f"{checkpoints.name}: going on from step {start}", flush=True)
     began = time.monotonic()
-    total: dict[str, Any] = {}
+    total: dict[str, jax.Array | float] = {}
     for step in range(start, steps):
         state, metrics = update(state, step)
         total = {name: total.get(name, 0.0) + value for name, value in metrics.items()}

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from vpo_jax.recipes import textures
-from vpo_jax.rewards.classical import LUMA
-from vpo_jax.rewards.niqe import PATCH, fit_pristine, normalised_luma, patch_features, to_patches
+from vpo_jax.rewards.classical.niqe import PATCH, fit_pristine, normalised_luma, patch_features, to_patches
+from vpo_jax.rewards.classical.reward import LUMA
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.runtime.files import write_text_atomically
 from vpo_jax.shapes import world

@@ -18,8 +18,9 @@ import numpy as np
 
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.recipes import base_videos, scorer_data
-from vpo_jax.rewards.loading import Scorer, load_scorer
+from vpo_jax.rewards.loading import load_scorer
 from vpo_jax.rewards.protocol import DIMENSIONS
+from vpo_jax.rewards.scoring import Scorer
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.runtime.files import write_json

@@ -9,7 +9,7 @@ Held-out and tuning captions are never seen. Interrupted, the same command goes 
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ from vpo_jax.diffusion.schedules import add_noise, make_schedule, training_targe
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
-from vpo_jax.recipes import clock
 from vpo_jax.recipes.fit import fit
+from vpo_jax.recipes.frame_code import init_frame_code
 from vpo_jax.recipes.tokenizer import MAX_LENGTH, make_tokenizer, vocabulary
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
@@ -34,6 +34,9 @@ from vpo_jax.runtime.trees import count
 from vpo_jax.shapes import world
 
 Tree = Any
+Metrics = dict[str, jax.Array]
+Loss = Callable[..., tuple[jax.Array, Metrics]]  # (parameters, step, *data) -> (loss, metrics)
+Render = Callable[[jax.Array, jax.Array], world.Videos]  # (key, rows of captions) -> videos
 
 _LATENT_CHANNELS = 6
 VAE = {
@@ -98,7 +101,7 @@ DEFAULTS = {
     "num_inference_steps": 16,
 }
 
-_CLIPS_A_VAE_STEP, _FRAMES_A_CLIP = 16, 2
+_VIDEOS_A_VAE_STEP, _FRAMES_A_VIDEO = 16, 2
 # Light: at 5e-4 two of four latent channels collapse, and colours with them.
 _KL_WEIGHT = 1e-6
 _LOG_VARIANCE_AT_START = -6.0  # else the first thousand steps are spent on learning to drown out the noise
@@ -119,6 +122,9 @@ class Fitted(NamedTuple):
     optimizer: Tree
 
 
+Update = Callable[..., tuple[Fitted, Metrics]]  # (state, step, *data) -> (state, metrics)
+
+
 def _schedule(peak: float, steps: int, decay_from: float) -> optax.Schedule:
     """Warm-up over 1 % of the steps, constant, then linear to zero from `decay_from` of them on."""
     warm, hold = max(1, steps // 100), int(steps * decay_from)
@@ -130,11 +136,11 @@ def _schedule(peak: float, steps: int, decay_from: float) -> optax.Schedule:
     return optax.join_schedules(parts, [warm, hold])
 
 
-def _make_update(loss: Any, optimizer: optax.GradientTransformation, decay: float) -> Any:
+def _make_update(loss: Loss, optimizer: optax.GradientTransformation, decay: float) -> Update:
     """Jitted (state, step, *data) -> (state, metrics) for `loss(params, step, *data)`."""
 
     @partial(jax.jit, donate_argnums=0)
-    def update(state: Fitted, step: jax.Array, *data: jax.Array) -> tuple[Fitted, dict[str, jax.Array]]:
+    def update(state: Fitted, step: jax.Array, *data: jax.Array) -> tuple[Fitted, Metrics]:
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, step, *data)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -154,11 +160,11 @@ def train_vae(seed: int, steps: int, rate: float, workdir: Path, seconds: float 
     rows = jnp.asarray(world.caption_indices("train"))
     seed_key = jax.random.fold_in(jax.random.key(seed), 1)
 
-    def loss(params: Tree, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: Tree, step: jax.Array) -> tuple[jax.Array, Metrics]:
         data_key, row_key, frame_key, noise_key = jax.random.split(jax.random.fold_in(seed_key, step), 4)
-        chosen = rows[jax.random.randint(row_key, (_CLIPS_A_VAE_STEP,), 0, len(rows))]
+        chosen = rows[jax.random.randint(row_key, (_VIDEOS_A_VAE_STEP,), 0, len(rows))]
         frames = world.render_videos(data_key, chosen).frames
-        take = jax.random.randint(frame_key, (_CLIPS_A_VAE_STEP, _FRAMES_A_CLIP), 0, world.NUM_FRAMES)
+        take = jax.random.randint(frame_key, (_VIDEOS_A_VAE_STEP, _FRAMES_A_VIDEO), 0, world.NUM_FRAMES)
         images = jnp.take_along_axis(frames, take[:, :, None, None, None], axis=1)
         images = 2 * images.reshape(-1, *images.shape[2:]) - 1  # [N, H, W, 3]
         mean, logvar = _moments(vae, params, images)
@@ -226,7 +232,7 @@ def _encode(vae: AutoencoderKL, params: Tree, frames: jax.Array) -> tuple[jax.Ar
 
 
 def encode_pool(
-    seed_key: jax.Array, vae: AutoencoderKL, params: Tree, number: int, size: int, render: Any = world.render_videos
+    seed_key: jax.Array, vae: AutoencoderKL, params: Tree, number: int, size: int, render: Render = world.render_videos
 ) -> tuple[jax.Array, ...]:
     """Pool `number` of encoded videos: latent means, latent standard deviations, rows of the training captions."""
     rows = jnp.asarray(world.caption_indices("train"))
@@ -267,7 +273,7 @@ def train_denoiser(
 
     def loss(
         params: Tree, step: jax.Array, means: jax.Array, deviations: jax.Array, captioned: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, Metrics]:
         keys = jax.random.split(jax.random.fold_in(seed_key, step), 5)
         pick = jax.random.randint(keys[0], (batch,), 0, len(means))
         clean = means[pick] + deviations[pick] * jax.random.normal(keys[1], (batch, *means.shape[1:]))
@@ -298,8 +304,8 @@ def train_denoiser(
     params = init() if start is None else jax.tree.map(jnp.asarray, start)
     if lessons:
         first = params["unet"]["down_blocks.0"]["temp_convs.0"]
-        wound = clock.wind(first, jax.random.fold_in(seed_key, 2), unet.config.norm_num_groups, world.NUM_FRAMES)
-        params["unet"]["down_blocks.0"]["temp_convs.0"] = wound
+        coded = init_frame_code(first, jax.random.fold_in(seed_key, 2), unet.config.norm_num_groups, world.NUM_FRAMES)
+        params["unet"]["down_blocks.0"]["temp_convs.0"] = coded
     print(f"unet: {count(params['unet']):,} parameters; text: {count(params['text_encoder']):,}", flush=True)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(_schedule(rate, steps, 0.5), b2=0.99, weight_decay=1e-3)
@@ -308,7 +314,7 @@ def train_denoiser(
     pools: dict[int, tuple[jax.Array, ...]] = {}
     steps_a_pool = _POOL * _POOL_PASSES // batch
 
-    def step_with_pool(state: Fitted, step: int) -> tuple[Fitted, dict[str, jax.Array]]:
+    def step_with_pool(state: Fitted, step: int) -> tuple[Fitted, Metrics]:
         number = -1 if step < lessons else (step - lessons) // steps_a_pool
         if number not in pools:
             pools.clear()

@@ -7,6 +7,7 @@ the base model, and the base model's samples against the same samples made worse
 never seen. The workdir keeps the carried videos and the checkpoints; interrupted, the same command goes on.
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,13 +19,19 @@ import numpy as np
 import optax
 
 from vpo_jax.checkpoints import safetensors_io as io
-from vpo_jax.checkpoints.scorers import ScorerParts, encode_captions, make_word_tokenizer, read_scorer, write_scorer
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.recipes import base_videos
 from vpo_jax.recipes import scorer_data as data
 from vpo_jax.recipes.fit import fit
 from vpo_jax.rewards.protocol import DIMENSIONS
+from vpo_jax.rewards.shapes.folder import (
+    ScorerParts,
+    encode_captions,
+    make_word_tokenizer,
+    read_scorer,
+    write_scorer,
+)
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.runtime.errors import UserError
@@ -272,7 +279,7 @@ def make_parser(name: str, text: str, steps: int, learning_rate: float, carried:
     return parser
 
 
-def commands_of(module: str, flags: Any, more: Sequence[str] = ()) -> list[str]:
+def commands_of(module: str, flags: argparse.Namespace, more: Sequence[str] = ()) -> list[str]:
     """The commands that train the same scorer again, but for its folders; `more` are flags of this recipe alone.
 
     Raises:
@@ -286,7 +293,7 @@ def commands_of(module: str, flags: Any, more: Sequence[str] = ()) -> list[str]:
     return [*earlier, f"{command} --start=THE_SCORER_ABOVE"]
 
 
-def open_pools(flags: Any) -> Pools | None:
+def open_pools(flags: argparse.Namespace) -> Pools | None:
     """What `make_pools` makes with these flags, None without a base model.
 
     Raises:

@@ -22,8 +22,6 @@ import optax
 import optax.contrib
 from tokenizers import AddedToken, Tokenizer
 
-from vpo_jax.checkpoints.scorers import make_word_tokenizer
-from vpo_jax.checkpoints.videoscore import VideoScoreParts, read_videoscore, write_videoscore
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
 from vpo_jax.models.idefics2_config import Idefics2Config, PerceiverConfig, TextConfig, VisionConfig
 from vpo_jax.recipes import scorer_data as data
@@ -40,9 +38,13 @@ from vpo_jax.recipes.train_scorer import (
     ranking,
     weighted,
 )
-from vpo_jax.rewards.frames import FrameSettings, prepare_frames
+from vpo_jax.rewards.frames import prepare_frames
 from vpo_jax.rewards.protocol import DIMENSIONS
-from vpo_jax.rewards.query import FAKE_TOKEN, FIELD, IMAGE_TOKEN, QueryEncoder
+from vpo_jax.rewards.query import FIELD
+from vpo_jax.rewards.shapes.folder import make_word_tokenizer
+from vpo_jax.rewards.videoscore.folder import VideoScoreParts, read_videoscore, write_videoscore
+from vpo_jax.rewards.videoscore.frames import FrameSettings
+from vpo_jax.rewards.videoscore.query import FAKE_TOKEN, IMAGE_TOKEN, QueryEncoder
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import run
 from vpo_jax.runtime.errors import UserError
@@ -137,7 +139,7 @@ def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Lo
     frame_ids = jnp.asarray(np.tile(queries.frame_ids, world.NUM_FRAMES))
     attributes = jnp.asarray(world.ALL_ATTRIBUTES)
 
-    def look(
+    def read(
         module: Idefics2ForSequenceClassification, ids: jax.Array, mask: jax.Array, pixels: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         images = module.see(pixels.reshape(-1, *pixels.shape[2:]))
@@ -146,7 +148,7 @@ def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Lo
         behind = hidden[:, text.shape[1] :].reshape(*pixels.shape[:2], -1, hidden.shape[-1])[:, :, -1]
         return images.reshape(*images.shape[:2], -1), behind, module.score(behind)
 
-    def judge(params: Tree, videos: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def apply(params: Tree, videos: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of videos uint8 [B, F, H, W, 3] asked for the captions `rows` int32 [B], each [B, F, ...].
 
         The tokens of each frame, the decoder's state behind it, and the scores read there.
@@ -154,7 +156,7 @@ def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Lo
         ids = jnp.broadcast_to(frame_ids, (len(rows), len(frame_ids)))
         ids = jnp.concatenate([text[rows], ids], axis=1)
         mask = jnp.concatenate([text_mask[rows], jnp.ones((len(rows), len(frame_ids)), bool)], axis=1)
-        found: Any = model.apply({"params": params}, ids, mask, prepare_frames(settings, videos), method=look)
+        found: Any = model.apply({"params": params}, ids, mask, prepare_frames(settings, videos), method=read)
         seen, behind, scores = found
         return seen, behind, scores
 
@@ -169,7 +171,7 @@ def make_loss(config: Idefics2Config, queries: QueryEncoder, sizes: Batch) -> Lo
             pairs = data.make_pairs(pair_key, sizes.pairs, pools.samples, pools.sample_rows, _SPOILS)
             videos = jnp.concatenate([videos, pairs.better, pairs.worse])
             rows = jnp.concatenate([rows, pairs.better_rows, pairs.worse_rows])
-        seen, behind, scores = judge(params["scorer"], videos, rows)
+        seen, behind, scores = apply(params["scorer"], videos, rows)
         value, metrics = weighted(jnp.square(scores[:number, -1] - truth), _DIMENSION_WEIGHTS)
         metrics = {"loss": value, **metrics}
         if pools is not None:

@@ -1,4 +1,4 @@
-"""The report: one HTML page with base and tuned videos side by side, what the judges say, and the run's curves."""
+"""The report: one HTML page with base and tuned videos side by side, the scores, and the run's curves."""
 
 import base64
 import json
@@ -21,16 +21,16 @@ EMBED_BYTES = 250_000
 
 _ROLE_HELP = {
     "trained": "the model was trained on this score",
-    "steered": "this score chose the checkpoint or the reference",
-    "held out": "this score neither trained nor steered anything",
+    "used for selection": "this score chose the checkpoint or the reference",
+    "held out": "this score was used neither for training nor for selection",
     "measured": "raw change between frames, 0 to 255; flicker counts too, so neither more nor less is better",
-    "unknown": "nobody said whether the model was trained on this score",
+    "unknown": "it is not known whether the model was trained on this score",
 }
 # Charts of a run, where metrics.jsonl has the metrics: title, and names or their beginnings.
 _CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Combined reward of the rollouts", ("reward/total",)),
     ("Scores of the rollouts", ("reward/",)),
-    ("Held-out judges", ("held_out/",)),
+    ("Held-out scorers", ("held_out/",)),
     ("Fixed prompts, trained scorers", ("eval/",)),
     ("Pairs kept", ("pair/kept",)),
     ("Share of pairs that the policy ranks rightly", ("loss/implicit_accuracy",)),
@@ -117,7 +117,7 @@ def _cards(rows: Sequence[Row]) -> str:
             what = f"dimensions better by {scorer}" + (f", {worse} worse" if worse else "")
         cards.append(_card(value, f"{what} ({own[0].role})"))
     for row in rows:
-        if row.dimension == "dynamic_degree" and row.base_mean > 0:  # a judge's grades have no ratio
+        if row.dimension == "dynamic_degree" and row.base_mean > 0:  # grades have no ratio
             cards.append(_card(percent(row.tuned_mean / row.base_mean), f"of the base's dynamic degree ({row.scorer})"))
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -187,7 +187,7 @@ def _table_section(rows: Sequence[Row]) -> str:
     roles = [role for role in _ROLE_HELP if any(row.role == role for row in rows)]
     help_text = " ".join(f"<b>{role}</b>: {_ROLE_HELP[role]}." for role in roles)
     return (
-        f'<h2>What the judges say</h2><p class="note">{help_text}</p><div class="wide"><table><thead><tr>'
+        f'<h2>Scores</h2><p class="note">{help_text}</p><div class="wide"><table><thead><tr>'
         '<th>scorer</th><th>dimension</th><th class="n">base</th><th class="n">tuned</th><th class="n">difference</th>'
         '<th class="n">win rate</th><th>0 to 100 %</th><th class="n">interval</th><th></th></tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
@@ -215,7 +215,7 @@ def _chart_section(metrics: Sequence[Mapping[str, Any]]) -> str:
         return ""
     return (
         '<h2>The run</h2><p class="note">Over steps. The loss of preference training is a poor progress signal; look '
-        f'at rewards and held-out judges.</p><div class="charts">{"".join(charts)}</div>'
+        f'at rewards and held-out scorers.</p><div class="charts">{"".join(charts)}</div>'
     )
 
 

@@ -47,7 +47,7 @@ class Workdir:
 
     @property
     def samples(self) -> Path:
-        """Videos to look at."""
+        """Sampled videos."""
         return self.path / "samples"
 
     @property

@@ -1,6 +1,6 @@
 """The analytic judge: measures a video of the embedded world against its caption, without any learning.
 
-It trains nothing, labels nothing and steers nothing; it looks at finished videos. Each frame is split into
+It is used for neither training, nor labels, nor selection: it measures finished videos. Each frame is split into
 background and object by colour, the object is followed through the video, and the three shapes are fitted to its
 outline. `python -m vpo_jax.shapes.judge` prints the constants of clean videos that stand below.
 """

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from vpo_jax.algorithms.dpo.selection import PAIRS, group_size
 from vpo_jax.algorithms.table import ALGORITHMS
 from vpo_jax.diffusion.samplers import make_sampler
-from vpo_jax.models.attention import BACKENDS
 from vpo_jax.rewards.combine import parse_weights
+from vpo_jax.rewards.options import Limits, config_limits
+from vpo_jax.rewards.table import SCORERS
 from vpo_jax.runtime.cli import flatten_config, nearest
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import Meshes, batch_size, parse_axes
@@ -54,6 +55,29 @@ def _named(what: str) -> Field:
     return Field(str, lambda x: bool(x.strip()), what)
 
 
+def _of_option(kind: type, limits: Limits) -> Field:
+    """The field of a scorer's option."""
+    if kind is bool:
+        return _FLAG
+    if kind is str:
+        return _one_of(*limits.choices) if limits.choices else _TEXT
+    if kind is int:
+        return _whole(0 if limits.low is None else int(limits.low))
+    above = 0.0 if limits.above is None else limits.above
+    return Field(float, lambda x: x > above, f"a number above {above:g}")
+
+
+def _fields_of_scorers() -> dict[str, Field]:
+    """reward.NAME.*, as the scorers' `Options` say."""
+    fields = {}
+    for name, entry in SCORERS.items():
+        if entry.options is not None:
+            fields[f"reward.{name}.path"] = _TEXT
+            options = config_limits(entry.options).items()
+            fields |= {f"reward.{name}.{key}": _of_option(kind, limits) for key, (kind, limits) in options}
+    return fields
+
+
 FIELDS: Mapping[str, Field] = {
     "seed": _whole(0),
     "model.path": _named("a diffusers folder, a hub id, or shapes"),
@@ -67,15 +91,7 @@ FIELDS: Mapping[str, Field] = {
     "reward.offload": _FLAG,
     "reward.devices": _whole(0, extra=" (0 = all devices do everything)"),
     "reward.timeout": _number(0, 1e8, extra=" seconds (0 = no limit)"),
-    "reward.videoscore.path": _TEXT,
-    "reward.videoscore.query_prompt": _TEXT,
-    "reward.videoscore.frame_choice": _one_of("arange", "linspace"),
-    "reward.videoscore.max_frames": _whole(1),
-    "reward.videoscore.attention": _one_of(*BACKENDS),
-    "reward.videoreward.path": _TEXT,
-    "reward.videoreward.query_prompt": _TEXT,
-    "reward.videoreward.video_fps": _POSITIVE,
-    "reward.videoreward.attention": _one_of(*BACKENDS),
+    **_fields_of_scorers(),
     "held_out.scorers": _TEXT,
     "algorithm.name": _one_of(*ALGORITHMS),
     "rollout.candidates": _whole(2, extra=" (a pair needs two)"),

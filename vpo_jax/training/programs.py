@@ -121,7 +121,7 @@ def make_programs(
             return abstract(reward.params), shown, abstract(reward.prepare(prompts))
 
         return Program(f"score {reward.name}", score_function(reward, places, micro), of_score,
-                       ("parameters", "batch", "batch"), "score", videos, micro, "rollout.microbatch",
+                       ("parameters", "batch", "whole"), "score", videos, micro, "rollout.microbatch",
                        rollout.candidates)  # fmt: skip
 
     return Programs(
