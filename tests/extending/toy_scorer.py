@@ -45,5 +45,5 @@ def brightness(videos: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
     return {"brightness": videos.mean((1, 2, 3, 4))}
 
 
-brightness.dimensions = ("brightness",)  # type: ignore[attr-defined]
-brightness.ranges = ((0.0, 255.0),)  # type: ignore[attr-defined]
+brightness.dimensions = ("brightness",)
+brightness.ranges = ((0.0, 255.0),)
