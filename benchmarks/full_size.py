@@ -24,14 +24,14 @@ from measuring import chip_of, write_random
 from safetensors import SafetensorError
 
 from vpo_jax.checkpoints import safetensors_io as io
-from vpo_jax.checkpoints.folders import COMPONENTS, param_shapes
+from vpo_jax.families.text_to_video_sd.layout import COMPONENTS, param_shapes
+from vpo_jax.families.text_to_video_sd.published import MODELSCOPE
 from vpo_jax.main import run
 from vpo_jax.models.idefics2_config import Idefics2Config
 from vpo_jax.pipeline import SHIPPED
 from vpo_jax.planning.chips import Topology
 from vpo_jax.planning.fit import abstract_meshes, make_plan, measure_programs
 from vpo_jax.planning.job import make_job
-from vpo_jax.planning.specs import MODELSCOPE
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.rewards.query import QUERY_FILE
 from vpo_jax.rewards.videoscore import published

@@ -43,7 +43,8 @@ def model_folder(tmp_path_factory) -> Path:
     import jax
     import numpy as np
 
-    from vpo_jax.checkpoints.folders import PipelineParts, param_shapes, write_pipeline
+    from vpo_jax.checkpoints.folders import PipelineParts, write_pipeline
+    from vpo_jax.families.text_to_video_sd.layout import LAYOUT, param_shapes
     from vpo_jax.recipes.tokenizer import make_tokenizer
 
     tokenizer = make_tokenizer()
@@ -94,7 +95,7 @@ def model_folder(tmp_path_factory) -> Path:
         for name in ("unet", "vae", "text_encoder")
     }
     folder = tmp_path_factory.mktemp("model") / "base"
-    write_pipeline(folder, PipelineParts(configs, params, tokenizer, {"num_frames": 4, "guidance_scale": 2.0}))
+    write_pipeline(folder, PipelineParts(LAYOUT, configs, params, tokenizer, {"num_frames": 4, "guidance_scale": 2.0}))
     return folder
 
 

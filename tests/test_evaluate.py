@@ -25,7 +25,7 @@ class StandInPipeline:
 
     params: Any = {}  # noqa: RUF012
 
-    def on_device(self, shardings: Any = None) -> "StandInPipeline":
+    def on_mesh(self, mesh: Any) -> "StandInPipeline":
         return self
 
     def latent_shape(self, num_frames: int, height: int | None, width: int | None) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ class FakePipeline:
 
     params: Any = {}  # noqa: RUF012
 
-    def on_device(self, shardings=None):
+    def on_mesh(self, mesh):
         return self
 
     def latent_shape(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, ...]:

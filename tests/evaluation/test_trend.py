@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vpo_jax.evaluation.trend import reward_trend, trend
+from vpo_jax.evaluation.trend import describe_trend, reward_trend, trend
 
 
 def test_the_interval_is_welchs():
@@ -40,3 +40,9 @@ def test_a_run_of_three_steps_has_no_trend_and_one_of_four_no_interval():
     assert trend([1.0, 2.0, 3.0]) is None
     found = trend([1.0, 2.0, 3.0, 4.0])
     assert found.difference == 3.0 and math.isnan(found.low) and found.says == "stayed"
+
+
+def test_the_sentence_says_whether_the_reward_rose():
+    rising = describe_trend(trend(np.linspace(0.0, 1.0, 40).tolist()))
+    assert rising.startswith("the samples' own reward rose while training: 0.1154 in the first quarter")
+    assert "did not change beyond chance" in describe_trend(trend([1.0, 2.0] * 20))

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from vpo_jax.families.protocol import Text
 from vpo_jax.planning.cost import measure
 from vpo_jax.planning.job import read_shapes
 from vpo_jax.rewards.loading import abstract_rewards
@@ -75,10 +76,10 @@ def modelscope():
 
 def test_modelscopes_denoiser_costs_what_pytorchs_counter_says(modelscope):
     def denoise(params, latents, timesteps, text):
-        return modelscope.denoise({"params": params}, latents, timesteps, text)
+        return modelscope.family.denoise({"params": params}, latents, timesteps, Text(text))
 
     inputs = array(1, 16, 32, 32, 4), array(1, dtype=jnp.int32), array(1, 77, 1024)
-    cost = measure(denoise, modelscope.params["unet"], *inputs)
+    cost = measure(denoise, modelscope.trainable, *inputs)
     # PyTorch's FlopCounterMode counts 4.887 for diffusers' class. That repeats text and timestep for every frame and
     # projects them 16 times; here once a video: keys and values of 16 transformers, 12480 channels together, and the
     # embedding for 22 residual blocks, 20160 channels.
@@ -87,7 +88,7 @@ def test_modelscopes_denoiser_costs_what_pytorchs_counter_says(modelscope):
 
 
 def test_modelscopes_autoencoder_costs_what_pytorchs_counter_says(modelscope):
-    cost = measure(modelscope.decode, modelscope.params["vae"], array(1, 16, 32, 32, 4))
+    cost = measure(modelscope.family.decode, modelscope.decoder_params, array(1, 16, 32, 32, 4))
     assert cost.flops / 1e12 == pytest.approx(9.955, abs=5e-4)
 
 

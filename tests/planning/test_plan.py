@@ -152,7 +152,7 @@ def test_weights_that_sampling_wants_whole_are_gathered_once_a_step(planned):
     cut = make_plan(job, lines, topology, Meshes.of(abstract_mesh(1, 2)))
     mixed = make_plan(job, lines, topology, Meshes.of(abstract_mesh(1, 2))._replace(rollout=abstract_mesh(2)))
     before, after = (next(stage for stage in p.stages if stage.name == "rollout") for p in (cut, mixed))
-    whole = bytes_of((job.policy.frozen, job.policy.start))
+    whole = bytes_of((job.policy.frozen, job.policy.initial))
     held = cut.resident["frozen denoiser"] + cut.resident["start of the policy"]
     assert after.collectives["all-gather"] == whole - held < before.collectives["all-gather"]
     assert after.temporaries == pytest.approx(before.temporaries + whole)

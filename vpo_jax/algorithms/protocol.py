@@ -1,6 +1,6 @@
 """What training asks of a preference learning algorithm; each is a folder beside this file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from vpo_jax.algorithms.state import TrainState
 from vpo_jax.diffusion.trajectory import Trajectory
 from vpo_jax.rewards.combine import Dimensions
+from vpo_jax.runtime.fields import Field, Values
 from vpo_jax.runtime.mesh import Rules
 from vpo_jax.runtime.programs import Program
 
@@ -117,3 +118,17 @@ class Algorithm(Protocol):
     def evaluate(self, state: TrainState, frozen: Frozen) -> dict[str, float]:
         """What is measured of the policy at evaluations, beside its videos."""
         ...
+
+
+class Entry(NamedTuple):
+    """An algorithm in the table.
+
+    Attributes:
+      make: builds it.
+      fields: of its config section, by their full key; configs/vpo.py gives their defaults.
+      check: raises UserError where values of a config do not go together for it.
+    """
+
+    make: Callable[[Setting], Algorithm]
+    fields: Mapping[str, Field] = {}
+    check: Callable[[Values], None] = lambda values: None

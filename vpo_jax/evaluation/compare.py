@@ -22,7 +22,7 @@ from vpo_jax.rewards.scoring import Scorer, make_scorer
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.files import write_text_atomically
 from vpo_jax.runtime.keys import stream_key
-from vpo_jax.runtime.mesh import PARAMETER_RULES, infer_shardings, make_mesh
+from vpo_jax.runtime.mesh import make_mesh
 from vpo_jax.runtime.processes import largest, share, unshare
 from vpo_jax.runtime.trees import bytes_of
 
@@ -189,7 +189,7 @@ def _evaluate(
     kept: np.ndarray | None = None
     size = min(sampling.batch, most)
     size += -size % mesh.size
-    pipeline = pipeline.on_device(infer_shardings(pipeline.params, mesh, PARAMETER_RULES))
+    pipeline = pipeline.on_mesh(mesh)
     for start in range(0, most, size):
         chunk = tasks[start : start + size]
         # The last batch is padded with videos that do not count, so that all batches run one compiled program.

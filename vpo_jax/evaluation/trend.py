@@ -50,6 +50,17 @@ def reward_trend(lines: Sequence[Mapping[str, float | None]]) -> Trend | None:
     return trend([line.get("reward/total") for line in lines])
 
 
+def describe_trend(found: Trend) -> str:
+    """One sentence on the rollouts' own reward."""
+    first, *_, last = found.quarters
+    half = (found.high - found.low) / 2
+    difference = f"{found.difference:+.4f} +- {half:.4f}"
+    change = f"{first:.4f} in the first quarter of the steps, {last:.4f} in the last ({difference})"
+    if found.says == "stayed":
+        return f"the samples' own reward did not change beyond chance while training: {change}"
+    return f"the samples' own reward {found.says} while training: {change}"
+
+
 def _half_width(first: np.ndarray, last: np.ndarray) -> float:
     """Of Welch's 95 % interval for the difference of two means."""
     if min(len(first), len(last)) < 2:

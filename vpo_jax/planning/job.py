@@ -8,16 +8,16 @@ from typing import Any
 import jax
 
 from vpo_jax.algorithms.state import TrainState, init_state
-from vpo_jax.checkpoints import safetensors_io as io
-from vpo_jax.checkpoints.folders import COMPONENTS, DEFAULTS_FILE, PipelineParts, param_shapes
+from vpo_jax.checkpoints.folders import read_shapes as read_folder_shapes
+from vpo_jax.checkpoints.folders import shapes_of_configs
+from vpo_jax.families.table import family_of_folder, published
 from vpo_jax.pipeline import SHIPPED, Pipeline, make_pipeline
-from vpo_jax.planning.specs import MODELS
 from vpo_jax.rewards.combine import dimension_names
 from vpo_jax.rewards.loading import abstract_rewards
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.programs import Program, abstract
 from vpo_jax.training.optimizer import make_optimizer
-from vpo_jax.training.policy import Policy, make_policy
+from vpo_jax.training.policy import Policy, abstract_policy
 from vpo_jax.training.programs import make_programs
 
 Tree = Any
@@ -58,7 +58,7 @@ class Job:
     def resident(self) -> dict[str, tuple[Tree, str]]:
         """What lies in memory from start to end: name -> (shapes, role of the mesh that it is cut over)."""
         looks = "update" if self.role == "train" else "score"
-        autoencoder = {"autoencoder": (self.pipeline.params["vae"], looks)}
+        autoencoder = {"autoencoder": (self.pipeline.decoder_params, looks)}
         scorers = {"scorers": ([abstract(reward.params) for reward in self.rewards], "score")}
         if self.role == "score":
             return autoencoder | scorers
@@ -66,38 +66,35 @@ class Job:
             "frozen backbone": (self.policy.frozen, "update"),
             "initial policy": (self.policy.initial, "update"),
             "training state": (self.state, "update"),
-            "text encoder": (self.pipeline.params["text_encoder"], "update"),
+            "text encoder": (self.pipeline.text_params, "update"),
         }
         return trained | autoencoder | (scorers if self.role == "all" else {})
 
 
 def read_shapes(path: str) -> Pipeline:
-    """The pipeline of a diffusers folder, a shipped model, or a name in `specs.MODELS`, by its configs alone.
+    """The pipeline of a diffusers folder, a shipped model, or a published one by name, by its configs alone.
 
     Raises:
       UserError: neither a folder nor a name, or a config that the models refuse.
     """
-    if path in MODELS and not Path(path).exists():
-        configs, defaults = MODELS[path], {}
-    else:
-        root = Path(SHIPPED.get(path, path))
-        if not root.is_dir():
-            raise UserError(
-                f"model.path: {path}: no such folder; give a diffusers folder (its config files are enough), shapes,"
-                f" or one of {', '.join(MODELS)}"
-            )
-        configs = {name: io.read_json(root / name / "config.json") for name in COMPONENTS}
-        configs["scheduler"] = io.read_json(root / "scheduler" / "scheduler_config.json")
-        defaults = io.read_json(root / DEFAULTS_FILE) if (root / DEFAULTS_FILE).is_file() else {}
-    params = {name: param_shapes(name, configs[name]) for name in COMPONENTS}
-    return make_pipeline(PipelineParts(configs, params, None, defaults))
+    known = published()
+    if path in known and not Path(path).exists():
+        family, configs = known[path]
+        return make_pipeline(shapes_of_configs(family.layout, configs))
+    root = Path(SHIPPED.get(path, path))
+    if not root.is_dir():
+        raise UserError(
+            f"model.path: {path}: no such folder; give a diffusers folder (its config files are enough), shapes,"
+            f" or one of {', '.join(known)}"
+        )
+    return make_pipeline(read_folder_shapes(root, family_of_folder(root).layout))
 
 
 def make_job(config: Any) -> Job:
     """The job of a config that `check` has passed."""
     pipeline = read_shapes(config.model.path)
     rewards = abstract_rewards(config.reward.scorers, config.reward)
-    policy = _policy(config, pipeline)
+    policy = abstract_policy(config, pipeline)
     programs = make_programs(config, pipeline, policy, rewards)
     state = jax.eval_shape(
         lambda initial: init_state(
@@ -111,14 +108,3 @@ def make_job(config: Any) -> Job:
     )
     size = programs.num_frames, programs.height, programs.width
     return Job(config, pipeline, policy, state, programs.algorithm.infer_shardings, rewards, programs.all, size)
-
-
-def _policy(config: Any, pipeline: Pipeline) -> Policy:
-    made: list[Policy] = []
-
-    def trees(params: Tree) -> tuple[Tree, Tree]:
-        made.append(make_policy(config, pipeline.family, params))
-        return made[0].frozen, made[0].initial
-
-    frozen, initial = jax.eval_shape(trees, pipeline.trainable)
-    return dataclasses.replace(made[0], frozen=frozen, initial=initial)

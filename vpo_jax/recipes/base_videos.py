@@ -27,8 +27,8 @@ def _round_trip(pipeline: Pipeline) -> Carry:
     """(params, key, videos uint8, text) -> what the autoencoder makes of the videos, uint8."""
 
     def run(params: Tree, _key: jax.Array, videos: jax.Array, _text: jax.Array) -> jax.Array:
-        latents = encode_videos(pipeline, params["vae"], videos)
-        return world.to_uint8(pipeline.decode(params["vae"], latents))
+        latents = encode_videos(pipeline, pipeline.family.decoder_params(params), videos)
+        return world.to_uint8(pipeline.family.decode(pipeline.family.decoder_params(params), latents))
 
     return run
 
@@ -39,7 +39,7 @@ def _denoised(pipeline: Pipeline, largest: float = 0.4, steps: int = 3) -> Carry
 
     def run(params: Tree, key: jax.Array, videos: jax.Array, text: jax.Array) -> jax.Array:
         time_key, noise_key = jax.random.split(key)
-        latents = encode_videos(pipeline, params["vae"], videos)
+        latents = encode_videos(pipeline, pipeline.family.decoder_params(params), videos)
         start = jax.random.uniform(time_key, (len(videos),), minval=0.05, maxval=largest)
         noise = jax.random.normal(noise_key, latents.shape)
 
@@ -50,9 +50,9 @@ def _denoised(pipeline: Pipeline, largest: float = 0.4, steps: int = 3) -> Carry
         for step in range(steps):
             now = times(step)
             latents = add_noise(schedule, clean, noise, now)
-            prediction = pipeline.denoise({"params": params["unet"]}, latents, now, text)
+            prediction = pipeline.family.denoise({"params": pipeline.family.trainable(params)}, latents, now, text)
             clean, noise = to_clean_and_noise(schedule, prediction, latents, now)
-        return world.to_uint8(pipeline.decode(params["vae"], clean))
+        return world.to_uint8(pipeline.family.decode(pipeline.family.decoder_params(params), clean))
 
     return run
 
@@ -60,8 +60,9 @@ def _denoised(pipeline: Pipeline, largest: float = 0.4, steps: int = 3) -> Carry
 def encode_videos(pipeline: Pipeline, params: Tree, videos: jax.Array) -> jax.Array:
     """Scaled latents of uint8 videos [B, F, H, W, 3], the posterior's mean: float32 [B, F, h, w, C]."""
     frames = videos.reshape(-1, *videos.shape[2:]).astype(jnp.float32) / 127.5 - 1.0
-    mean, _ = pipeline.vae.apply({"params": params}, frames, method="encode")
-    return (mean * pipeline.vae.config.scaling_factor).reshape(*videos.shape[:2], *mean.shape[1:])
+    vae = pipeline.family.vae
+    mean, _ = vae.apply({"params": params}, frames, method="encode")
+    return (mean * vae.config.scaling_factor).reshape(*videos.shape[:2], *mean.shape[1:])
 
 
 def carried_videos(pipeline: Pipeline, way: str, seed: int, count: int, folder: Path) -> Labelled:
@@ -73,7 +74,7 @@ def carried_videos(pipeline: Pipeline, way: str, seed: int, count: int, folder: 
     carry = jax.jit({"round_trip": _round_trip, "denoised": _denoised}[way](pipeline))
     rows = jnp.asarray(world.caption_indices("train"))
     make = jax.jit(lambda key: make_videos(key, _CHUNK, rows, disturbed=False, soft=False))
-    encode_text = jax.jit(pipeline.encode_text)
+    encode_text = jax.jit(pipeline.family.encode_text)
 
     @jax.jit
     @jax.vmap
@@ -84,7 +85,7 @@ def carried_videos(pipeline: Pipeline, way: str, seed: int, count: int, folder: 
         video_key, carry_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
         labelled = make(video_key)
         captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in np.asarray(labelled.rows)]
-        text = encode_text(pipeline.params["text_encoder"], pipeline.tokenize(captions))
+        text = encode_text(pipeline.text_params, pipeline.tokenize(captions))
         videos = carry(pipeline.params, carry_key, labelled.videos, text)
         return labelled._replace(videos=videos, blur=caught(labelled.videos, videos))._asdict()
 

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vpo_jax.checkpoints.folders import PipelineParts, read_pipeline, write_pipeline
+from vpo_jax.checkpoints.folders import PipelineParts, write_pipeline
 from vpo_jax.diffusion.schedules import add_noise, make_schedule, training_target
+from vpo_jax.families.table import read_pipeline
+from vpo_jax.families.text_to_video_sd.layout import LAYOUT
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
@@ -330,6 +332,7 @@ def train_denoiser(
 def write_base(output: Path, vae_params: Tree, denoiser: Tree, recipe: dict[str, Any]) -> None:
     """The diffusers folder: UNet and VAE in float16, text encoder in float32, and the recipe beside them."""
     parts = PipelineParts(
+        layout=LAYOUT,
         configs={"unet": UNET, "vae": VAE, "text_encoder": TEXT, "scheduler": SCHEDULER},
         params={"vae": vae_params, **denoiser},
         tokenizer=make_tokenizer(),

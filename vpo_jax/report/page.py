@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vpo_jax.evaluation.compare import Comparison, Row, interval, number, percent
+from vpo_jax.evaluation.trend import describe_trend, reward_trend
 from vpo_jax.report.plots import interval_bar, legend, line_chart
 from vpo_jax.report.style import STYLE
 from vpo_jax.runtime.errors import UserError
@@ -213,9 +214,11 @@ def _chart_section(metrics: Sequence[Mapping[str, Any]]) -> str:
                 charts.append(_chart(heading, {name: series[name] for name in part[first : first + 6]}))
     if not charts:
         return ""
+    found = reward_trend(metrics)
+    said = f"{describe_trend(found).capitalize()}. " if found else ""
     return (
-        '<h2>The run</h2><p class="note">Over steps. The loss of preference training is a poor progress signal; look '
-        f'at rewards and held-out scorers.</p><div class="charts">{"".join(charts)}</div>'
+        f'<h2>The run</h2><p class="note">{escape(said)}Over steps. The loss of preference training is a poor progress '
+        f'signal; look at rewards and held-out scorers.</p><div class="charts">{"".join(charts)}</div>'
     )
 
 

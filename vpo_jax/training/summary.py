@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vpo_jax.evaluation.trend import Trend, reward_trend
+from vpo_jax.data.prompts import longer_than
+from vpo_jax.evaluation.trend import describe_trend, reward_trend
 from vpo_jax.pipeline import Pipeline
 from vpo_jax.rewards.combine import dimension_names, parse_weights
 from vpo_jax.runtime.mesh import AXES, Meshes
@@ -23,15 +24,9 @@ def describe_start(
     meshes: Meshes,
     prompts: Sequence[str],
     held_out_prompts: Sequence[str],
-    too_long: Mapping[str, int],
-    done: int,
     report: Path,
 ) -> str:
-    """The block of lines at a run's start.
-
-    `policy` may hold shapes; `too_long` maps "prompts" and "held-out prompts" to how many lose words to the tokenizer;
-    `done` steps lie behind.
-    """
+    """The block of lines at a run's start; `policy` may hold shapes. A run that continues says so by itself."""
     frames, height, width = pipeline.video_size(*(config.rollout[k] for k in ("num_frames", "height", "width")))
     sizes = ", ".join(f"{name} {short(count(tree))}" for name, tree in pipeline.params.items())
     method = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "every weight"
@@ -40,22 +35,23 @@ def describe_start(
         "model": f"{config.model.path} ({sizes} parameters), {frames} frames of {height}x{width}, {config.model.dtype}",
         "trains": f"{method}, {short(count(policy.initial))} parameters, by {config.algorithm.name}"
         f" ({config.preference.pairs})",
-        "prompts": _prompts(prompts, too_long.get("prompts", 0), pipeline.family.text_length),
-        "held out": _prompts(held_out_prompts, too_long.get("held-out prompts", 0), pipeline.family.text_length),
+        "prompts": _prompts(prompts, pipeline),
+        "held out": _prompts(held_out_prompts, pipeline),
         "rewards": _weights(config, rewards),
         "judges": ", ".join(judge.name for judge in judges) or "none: name one in held_out.scorers",
         "devices": f"{meshes.update.size} x {meshes.update.devices.flat[0].device_kind}{_mesh(meshes)}",
-        "steps": f"{done} of {train.steps} done; each {train.prompts_per_step} prompts x {config.rollout.candidates}"
+        "steps": f"{train.steps}, each {train.prompts_per_step} prompts x {config.rollout.candidates}"
         f" candidates, {train.updates_per_step} update{'s' if train.updates_per_step > 1 else ''}",
         "report": str(report),
     }
     return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
 
 
-def _prompts(prompts: Sequence[str], too_long: int, length: int) -> str:
+def _prompts(prompts: Sequence[str], pipeline: Pipeline) -> str:
     first = prompts[0] if len(prompts[0]) <= 60 else prompts[0][:57] + "..."
     said = f"{len(prompts)}, the first: {first!r}"
-    if too_long:
+    length = pipeline.family.text_length
+    if too_long := longer_than(prompts, pipeline.tokenizer, length):
         said += f"; {too_long} have more than the tokenizer's {length} tokens and lose their last words"
     return said
 
@@ -97,17 +93,6 @@ def describe_end(lines: Sequence[Mapping[str, Any]], videos: int) -> str:
             f" {3600 * pairs / total:,.0f} pairs an hour"
         )
     return "\n".join(said)
-
-
-def describe_trend(found: Trend) -> str:
-    """One sentence on the rollouts' own reward."""
-    first, *_, last = found.quarters
-    half = (found.high - found.low) / 2
-    difference = f"{found.difference:+.4f} +- {half:.4f}"
-    change = f"{first:.4f} in the first quarter of the steps, {last:.4f} in the last ({difference})"
-    if found.says == "stayed":
-        return f"the samples' own reward did not change beyond chance while training: {change}"
-    return f"the samples' own reward {found.says} while training: {change}"
 
 
 def short(number: float) -> str:

@@ -1,4 +1,4 @@
-"""Published checkpoints by their configs alone, for plans without the weights."""
+"""Published checkpoints: configs, for plans without the weights, and licences."""
 
 from typing import Any
 
@@ -45,4 +45,14 @@ MODELSCOPE: dict[str, dict[str, Any]] = {
         "steps_offset": 1,
     },
 }
-MODELS = {"modelscope": MODELSCOPE}
+PUBLISHED = {"modelscope": MODELSCOPE}
+
+# Licences of the weights by a part of a checkpoint's name. None of them is a permission that this project gives.
+LICENCES = {
+    "text-to-video-ms-1.7b": "cc-by-nc-4.0",
+    "modelscope": "cc-by-nc-4.0",
+    "zeroscope": "cc-by-nc-4.0",
+    "videocrafter2": "apache-2.0",
+    "videocrafter-2": "apache-2.0",
+    "videocrafter_2": "apache-2.0",
+}

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.checkpoints import safetensors_io as io
-from vpo_jax.checkpoints.folders import PipelineParts, param_shapes
+from vpo_jax.checkpoints.folders import PipelineParts
 from vpo_jax.checkpoints.keys import from_torch, torch_key, torch_shape
+from vpo_jax.families.text_to_video_sd.layout import LAYOUT, param_shapes
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import flatten
 
@@ -108,7 +109,7 @@ def read_videocrafter(file: str | Path, dtype: Any = jnp.float32) -> PipelinePar
                 raise UserError(f"{where}: {error} is missing; copy or convert the file again") from error
             shapes = param_shapes(name, configs[name])
             params[name] = from_torch(_squeezed(renamed, shapes), shapes, where, dtype)
-    return PipelineParts(configs, params, None, DEFAULTS)
+    return PipelineParts(LAYOUT, configs, params, None, DEFAULTS)
 
 
 # ==== Denoiser ========================================================================================================

@@ -6,10 +6,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from vpo_jax import convert, load_pipeline
-from vpo_jax.checkpoints import videocrafter
-from vpo_jax.checkpoints.folders import COMPONENTS, param_shapes
 from vpo_jax.checkpoints.keys import torch_key, torch_shape
-from vpo_jax.checkpoints.videocrafter import PREFIXES, read_videocrafter
+from vpo_jax.families.text_to_video_sd import videocrafter
+from vpo_jax.families.text_to_video_sd.layout import COMPONENTS, LAYOUT, param_shapes
+from vpo_jax.families.text_to_video_sd.videocrafter import PREFIXES, read_videocrafter
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime import cli
@@ -18,7 +18,7 @@ from vpo_jax.runtime.trees import flatten
 
 torch = pytest.importorskip("torch")
 
-from tests.checkpoints import lvdm_reference as lvdm  # noqa: E402
+from tests.families import lvdm_reference as lvdm  # noqa: E402
 
 # float32 on both sides; the layers are few.
 TOLERANCE = 1e-5
@@ -131,7 +131,7 @@ def donor(file, tmp_path_factory):
 
     parts = read_videocrafter(file)
     folder = tmp_path_factory.mktemp("donor") / "model"
-    write_pipeline(folder, PipelineParts(parts.configs, parts.params, make_tokenizer()))
+    write_pipeline(folder, PipelineParts(LAYOUT, parts.configs, parts.params, make_tokenizer()))
     return folder
 
 
