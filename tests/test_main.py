@@ -46,7 +46,7 @@ def test_prompts_are_escaped_in_the_report(finished):
 
 
 def test_the_printed_lines_load_the_export_in_diffusers(finished):
-    pytest.importorskip("torch", reason="diffusers needs it, on Python 3.11 here")
+    pytest.importorskip("torch", reason="diffusers needs it")
     shown = finished[1]
     code = [line.strip() for line in shown.splitlines() if line.startswith("    ")][-3:]
     assert code[0] == "from diffusers import TextToVideoSDPipeline"
