@@ -15,9 +15,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Files that take minutes, first: at the end one process would wait for the other.
 _LONG = ("test_processes", "test_survival", "test_train_videoscore", "test_mesh_training")
+_NOT_QUICK = ("slow", "long", "full_size")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest reads -m
 def pytest_collection_modifyitems(items):
+    """Marks as `quick` what has no other tier, and puts long files first."""
+    for item in items:
+        if not any(item.get_closest_marker(tier) for tier in _NOT_QUICK):
+            item.add_marker(pytest.mark.quick)
     items.sort(key=lambda item: item.path.stem not in _LONG)
 
 

@@ -145,6 +145,7 @@ def test_wrong_input_is_one_line_exit_code_2_and_nothing_written(loaded, tmp_pat
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.slow
 def test_a_real_model_against_itself_is_level_in_every_dimension(
     model_folder, scorer_folder, strange_prompts, tmp_path
 ):

@@ -22,9 +22,10 @@ def random_adapters(params, lora):
 MIXED_TARGETS = (r"\.to_q$", r"resnets\.0\.conv1$", r"temp_convs\.0\.conv2\.3$")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [LORA_TARGETS, MIXED_TARGETS], ids=["attention", "with convolutions"])
 def test_peft_loads_what_is_written_and_predicts_the_same(written, parts, tmp_path, targets):
-    torch = pytest.importorskip("torch", reason="parity against PyTorch needs Python 3.11")
+    torch = pytest.importorskip("torch", reason="parity against PyTorch needs it")
     peft = pytest.importorskip("peft")
     from diffusers import UNet3DConditionModel as TorchUNet
 

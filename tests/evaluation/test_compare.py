@@ -196,6 +196,7 @@ def test_weights_are_sharded_only_as_far_as_half_a_device_s_memory_asks(limit, s
     assert shards_needed(100, limit, 6) == shards
 
 
+@pytest.mark.slow
 def test_weights_that_are_sharded_over_devices_give_the_same_comparison(model_folder):
     done = run_program("sharded_comparison.py", model_folder, devices=4)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -99,6 +99,7 @@ def test_the_denoiser_of_the_real_size_is_that_of_modelscope():
     assert len(ours) == len(theirs) + 4
 
 
+@pytest.mark.slow
 def test_the_denoiser_predicts_what_lvdms_does_at_any_frame_rate(denoiser, file):
     parts = read_videocrafter(file)
     unet = UNet3DConditionModel(UNet3DConfig.from_dict(parts.configs["unet"]))

@@ -125,6 +125,7 @@ def _everywhere(params, key):
     return lora, adapters
 
 
+@pytest.mark.slow
 def test_adapters_on_every_layer_do_what_merged_weights_do(small):
     unet, params, inputs = small
     lora, adapters = _everywhere(params, jax.random.key(1))

@@ -21,6 +21,7 @@ def pools():
     return train_scorer.Pools(labelled, labelled, labelled.videos, labelled.rows)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_ends_bitwise_where_an_uninterrupted_one_does(pools, tmp_path, monkeypatch):
     monkeypatch.setattr(train_scorer, "WITH_BASE", train_scorer.Batch(fresh=2, round_trip=2, denoised=2, pairs=7))
     straight = train_scorer.train(0, 3, 1e-3, pools, tmp_path / "straight")

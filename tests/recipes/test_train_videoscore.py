@@ -44,6 +44,7 @@ def small(monkeypatch):
     monkeypatch.setattr(train_videoscore, "WITH_BASE", Batch(fresh=2, round_trip=2, denoised=2, pairs=7))
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_the_uninterrupted_one_and_its_folder_scores(small, pools, tmp_path):
     def train(folder: str, seconds: float | None = None):
         return train_videoscore.train(0, 2, 1e-3, pools, tmp_path / folder, seconds, seeing_steps=2)
@@ -70,6 +71,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_and_its_folder_scores(small
     assert set(scores) == set(DIMENSIONS) and all(np.isfinite(value).all() for value in scores.values())
 
 
+@pytest.mark.slow
 def test_the_scores_that_it_learns_are_those_that_the_reward_gives(small, pools, tmp_path):
     """The recipe asks as the reward does: the loss of no pairs is the mean of the reward's own squared errors."""
     tokenizer = train_videoscore.make_tokenizer()

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from tests.running import run_program
 
 
+@pytest.mark.slow
 def test_scorers_apart_learn_from_candidates_one_step_old_and_resume_to_the_same_bits(tmp_path):
     done = run_program("scorers_apart.py", tmp_path, devices=4, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
