@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from vpo_jax.training.rollout import make_rollout
-from vpo_jax.training.step import Noised, make_errors, make_gradients
 
+from vpo_jax.algorithms.dpo.losses import make_pairwise_loss
+from vpo_jax.algorithms.dpo.update import Noised, Weighed, make_errors, make_gradients
 from vpo_jax.checkpoints.keys import from_torch
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.families.protocol import Text
@@ -18,8 +18,8 @@ from vpo_jax.families.text_to_video_sd.layout import param_shapes
 from vpo_jax.families.text_to_video_sd.published import MODELSCOPE
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime import cli
-from vpo_jax.training import losses
 from vpo_jax.training.policy import make_policy
+from vpo_jax.training.rollouts import make_rollout
 
 FRAMES, SIDE, STEPS, GUIDANCE = 8, 128 // 8, 2, 9.0
 
@@ -79,16 +79,18 @@ def test_a_lora_update_with_rematerialisation_fits_into_24_gib():
     params = jax.tree.map(random, param_shapes("unet", MODELSCOPE["unet"]))
     policy = make_policy(config, TextToVideoSD.from_configs(MODELSCOPE), jax.device_put(params))
     del params
-    shape = (1, FRAMES, SIDE, SIDE, 4)
-    videos = [jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(4)]
-    text = Text(jnp.asarray(rng.standard_normal((1, 77, 1024), np.float32)))
-    noised = Noised(*videos, jnp.array([500]), text)
+    shape = (2, FRAMES, SIDE, SIDE, 4)  # a pair
+    latents, target = (jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(2))
+    text = Text(jnp.asarray(np.repeat(rng.standard_normal((1, 77, 1024), np.float32), 2, axis=0)))
+    noised = Noised(latents, target, jnp.array([500, 500]), text)
     began = time.monotonic()
     ours, first = make_errors(policy.denoise)(policy.frozen, policy.initial, noised)
-    label = jnp.ones(1)
-    coefficients = losses.pair_coefficients(ours, ours, label, config.preference.beta, 0.0)
+    preferred, learnt = jnp.array([[[False, True], [False, False]]]), jnp.ones((1, 2), bool)
+    loss = make_pairwise_loss(config.preference.beta)((ours - ours).reshape(1, 2), jnp.zeros((1, 2)), preferred, learnt)
+    one = jnp.ones(())
+    weighed = Weighed(loss.coefficients, jnp.full((1, 2), 0.5), one, one, jnp.array(True), loss.loss[0])
     update = jax.jit(make_gradients(policy.denoise, anchor=config.preference.anchor))
-    gradients, _ = update(policy.frozen, policy.initial, first, noised, coefficients, jnp.array([True]))
+    gradients, _ = update(policy.frozen, policy.initial, first, noised, weighed)
     sizes = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients)]
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"errors and gradients in {time.monotonic() - began:.0f} s with compiling; most memory {used:.1f} GiB")

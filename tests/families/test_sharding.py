@@ -7,7 +7,8 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from vpo_jax.families.table import FAMILIES
-from vpo_jax.planning.job import read_scorers, read_shapes
+from vpo_jax.planning.job import read_shapes
+from vpo_jax.rewards.loading import abstract_rewards
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.mesh import AXES, PARAMETER_RULES, infer_shardings
 from vpo_jax.runtime.trees import flatten
@@ -40,7 +41,7 @@ def trees():
     reward = cli.load_config("configs/vpo.py").reward
     yield from ((name, read_shapes(name).params) for name in ("modelscope", "shapes"))
     for name in ("videoscore", "videoreward", "shapes"):
-        yield f"scorer {name}", read_scorers(name, reward)[0].params
+        yield f"scorer {name}", abstract_rewards(name, reward)[0].params
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"fsdp": 4}, {"fsdp": 8, "tensor": 3}], ids=str)

@@ -12,9 +12,10 @@ from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.signals import Interrupted, Stop
 from vpo_jax.runtime.trees import flatten
+from vpo_jax.training.evaluator import due
 from vpo_jax.training.policy import lora_config, read_start
 from vpo_jax.training.progress import Progress
-from vpo_jax.training.train import NonFinite, due, mean_of
+from vpo_jax.training.run import NonFinite, mean_of
 
 
 def stopping_reward(toy_reward, stop, at_call):
@@ -73,7 +74,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(configure, run, toy_reward, tmp_
     )
     assert int(whole.state.curriculum.refreshed_at) == 3
     assert int(whole.state.optimizer[-1][0].count) == 8
-    assert set(np.asarray(whole.state.buffer.step).tolist()) == {2, 3}
+    assert set(np.asarray(whole.state.algorithm.buffer.step).tolist()) == {2, 3}
 
 
 def test_raising_the_number_of_steps_continues_the_same_run(configure, run, tmp_path):
@@ -241,6 +242,6 @@ def test_a_run_starts_from_an_adapter_with_the_reference_there_too(configure, ru
     jax.tree.map(np.testing.assert_array_equal, start, jax.device_get(adapters))
     # An update that moves nothing leaves what a run begins with.
     config.optimizer.learning_rate = 1e-30
-    result = run(config, tmp_path / "run", adapters=start)
+    result = run(config, tmp_path / "run", initial=start)
     assert_same_state(result.state.reference, start)
     assert_same_state(result.policy.initial, start)

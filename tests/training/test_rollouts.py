@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from vpo_jax.training.rollout import make_candidate_keys, make_decode, make_rollout
 
 from vpo_jax.diffusion.samplers import make_sampler, sample
+from vpo_jax.families.protocol import Text
 from vpo_jax.rewards.scoring import Scores, Weights, frames_to_decode
 from vpo_jax.runtime.mesh import make_mesh
 from vpo_jax.training.policy import make_policy
+from vpo_jax.training.programs import decode_program
+from vpo_jax.training.rollouts import make_candidate_keys, make_rollout
 
 SHAPE = (4, 4, 4, 4)
 
@@ -20,11 +22,11 @@ def weights():
 
 
 def setup(configure, pipeline, **options):
-    policy = make_policy(configure(), pipeline.unet, pipeline.params["unet"])
+    policy = make_policy(configure(), pipeline.family, pipeline.trainable)
     sampler = make_sampler(pipeline.scheduler_config, 3, None, options.pop("eta", 0.0))
     rollout = make_rollout(policy.denoise, sampler, SHAPE, options.pop("guidance_scale", 2.0), **options)
-    text = jnp.asarray(np.random.default_rng(0).normal(size=(6, 6, 8)), jnp.float32)
-    return policy, lambda text, keys: rollout(policy.frozen, policy.start, text, jnp.zeros((6, 8)), keys), text
+    text = Text(jnp.asarray(np.random.default_rng(0).normal(size=(6, 6, 8)), jnp.float32))
+    return policy, lambda text, keys: rollout(policy.frozen, policy.initial, text, Text(jnp.zeros((6, 8))), keys), text
 
 
 def test_every_candidate_of_every_slot_and_step_has_a_key_of_its_own():
@@ -42,12 +44,12 @@ def test_a_clip_comes_out_the_same_in_any_microbatch_and_any_batch(configure, pi
         _, parts, _ = setup(configure, pipeline, eta=eta, microbatch=microbatch)
         # The same operations on other batch sizes: float32 rounding.
         np.testing.assert_allclose(parts(text, keys), latents, atol=2e-5)
-    np.testing.assert_allclose(whole(text[2:4], keys[2:4]), latents[2:4], atol=2e-5)
+    np.testing.assert_allclose(whole(Text(text.hidden[2:4]), keys[2:4]), latents[2:4], atol=2e-5)
 
 
 def test_a_prompt_that_stands_twice_gets_different_videos(configure, pipeline):
     _, rollout, text = setup(configure, pipeline)
-    latents = rollout(jnp.repeat(text[:1], 6, axis=0), make_candidate_keys(0, 3, 2)(0))
+    latents = rollout(Text(jnp.repeat(text.hidden[:1], 6, axis=0)), make_candidate_keys(0, 3, 2)(0))
     assert all(not np.allclose(latents[i], latents[j], atol=1e-2) for i in range(6) for j in range(i))
 
 
@@ -59,15 +61,15 @@ def test_guidance_is_the_difference_from_the_negative_prompt(configure, pipeline
 
     def denoise(latents, timestep):
         at = jnp.full(6, timestep)
-        without = policy.denoise(policy.frozen, policy.start, latents, at, jnp.zeros((6, 6, 8)))
-        with_text = policy.denoise(policy.frozen, policy.start, latents, at, text)
+        without = policy.denoise(policy.frozen, policy.initial, latents, at, Text(jnp.zeros((6, 6, 8))))
+        with_text = policy.denoise(policy.frozen, policy.initial, latents, at, text)
         return without + 3.0 * (with_text - without)
 
     np.testing.assert_allclose(guided(text, keys), sample(sampler, denoise, noise), atol=5e-5)
 
 
 def test_a_guidance_scale_of_1_saves_the_unconditional_half(configure, pipeline):
-    policy = make_policy(configure(), pipeline.unet, pipeline.params["unet"])
+    policy = make_policy(configure(), pipeline.family, pipeline.trainable)
     batches = []
 
     def denoise(frozen, adapters, latents, *rest):
@@ -76,7 +78,13 @@ def test_a_guidance_scale_of_1_saves_the_unconditional_half(configure, pipeline)
 
     for scale in (1.0, 2.0):
         rollout = make_rollout(denoise, make_sampler(pipeline.scheduler_config, 3), SHAPE, scale)
-        rollout(policy.frozen, policy.start, jnp.zeros((6, 6, 8)), jnp.zeros((6, 8)), make_candidate_keys(0, 3, 2)(0))
+        rollout(
+            policy.frozen,
+            policy.initial,
+            Text(jnp.zeros((6, 6, 8))),
+            Text(jnp.zeros((6, 8))),
+            make_candidate_keys(0, 3, 2)(0),
+        )
     assert set(batches) == {6, 12}
 
 
@@ -89,9 +97,14 @@ def test_only_the_union_of_the_scorers_frames_is_decoded_and_rounded_to_uint8(pi
     frames = frames_to_decode(rewards, 4)
     assert frames == (0, 2, 3)
     latents = jnp.asarray(np.random.default_rng(1).normal(size=(4, *SHAPE)), jnp.float32)
-    videos = make_decode(pipeline, frames)(pipeline.params["vae"], latents)
+
+    def decode(frames, microbatch):
+        shape = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+        return decode_program(pipeline, frames, shape, 4, microbatch).function(pipeline.decoder_params, latents)
+
+    videos = decode(frames, 0)
     assert videos.dtype == jnp.uint8 and videos.shape == (4, 3, 4, 4, 3)
-    everything = make_decode(pipeline, range(4), microbatch=2)(pipeline.params["vae"], latents)
+    everything = decode(range(4), 2)
     np.testing.assert_array_equal(videos, everything[:, np.array(frames)])
     scores = Scores(rewards, weights, 4, frames)(videos, ["a"] * 4)
     assert scores.shape == (4, 4) and scores.dtype == jnp.float32
