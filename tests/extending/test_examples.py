@@ -10,6 +10,7 @@ import pytest
 from tests.extending import toy_algorithm, toy_scorer
 from tests.running import lines, without_time
 from tests.training.conftest import make_config, run_training
+from vpo_jax.algorithms.protocol import Entry
 from vpo_jax.algorithms.table import ALGORITHMS
 from vpo_jax.rewards.loading import load_scorer
 from vpo_jax.rewards.protocol import Reward
@@ -47,12 +48,10 @@ def test_the_scorer_of_the_page_follows_the_protocol_and_trains(tmp_path):
 @pytest.fixture
 def best_of_n(monkeypatch):
     """`run(folder, **config)` with the algorithm of the page: one more line in the table and nothing else."""
-    monkeypatch.setitem(ALGORITHMS, "best_of_n", toy_algorithm.BestOfN)
+    monkeypatch.setitem(ALGORITHMS, "best_of_n", Entry(toy_algorithm.BestOfN))
 
     def run(folder, **changes):
-        config = make_config(**changes)
-        config.algorithm.name = "best_of_n"  # the check of algorithm.name read the table before
-        return run_training(config, folder)
+        return run_training(make_config(algorithm__name="best_of_n", **changes), folder)
 
     return run
 
