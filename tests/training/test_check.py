@@ -130,7 +130,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named_with_one_that_it_does():
         check_meshes(changed("rollout.microbatch", 2), one._replace(rollout=eight))
     three = AbstractMesh((3, 1, 1, 1), AXES)
     clips = r"train\.prompts_per_step x rollout\.candidates: 64 is not a multiple of 3"
-    with pytest.raises(UserError, match=clips + r", into which mesh\.score cuts it"):
+    with pytest.raises(UserError, match=clips + r", into which mesh\.score shards it"):
         check_meshes(changed("rollout.microbatch", 0), one._replace(score=three))
     apart = changed("rollout.microbatch", 0)
     apart.reward.devices = 3
