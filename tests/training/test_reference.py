@@ -1,20 +1,31 @@
 """When the reference moves, and where to."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vpo_jax.algorithms.state import TrainState, init_curriculum
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.training.reference import init_curriculum, make_reference
+from vpo_jax.training import reference
+from vpo_jax.training.evaluator import Evaluator
+from vpo_jax.training.reference import make_reference
+from vpo_jax.training.run import Run
 
 POLICY, REFERENCE = {"a": jnp.full(3, 2.0)}, {"a": jnp.zeros(3)}
 
 
-def follow(schedule, step, held_out=None, every=4, decay=0.9, curriculum=None):
-    reference, curriculum = make_reference(schedule, every, decay)(
-        POLICY, REFERENCE, curriculum or init_curriculum(), step, held_out
+def state_of(curriculum=None):
+    fields = dict.fromkeys(TrainState._fields, ())
+    return TrainState(**fields)._replace(
+        policy=POLICY, reference=REFERENCE, curriculum=curriculum or init_curriculum()
     )
-    return float(reference["a"][0]), curriculum
+
+
+def follow(schedule, step, held_out=None, every=4, decay=0.9, curriculum=None):
+    """(the reference's first number, the curriculum) after `step` steps."""
+    state = make_reference(schedule, every, decay)(state_of(curriculum), step, held_out)
+    return float(state.reference["a"][0]), state.curriculum
 
 
 def seen(correct, pairs=10.0, held_out=-np.inf, refreshed_at=0):
@@ -37,17 +48,17 @@ def test_the_curriculum_copies_the_policy_every_k_steps():
 
 
 def test_a_refreshed_reference_lies_in_buffers_of_its_own():
-    reference, _ = make_reference("refresh", 1, 0.0)(POLICY, REFERENCE, init_curriculum(), 1, None)
-    assert reference["a"].unsafe_buffer_pointer() != POLICY["a"].unsafe_buffer_pointer()
+    state = make_reference("refresh", 1, 0.0)(state_of(), 1)
+    assert state.reference["a"].unsafe_buffer_pointer() != POLICY["a"].unsafe_buffer_pointer()
 
 
 def test_an_averaged_reference_follows_the_policy():
     assert follow("ema", 1)[0] == pytest.approx(0.2)
 
 
-def test_an_adaptive_reference_moves_when_accuracy_is_high_and_the_held_out_judge_has_not_fallen():
+def test_an_adaptive_reference_moves_when_accuracy_is_high_and_the_held_out_scorers_have_not_fallen():
     assert follow("adaptive", 8, 0.5, curriculum=seen(9.0))[0] == 2.0
-    assert follow("adaptive", 8, None, curriculum=seen(9.0))[0] == 0.0  # no look, no decision
+    assert follow("adaptive", 8, None, curriculum=seen(9.0))[0] == 0.0  # no evaluation, no decision
     assert follow("adaptive", 8, 0.5, curriculum=seen(6.0))[0] == 0.0
     assert follow("adaptive", 8, 0.5, curriculum=seen(9.0, held_out=0.6))[0] == 0.0
     assert follow("adaptive", 8, 0.5, curriculum=seen(9.0, refreshed_at=5))[0] == 0.0
@@ -67,3 +78,32 @@ def test_an_adaptive_reference_moves_when_accuracy_is_high_and_the_held_out_judg
 def test_a_wrong_schedule_is_named_with_the_fix(schedule, every, decay, says):
     with pytest.raises(UserError, match=says):
         make_reference(schedule, every, decay)
+
+
+def test_an_adaptive_reference_copies_the_policy_that_was_evaluated(configure, run, toy_reward, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "HIGH_ACCURACY", 0.0)
+    evaluated, finished = {}, {}
+    evaluate, finish = Evaluator.evaluate, Run.finish
+
+    def watch_evaluate(self, state, record):
+        evaluated[int(state.step)] = jax.device_get((state.policy, state.reference))
+        return evaluate(self, state, record)
+
+    def watch_finish(self, state, *rest):
+        finished[int(state.step)] = jax.device_get((state.policy, state.reference))
+        return finish(self, state, *rest)
+
+    monkeypatch.setattr(Evaluator, "evaluate", watch_evaluate)
+    monkeypatch.setattr(Run, "finish", watch_finish)
+    config = configure(train__steps=4, reference__schedule="adaptive", reference__every=1, eval__every=2)
+    result = run(config, tmp_path, tuning_prompts=["t1", "t2"], held_out=[toy_reward(name="judge")])
+    assert sorted(evaluated) == [2, 4] and sorted(finished) == [1, 2, 3, 4]
+    assert int(result.state.curriculum.refreshes) >= 1
+
+    def is_same(a, b):
+        return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+    # The first evaluation has nothing to fall below: it approves.
+    assert is_same(finished[2][1], evaluated[2][0]) and not is_same(evaluated[2][1], evaluated[2][0])
+    assert is_same(finished[1][1], evaluated[2][1]) and is_same(finished[3][1], finished[2][1])
+    assert not is_same(finished[3][0], finished[2][0])

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from vpo_jax.diffusion.samplers import make_sampler, sample
+from vpo_jax.rewards.scoring import Scores, Weights, frames_to_decode
 from vpo_jax.runtime.mesh import make_mesh
 from vpo_jax.training.policy import make_policy
-from vpo_jax.training.rollout import Scores, Weights, frames_to_decode, make_candidate_keys, make_decode, make_rollout
+from vpo_jax.training.programs import decode_program
+from vpo_jax.training.rollouts import make_candidate_keys, make_rollout
 
 SHAPE = (4, 4, 4, 4)
 
@@ -18,12 +20,21 @@ def weights():
     return Weights(make_mesh(1, devices=jax.devices()[:1]))
 
 
+def policy_of(config, pipeline):
+    return make_policy(config, pipeline.family, pipeline.trainable)
+
+
+def make_decode(pipeline, frames, microbatch=0):
+    latents = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+    return decode_program(pipeline, frames, latents, 4, microbatch).function
+
+
 def setup(configure, pipeline, **options):
-    policy = make_policy(configure(), pipeline.unet, pipeline.params["unet"])
+    policy = policy_of(configure(), pipeline)
     sampler = make_sampler(pipeline.scheduler_config, 3, None, options.pop("eta", 0.0))
     rollout = make_rollout(policy.denoise, sampler, SHAPE, options.pop("guidance_scale", 2.0), **options)
     text = jnp.asarray(np.random.default_rng(0).normal(size=(6, 6, 8)), jnp.float32)
-    return policy, lambda text, keys: rollout(policy.frozen, policy.start, text, jnp.zeros((6, 8)), keys), text
+    return policy, lambda text, keys: rollout(policy.frozen, policy.initial, text, jnp.zeros((6, 8)), keys), text
 
 
 def test_every_candidate_of_every_slot_and_step_has_a_key_of_its_own():
@@ -58,24 +69,24 @@ def test_guidance_is_the_difference_from_the_negative_prompt(configure, pipeline
 
     def denoise(latents, timestep):
         at = jnp.full(6, timestep)
-        without = policy.denoise(policy.frozen, policy.start, latents, at, jnp.zeros((6, 6, 8)))
-        with_text = policy.denoise(policy.frozen, policy.start, latents, at, text)
+        without = policy.denoise(policy.frozen, policy.initial, latents, at, jnp.zeros((6, 6, 8)))
+        with_text = policy.denoise(policy.frozen, policy.initial, latents, at, text)
         return without + 3.0 * (with_text - without)
 
     np.testing.assert_allclose(guided(text, keys), sample(sampler, denoise, noise), atol=5e-5)
 
 
 def test_a_guidance_scale_of_1_saves_the_unconditional_half(configure, pipeline):
-    policy = make_policy(configure(), pipeline.unet, pipeline.params["unet"])
+    policy = policy_of(configure(), pipeline)
     batches = []
 
-    def denoise(frozen, adapters, latents, *rest):
+    def denoise(frozen, trainable, latents, *rest):
         batches.append(latents.shape[0])
         return latents
 
     for scale in (1.0, 2.0):
         rollout = make_rollout(denoise, make_sampler(pipeline.scheduler_config, 3), SHAPE, scale)
-        rollout(policy.frozen, policy.start, jnp.zeros((6, 6, 8)), jnp.zeros((6, 8)), make_candidate_keys(0, 3, 2)(0))
+        rollout(policy.frozen, policy.initial, jnp.zeros((6, 6, 8)), jnp.zeros((6, 8)), make_candidate_keys(0, 3, 2)(0))
     assert set(batches) == {6, 12}
 
 
@@ -118,3 +129,14 @@ def test_weights_of_a_scorer_are_placed_once_or_with_offload_for_every_call(toy_
     assert resident(reward)["kernel"] is resident(reward)["kernel"]
     assert offloaded(reward)["kernel"] is not offloaded(reward)["kernel"]
     np.testing.assert_array_equal(offloaded(reward)["kernel"], reward.params["kernel"])
+
+
+@pytest.mark.parametrize("microbatch", [0, 2])
+def test_a_rollout_that_keeps_its_trajectory_ends_at_the_same_videos(configure, pipeline, microbatch):
+    keys = make_candidate_keys(0, 3, 2)(4)
+    _, plain, text = setup(configure, pipeline, eta=1.0, microbatch=microbatch)
+    _, kept, _ = setup(configure, pipeline, eta=1.0, microbatch=microbatch, keep_trajectory=True)
+    path = kept(text, keys)
+    assert path.latents.shape == (6, 4, *SHAPE) and path.log_probabilities.shape == (6, 3)
+    np.testing.assert_array_equal(path.latents[:, -1], plain(text, keys))
+    assert np.isfinite(path.log_probabilities).all() and (np.asarray(path.log_probabilities[:, :-1]) != 0.0).all()
