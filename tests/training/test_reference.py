@@ -17,9 +17,7 @@ POLICY, REFERENCE = {"a": jnp.full(3, 2.0)}, {"a": jnp.zeros(3)}
 
 def state_of(curriculum=None):
     fields = dict.fromkeys(TrainState._fields, ())
-    return TrainState(**fields)._replace(
-        policy=POLICY, reference=REFERENCE, curriculum=curriculum or init_curriculum()
-    )
+    return TrainState(**fields)._replace(policy=POLICY, reference=REFERENCE, curriculum=curriculum or init_curriculum())
 
 
 def follow(schedule, step, held_out=None, every=4, decay=0.9, curriculum=None):
