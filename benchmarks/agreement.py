@@ -20,11 +20,11 @@ from rich.table import Table
 from vpo_jax.data.prompts import load_prompts
 from vpo_jax.evaluation.compare import Sampling, evaluate
 from vpo_jax.pipeline import load_pipeline
+from vpo_jax.recipes.measure import spearman
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.shapes.measure import spearman
 
 
 def within_prompts(a: np.ndarray, b: np.ndarray) -> float:

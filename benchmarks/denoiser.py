@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 from measuring import chip_of, random_weights, run_peer, timed
 
-from vpo_jax.checkpoints.folders import param_shapes
+from vpo_jax.families.text_to_video_sd.layout import param_shapes
+from vpo_jax.families.text_to_video_sd.published import MODELSCOPE
 from vpo_jax.models.attention import BACKENDS
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.planning import cost
-from vpo_jax.planning.specs import MODELSCOPE
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs
 from vpo_jax.runtime.errors import UserError

@@ -24,16 +24,18 @@ from measuring import chip_of, write_random
 from safetensors import SafetensorError
 
 from vpo_jax.checkpoints import safetensors_io as io
-from vpo_jax.checkpoints.folders import COMPONENTS, param_shapes
-from vpo_jax.checkpoints.videoscore import CLASS, QUERY_FILE, videoscore_shapes
+from vpo_jax.families.text_to_video_sd.layout import COMPONENTS, param_shapes
+from vpo_jax.families.text_to_video_sd.published import MODELSCOPE
 from vpo_jax.main import run
 from vpo_jax.models.idefics2_config import Idefics2Config
 from vpo_jax.pipeline import SHIPPED
 from vpo_jax.planning.chips import Topology
 from vpo_jax.planning.fit import abstract_meshes, make_plan, measure_programs
 from vpo_jax.planning.job import make_job
-from vpo_jax.planning.specs import MODELSCOPE, SCORERS
 from vpo_jax.rewards.protocol import DIMENSIONS
+from vpo_jax.rewards.query import QUERY_FILE
+from vpo_jax.rewards.videoscore import published
+from vpo_jax.rewards.videoscore.folder import CLASSES, videoscore_shapes
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_freed_memory
 from vpo_jax.runtime.errors import UserError
@@ -135,7 +137,7 @@ def make_videoscore(folder: Path, size: str) -> None:
     shutil.copytree(SHIPPED_VIDEOSCORE, partial, ignore=shutil.ignore_patterns("*.safetensors"))
     config = io.read_json(partial / "config.json")
     if size == "full":
-        config = {**SCORERS["videoscore"], "architectures": [CLASS], "image_token_id": config["image_token_id"]}
+        config = {**published.CONFIG, "architectures": list(CLASSES), "image_token_id": config["image_token_id"]}
         (partial / "config.json").write_text(json.dumps(config))
         processor = {"size": {"shortest_edge": 378, "longest_edge": 980}, "do_image_splitting": False}
         (partial / "preprocessor_config.json").write_text(json.dumps(processor))

@@ -5,9 +5,9 @@
     done
     python benchmarks/learning.py runs/seed-0 runs/seed-1 runs/seed-2
 
-Samples base and tuned of each run again, with the same noise for both, and measures the clips: win rates from the
-scorer and from the judge, which trains nothing, and the judge's measures in their own units. Exit code 1 where a bar
-is missed.
+Reads whether the reward of the run's own samples rose while it trained. Samples base and tuned of each run again, with
+the same noise for both, and measures the videos: win rates from the scorer and from the judge, which trains nothing,
+and the judge's measures in their own units. Exit code 1 where a bar is missed.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vpo_jax.evaluation.compare import Sampling, evaluate
+from vpo_jax.evaluation.trend import reward_trend
 from vpo_jax.evaluation.win_rate import mean_difference, win_rate
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.judge import JudgeReward
@@ -30,6 +31,7 @@ from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.shapes import judge, world
 
 Scores = Mapping[str, np.ndarray]
@@ -88,6 +90,16 @@ def bars(base: Scores, tuned: Scores, trained: Sequence[str]) -> list[tuple[str,
     return found
 
 
+def online_bar(workdir: Path) -> tuple[str, str, bool]:
+    """Whether the run's own samples got better while it trained: no average and no extrapolation is in them."""
+    found = reward_trend(read_metrics(workdir))
+    if found is None:
+        return "rollouts' reward rises, low > 0", "too few steps", False
+    quarters = " ".join(f"{value:.4f}" for value in found.quarters)
+    value = f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}] (quarters {quarters})"
+    return "rollouts' reward rises, low > 0", value, found.low > 0
+
+
 def main(argv: Sequence[str]) -> None:
     """Prints the bars of each run."""
     parser = Parser("benchmarks.learning", (__doc__ or "").partition("\n")[0])
@@ -105,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
         trained = [name for name in base if name.split("/")[0] not in ("judge", "raw", "frames")]
         prompts, samples = next(iter(base.values())).shape
         print(f"{folder}: {prompts} prompts, {samples} samples of each")
-        for what, value, cleared in bars(base, tuned, trained):
+        for what, value, cleared in (online_bar(folder), *bars(base, tuned, trained)):
             print(f"  {'ok    ' if cleared else 'MISSED'} {what:44s} {value}", flush=True)
             missed += not cleared
     if missed:

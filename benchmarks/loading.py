@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from measuring import write_random
 
 from vpo_jax.checkpoints import safetensors_io as io
-from vpo_jax.checkpoints.folders import param_shapes, read_component
+from vpo_jax.checkpoints.folders import read_component
+from vpo_jax.families.text_to_video_sd.layout import COMPONENTS, param_shapes
 from vpo_jax.runtime.mesh import PARAMETER_RULES, infer_shardings, make_mesh
 from vpo_jax.runtime.trees import bytes_of
 
@@ -64,7 +65,7 @@ def load(folder: Path, dtype: str, place: str) -> tuple[float, int, int, int]:
     rule = None if place == "host" else functools.partial(infer_shardings, mesh=mesh, rules=PARAMETER_RULES)
     with Peak() as peak:
         start = time.perf_counter()
-        _, params = read_component(folder, "unet", jnp.dtype(dtype), rule)
+        _, params = read_component(folder, COMPONENTS["unet"], jnp.dtype(dtype), rule)
         jax.block_until_ready(params)
         seconds = time.perf_counter() - start
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -27,8 +27,10 @@ from measuring import chip_of, random_weights, run_peer, timed
 
 from vpo_jax.models.attention import BACKENDS
 from vpo_jax.planning import cost
-from vpo_jax.planning.job import read_scorers
-from vpo_jax.planning.specs import SCORERS
+from vpo_jax.rewards.loading import abstract_rewards
+from vpo_jax.rewards.scoring import score_function
+from vpo_jax.rewards.table import SCORERS
+from vpo_jax.rewards.videoscore import published
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs
 from vpo_jax.runtime.errors import UserError
@@ -38,7 +40,9 @@ from vpo_jax.runtime.trees import bytes_of
 def main(argv: Sequence[str]) -> None:
     """Measures what the flags name."""
     parser = cli.Parser("benchmarks.scorers", (__doc__ or "").partition("\n")[0])
-    parser.add_argument("--scorer", choices=tuple(SCORERS), default="videoscore")
+    parser.add_argument(
+        "--scorer", choices=[name for name, entry in SCORERS.items() if entry.abstract], default="videoscore"
+    )
     parser.add_argument("--clips", type=int, default=8, help="scored in a call")
     parser.add_argument("--prompts", type=int, default=2, help="that the clips were made for, as many for each")
     parser.add_argument("--at_a_time", type=int, default=4, help="frames of each clip in the vision encoder at once")
@@ -68,9 +72,10 @@ def measure(flags: Any) -> dict[str, Any]:
     """Of scoring `clips` random videos: {"seconds_a_video": ..., "share_of_peak": ..., "peak_bytes": ..., ...}."""
     keep_compiled_programs()
     settings = cli.load_config(str(cli.ROOT / "configs" / "vpo.py")).reward
-    (reward,) = read_scorers(flags.scorer, settings)
-    options = dataclasses.replace(reward.options, frames_at_a_time=flags.at_a_time)
-    plain = dataclasses.replace(reward, options=options)
+    (found,) = abstract_rewards(flags.scorer, settings)
+    made: Any = found  # both have a model and options
+    options = dataclasses.replace(made.options, frames_at_a_time=flags.at_a_time)
+    plain = dataclasses.replace(made, options=options)
     reward = dataclasses.replace(plain, model=plain.model.clone(backend=flags.attention))
     rng = np.random.default_rng(0)
     seen = reward.frame_indices(flags.frames)
@@ -79,15 +84,15 @@ def measure(flags: Any) -> dict[str, Any]:
     prepared = reward.prepare(["a prompt"] * flags.prompts)
     prepared["input_ids"] = rng.integers(5, 30000, prepared["input_ids"].shape, dtype=np.int32)
 
-    needed = cost.measure(plain.score, reward.params, videos, prepared)  # a kernel's products are not seen
+    needed = cost.measure(score_function(plain), reward.params, videos, prepared)  # a kernel's products are not seen
     params = random_weights(reward.params)
-    score = jax.jit(reward.score)
+    score = score_function(reward)
     scores, first = timed(score, params, videos, prepared)
     assert bool(jnp.isfinite(scores).all()), "scores are not finite"
     seconds = statistics.median(timed(score, params, videos, prepared)[1] for _ in range(flags.repeats))
     device = jax.devices()[0]
     memory = device.memory_stats() or {}
-    expected = scores if flags.attention == "xla" else jax.jit(plain.score)(params, videos, prepared)
+    expected = scores if flags.attention == "xla" else score_function(plain)(params, videos, prepared)
     kind = chip_of(device)
     text = int(prepared["input_ids"].shape[1])
     result = {
@@ -123,7 +128,7 @@ def torch_peer(clips: int, frames: int, side: int, tokens: int, repeats: int) ->
     place = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_default_device(place)
     torch.set_default_dtype(torch.bfloat16)
-    config: Any = transformers.Idefics2Config(**SCORERS["videoscore"])
+    config: Any = transformers.Idefics2Config(**published.CONFIG)
     with torch.no_grad():
         model = transformers.Idefics2Model(config).eval()
         head = torch.nn.Linear(config.text_config.hidden_size, 5)

@@ -50,7 +50,7 @@ def measure(config: Any, repeats: int) -> dict[str, Any]:
     meshes = make_meshes(config.mesh)
     pipeline = load_pipeline(config.model.path)
     rewards = load_rewards(config.reward.scorers, training=True, settings=config.reward)
-    check_inputs(config, pipeline, rewards)
+    check_inputs(config, pipeline, rewards, (), meshes)
     prompts = load_prompts(config.data.prompts)
     seconds: dict[str, list[float]] = {"rollout": [], "score": [], "select": [], "update": []}
 

@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     meshes = make_meshes(config.mesh)
     pipeline = load_pipeline(config.model.path)
     rewards = load_rewards(config.reward.scorers, training=True, settings=config.reward)
-    check_inputs(config, pipeline, rewards)
+    check_inputs(config, pipeline, rewards, (), meshes)
     prompts = load_prompts(config.data.prompts)
     parts = list(itertools.pairwise(np.linspace(0.0, 1.0, flags.parts + 1).tolist()))
     parts = parts or [(config.preference.timestep_low, config.preference.timestep_high)]

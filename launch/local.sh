@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tunes the model that ships with the package, on this machine: makes .venv, installs, runs.
+# Tunes the model that ships with the package, on this machine: makes a virtual environment, installs, runs.
 #
 #   bash launch/local.sh [--dry_run] [flags of vpo_jax.main]
 #   bash launch/local.sh --config=configs/vpo.py:tiny --workdir=runs/try
@@ -35,7 +35,8 @@ fi
 [ -z "$flags" ] || load_flags "$root/$flags"
 
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-job=("$root/.venv/bin/python" -m vpo_jax.main "--config=$root/configs/vpo.py" "$@")
+venv="$(environment_of "$root")"
+job=("$venv/bin/python" -m vpo_jax.main "--config=$root/configs/vpo.py" "$@")
 if [ "$dry_run" = 1 ]; then
     show "${job[@]}"
 else

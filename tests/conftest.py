@@ -15,9 +15,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Files that take minutes, first: at the end one process would wait for the other.
 _LONG = ("test_processes", "test_survival", "test_train_videoscore", "test_mesh_training")
+_NOT_QUICK = ("slow", "long", "full_size")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest reads -m
 def pytest_collection_modifyitems(items):
+    """Marks as `quick` what has no other tier, and puts long files first."""
+    for item in items:
+        if not any(item.get_closest_marker(tier) for tier in _NOT_QUICK):
+            item.add_marker(pytest.mark.quick)
     items.sort(key=lambda item: item.path.stem not in _LONG)
 
 
@@ -37,8 +43,9 @@ def model_folder(tmp_path_factory) -> Path:
     import jax
     import numpy as np
 
-    from vpo_jax.checkpoints.folders import PipelineParts, param_shapes, write_pipeline
-    from vpo_jax.shapes.tokenizer import make_tokenizer
+    from vpo_jax.checkpoints.folders import PipelineParts, write_pipeline
+    from vpo_jax.families.text_to_video_sd.layout import LAYOUT, param_shapes
+    from vpo_jax.recipes.tokenizer import make_tokenizer
 
     tokenizer = make_tokenizer()
     configs = {
@@ -88,7 +95,7 @@ def model_folder(tmp_path_factory) -> Path:
         for name in ("unet", "vae", "text_encoder")
     }
     folder = tmp_path_factory.mktemp("model") / "base"
-    write_pipeline(folder, PipelineParts(configs, params, tokenizer, {"num_frames": 4, "guidance_scale": 2.0}))
+    write_pipeline(folder, PipelineParts(LAYOUT, configs, params, tokenizer, {"num_frames": 4, "guidance_scale": 2.0}))
     return folder
 
 
@@ -98,9 +105,9 @@ def scorer_folder(tmp_path_factory) -> Path:
     import jax
     import numpy as np
 
-    from vpo_jax.checkpoints.scorers import ScorerParts, make_word_tokenizer, scorer_shapes, write_scorer
     from vpo_jax.models.video_scorer import VideoScorerConfig
     from vpo_jax.rewards.protocol import DIMENSIONS
+    from vpo_jax.rewards.shapes.folder import ScorerParts, make_word_tokenizer, scorer_shapes, write_scorer
 
     tokenizer = make_word_tokenizer(["red", "blue", "circle", "square", "moving", "left", "right"], 8)
     config = VideoScorerConfig(

@@ -1,12 +1,14 @@
 """Runs of the main job in processes of their own, and what they leave behind."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = ROOT / "tests" / "programs"
 
 
 def lines(workdir):
@@ -42,3 +44,23 @@ def rewrite_steps(workdir, steps):
 
 def without_time(line):
     return {name: value for name, value in line.items() if not name.startswith("time/")}
+
+
+def start_program(name, *arguments, devices=1, **environment):
+    """tests/programs/NAME in a process of its own, on so many CPU devices and with more environment variables."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | environment
+    command = [sys.executable, str(PROGRAMS / name), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_program(name, *arguments, devices=1, timeout=600, **environment):
+    """The same, waited for: a CompletedProcess with its output as text, whatever its exit code."""
+    process = start_program(name, *arguments, devices=devices, **environment)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

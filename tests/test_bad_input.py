@@ -167,6 +167,7 @@ def test_no_permission_to_write(job, tmp_path, refusal):
         subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_in_mid_run_and_the_run_continues_once_there_is_room(job, finished, tmp_path, capsys):
     small_disk(tmp_path / "disk", 64)
     try:

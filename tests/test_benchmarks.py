@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from vpo_jax.families.text_to_video_sd import published
 from vpo_jax.pipeline import load_pipeline
-from vpo_jax.planning import specs
 from vpo_jax.rewards.loading import load_reward
+from vpo_jax.rewards.videoscore import published as videoscore
 from vpo_jax.runtime.cli import load_config
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import bytes_of, flatten
@@ -116,20 +117,20 @@ def test_bytes_on_a_ring_follow_the_kind_of_collective():
 
 
 def test_a_scorers_benchmark_runs_all_of_it_on_videos_that_count(monkeypatch, tmp_path):
-    full = copy.deepcopy(specs.SCORERS["videoscore"])
+    full = copy.deepcopy(videoscore.CONFIG)
     full["vision_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 64}
     full["vision_config"] |= {"num_attention_heads": 2, "patch_size": 32}
     full["perceiver_config"] |= {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4}
     full["perceiver_config"] |= {"resampler_head_dim": 8, "num_key_value_heads": 2}
     full["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     full["text_config"] |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    monkeypatch.setitem(specs.SCORERS, "videoscore", full)
+    monkeypatch.setattr(videoscore, "CONFIG", full)
     output = tmp_path / "found.json"
     scorers = load("scorers")
     scorers.main(["--clips=4", "--prompts=2", "--frames=3", "--size=48", "--repeats=1", f"--output={output}"])
     found = json.loads(output.read_text())
     assert (found["clips"], found["frames"], found["side"]) == (4, 3, 378)
-    assert found["tokens"] == specs.QUERY_TOKENS["videoscore"] + 3 * 6
+    assert found["tokens"] == videoscore.QUERY_TOKENS + 3 * 6
     assert found["seconds_a_video"] > 0 and found["apart_from_xla"] == 0.0
     assert found["tflop_a_video"] * 4e12 > 3 * 4 * 2 * (378 // 32) ** 2 * 3 * 32**2 * 32  # patches alone
 
@@ -143,7 +144,7 @@ def test_stages_are_run_at_the_batch_of_a_step(tmp_path):
     load("stages").main([*flags, f"--output={output}"])
     found = json.loads(output.read_text())["encode"]
     pipeline = load_pipeline("shapes")
-    ids = 3 * pipeline.text_encoder.config.max_position_embeddings * 4
+    ids = 3 * pipeline.family.text_length * 4
     assert (found["batch"], found["argument_bytes"]) == (3, bytes_of(pipeline.params["text_encoder"]) + ids)
     assert found["seconds"] > 0 and found["floor"] > 0
 
@@ -187,7 +188,7 @@ def test_a_finished_run_is_summed_up_without_its_first_step(tmp_path):
 def test_a_denoisers_benchmark_runs_both_halves_of_a_guided_call(monkeypatch, tmp_path):
     small = {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1}
     small |= {"attention_head_dim": 8, "cross_attention_dim": 16}
-    monkeypatch.setitem(specs.MODELSCOPE, "unet", specs.MODELSCOPE["unet"] | small)
+    monkeypatch.setitem(published.MODELSCOPE, "unet", published.MODELSCOPE["unet"] | small)
     output = tmp_path / "found.json"
     load("denoiser").main(["--clips=2", "--frames=2", "--size=64", "--repeats=1", f"--output={output}"])
     found = json.loads(output.read_text())

@@ -25,6 +25,7 @@ def test_the_newest_checkpoint_is_the_export(finished, tmp_path, capsys):
     assert "the policy weights of step 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_extrapolated_average_comes_out_as_the_run_exported_it(job, tmp_path):
     workdir = tmp_path / "run"
     main.main([*job, f"--workdir={workdir}", "--config.ema.decay=0.5", "--config.ema.extrapolation=2.0"])
@@ -86,7 +87,7 @@ def test_an_output_that_is_something_else_is_left_alone(finished, tmp_path, caps
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_half_precision_export_loads_with_the_printed_lines(finished, tmp_path, capsys, dtype):
-    torch = pytest.importorskip("torch", reason="diffusers needs it, on Python 3.11 here")
+    torch = pytest.importorskip("torch", reason="diffusers needs it")
     convert.main([f"--workdir={finished[0]}", f"--output={tmp_path}/model", f"--dtype={dtype}"])
     code = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
     scope: dict = {}

@@ -25,7 +25,7 @@ class StandInPipeline:
 
     params: Any = {}  # noqa: RUF012
 
-    def on_device(self, shardings: Any = None) -> "StandInPipeline":
+    def on_mesh(self, mesh: Any) -> "StandInPipeline":
         return self
 
     def latent_shape(self, num_frames: int, height: int | None, width: int | None) -> tuple[int, ...]:
@@ -75,7 +75,7 @@ def run(*argv: str) -> int:
     return int(caught.value.code)
 
 
-def test_the_command_leaves_a_table_a_page_numbers_and_clips(loaded, tmp_path, capsys):
+def test_the_command_leaves_a_table_a_page_numbers_and_videos(loaded, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("<b>fox</b> 🦊\na 'quoted' \"thing\"\n", encoding="utf-8")
     out = tmp_path / "out"
@@ -103,7 +103,7 @@ def test_a_run_beside_the_export_says_which_scorer_trained_it(loaded, tmp_path):
     assert evaluate.roles_of(str(tmp_path / "export"), rewards) == {
         "a": "trained",
         "b": "trained",
-        "c": "steered",
+        "c": "used for selection",
         "d": "held out",
         "judge": "held out",
     }
@@ -145,6 +145,7 @@ def test_wrong_input_is_one_line_exit_code_2_and_nothing_written(loaded, tmp_pat
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.slow
 def test_a_real_model_against_itself_is_level_in_every_dimension(
     model_folder, scorer_folder, strange_prompts, tmp_path
 ):

@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpo_jax.checkpoints.folders import param_shapes
+from vpo_jax.algorithms.dpo.losses import make_pairwise_loss
+from vpo_jax.algorithms.dpo.update import Noised, Weighed, make_errors, make_gradients
 from vpo_jax.checkpoints.keys import from_torch
 from vpo_jax.diffusion.samplers import make_sampler
+from vpo_jax.families.protocol import Text
+from vpo_jax.families.text_to_video_sd.family import TextToVideoSD
+from vpo_jax.families.text_to_video_sd.layout import param_shapes
+from vpo_jax.families.text_to_video_sd.published import MODELSCOPE
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
-from vpo_jax.planning.specs import MODELSCOPE
 from vpo_jax.runtime import cli
-from vpo_jax.training import losses
 from vpo_jax.training.policy import make_policy
-from vpo_jax.training.rollout import make_rollout
-from vpo_jax.training.step import Noised, make_errors, make_gradients
+from vpo_jax.training.rollouts import make_rollout
 
 FRAMES, SIDE, STEPS, GUIDANCE = 8, 128 // 8, 2, 9.0
 
@@ -52,11 +54,11 @@ def test_two_guided_steps_make_the_latents_of_diffusers():
     unet = UNet3DConditionModel(UNet3DConfig.from_dict(MODELSCOPE["unet"]))
 
     def denoise(frozen, _, latents, timesteps, text):
-        return unet.apply({"params": frozen}, latents, timesteps, text)
+        return unet.apply({"params": frozen}, latents, timesteps, text.hidden)
 
     sampler = make_sampler(MODELSCOPE["scheduler"], STEPS, None, 0.0)
     rollout = make_rollout(denoise, sampler, shape, GUIDANCE)
-    found = np.asarray(rollout(params, {}, text[None], negative, key[None]))[0]
+    found = np.asarray(rollout(params, {}, Text(text[None]), Text(negative), key[None]))[0]
     scale = np.abs(expected).max()
     apart = np.abs(found - expected).max() / scale
     print(f"latents up to {scale:.3g}, at most {apart:.2e} of that apart")
@@ -75,19 +77,20 @@ def test_a_lora_update_with_rematerialisation_fits_into_24_gib():
         return numbers * np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.2 + 0.5 * numbers
 
     params = jax.tree.map(random, param_shapes("unet", MODELSCOPE["unet"]))
-    unet = UNet3DConditionModel(UNet3DConfig.from_dict(MODELSCOPE["unet"]))
-    policy = make_policy(config, unet, jax.device_put(params))
+    policy = make_policy(config, TextToVideoSD.from_configs(MODELSCOPE), jax.device_put(params))
     del params
-    shape = (1, FRAMES, SIDE, SIDE, 4)
-    videos = [jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(4)]
-    text = jnp.asarray(rng.standard_normal((1, 77, 1024), np.float32))
-    noised = Noised(*videos, jnp.array([500]), text)
+    shape = (2, FRAMES, SIDE, SIDE, 4)  # a pair
+    latents, target = (jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(2))
+    text = Text(jnp.asarray(np.repeat(rng.standard_normal((1, 77, 1024), np.float32), 2, axis=0)))
+    noised = Noised(latents, target, jnp.array([500, 500]), text)
     began = time.monotonic()
-    ours, first = make_errors(policy.denoise)(policy.frozen, policy.start, noised)
-    label = jnp.ones(1)
-    coefficients = losses.pair_coefficients(ours, ours, label, config.preference.beta, 0.0)
+    ours, first = make_errors(policy.denoise)(policy.frozen, policy.initial, noised)
+    preferred, learnt = jnp.array([[[False, True], [False, False]]]), jnp.ones((1, 2), bool)
+    loss = make_pairwise_loss(config.preference.beta)((ours - ours).reshape(1, 2), jnp.zeros((1, 2)), preferred, learnt)
+    one = jnp.ones(())
+    weighed = Weighed(loss.coefficients, jnp.full((1, 2), 0.5), one, one, jnp.array(True), loss.loss[0])
     update = jax.jit(make_gradients(policy.denoise, anchor=config.preference.anchor))
-    gradients, _ = update(policy.frozen, policy.start, first, noised, coefficients, jnp.array([True]))
+    gradients, _ = update(policy.frozen, policy.initial, first, noised, weighed)
     sizes = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients)]
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"errors and gradients in {time.monotonic() - began:.0f} s with compiling; most memory {used:.1f} GiB")

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -25,10 +26,12 @@ def checkout(tmp_path_factory):
     return root
 
 
-def run(script: Path, *arguments: str, cwd: Path, path: Path | None = None):
+def run(script: Path, *arguments: str, cwd: Path, path: Path | None = None, python: Path | None = None):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "PYTHON"))}
     if path is not None:
         environment["PATH"] = f"{path}:{environment['PATH']}"
+    if python is not None:
+        environment["PYTHON"] = str(python)
     return subprocess.run(
         ["bash", script, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
@@ -90,10 +93,36 @@ def test_no_python_is_an_error_with_the_fix(checkout, tmp_path):
     for name in REQUIREMENTS:
         (root / name).write_text("")
     path = tmp_path / "bin"
-    for name in ("python3.11", "python3.12", "python3.13", "python3"):
+    for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
         fake(path, name, "exit 1")
     done = run(root / "launch" / "local.sh", cwd=tmp_path, path=path)
     assert done.returncode == 2 and "no Python 3.11 or newer found; install one, or set PYTHON=" in done.stderr
+
+
+def test_a_python_that_is_too_old_is_an_error_with_the_fix(checkout, tmp_path):
+    old = fake(tmp_path / "bin", "old", "echo 3.9; exit 1") / "old"
+    done = run(checkout / "launch" / "local.sh", cwd=tmp_path, python=old)
+    assert done.returncode == 2 and f"error: PYTHON={old} is not Python 3.11 or newer" in done.stderr
+
+
+def test_another_python_has_an_environment_of_its_own_and_the_first_one_stays(checkout, tmp_path):
+    """The other Python says that it is 3.98, makes an environment like any other, and runs in it."""
+    assert run(checkout / "launch" / "local.sh", cwd=tmp_path).returncode == 0
+    stamp = checkout / ".venv" / "requirements.stamp"
+    before = stamp.stat().st_mtime_ns
+    other = fake(tmp_path / "bin", "other", f'[ "$1" = -c ] && echo 3.98 || exec {sys.executable} "$@"') / "other"
+    done = run(checkout / "launch" / "local.sh", cwd=tmp_path, python=other)
+    assert done.returncode == 0, done.stderr
+    assert f"|{checkout}/.venv-3.98|" in done.stdout and stamp.stat().st_mtime_ns == before
+    same = run(checkout / "launch" / "local.sh", cwd=tmp_path, python=Path(sys.executable))
+    assert same.returncode == 0 and f"|{checkout}/.venv|" in same.stdout and same.stderr == ""
+
+
+def test_the_tests_ask_for_lint_format_and_types_first(checkout, tmp_path):
+    done = run(checkout / "launch" / "test.sh", "--dry_run", "-m", "quick", cwd=tmp_path)
+    programs = [line.split(" -m ", 1)[1].split()[0] for line in done.stdout.splitlines() if " -m " in line]
+    assert done.returncode == 0 and programs == ["ruff", "ruff", "mypy", "pytest"]
+    assert done.stdout.rstrip().endswith("-m quick")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.running import lines, rewrite_steps, start, wait_for_step, weights, without_time
+from tests.running import lines, rewrite_steps, run_program, start, wait_for_step, weights, without_time
 from vpo_jax import main
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.runtime import backend, cli
@@ -46,7 +46,7 @@ def test_prompts_are_escaped_in_the_report(finished):
 
 
 def test_the_printed_lines_load_the_export_in_diffusers(finished):
-    pytest.importorskip("torch", reason="diffusers needs it, on Python 3.11 here")
+    pytest.importorskip("torch", reason="diffusers needs it")
     shown = finished[1]
     code = [line.strip() for line in shown.splitlines() if line.startswith("    ")][-3:]
     assert code[0] == "from diffusers import TextToVideoSDPipeline"
@@ -86,6 +86,7 @@ def test_a_second_run_says_that_it_is_complete_and_changes_nothing(finished, job
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_killed_interrupted_and_continued_the_run_ends_as_if_nothing_had_been(finished, job, tmp_path):
     steps = "--config.train.steps=60"
     workdir = tmp_path / "run"
@@ -108,6 +109,7 @@ def test_killed_interrupted_and_continued_the_run_ends_as_if_nothing_had_been(fi
     assert [without_time(line) for line in lines(workdir)] == [without_time(line) for line in lines(uninterrupted)]
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_where_the_run_ended(finished, job, tmp_path):
     workdir = Path(shutil.copytree(finished[0], tmp_path / "run"))
     main.main([*job, f"--workdir={workdir}", "--config.train.steps=3"])
@@ -194,22 +196,7 @@ def test_a_non_finite_step_ends_with_exit_code_1(monkeypatch):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc alone")
 def test_memory_that_was_freed_is_not_asked_for_again():
     """Page faults of a large buffer that is made and freed ten times: those of one, where it was kept."""
-    code = """
-import resource, sys
-import jax
-import numpy as np
-from vpo_jax.runtime.backend import keep_freed_memory
-if sys.argv[1] == "keep": keep_freed_memory()
-np.ones(2**22)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10): np.ones(2**22)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}
-    faults = {
-        mode: int(subprocess.run([sys.executable, "-c", code, mode], env=environment, capture_output=True).stdout)
-        for mode in ("keep", "free")
-    }
+    faults = {mode: int(run_program("page_faults.py", mode, GLIBC_TUNABLES="").stdout) for mode in ("keep", "free")}
     assert faults["keep"] < 0.1 * faults["free"]
 
 

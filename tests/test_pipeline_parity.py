@@ -1,6 +1,5 @@
 """The whole pipeline against diffusers' TextToVideoSDPipeline: the same folder, prompts and initial latents."""
 
-import dataclasses
 import functools
 
 import jax
@@ -182,8 +181,8 @@ def test_the_same_folder_and_latents_give_the_same_video(both, schedule, sampler
 def test_what_is_saved_here_makes_the_same_video_in_diffusers(both, tmp_path):
     _, mine, _ = both("modelscope")
     rng = np.random.default_rng(5)
-    nudged = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(x.dtype), mine.params["unet"])
-    tuned = dataclasses.replace(mine, params={**mine.params, "unet": nudged})
+    nudged = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(x.dtype), mine.trainable)
+    tuned = mine.with_trainable(nudged)
     tuned.save_pretrained(tmp_path)
     loaded = diffusers.TextToVideoSDPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
@@ -195,15 +194,15 @@ def test_what_is_saved_here_makes_the_same_video_in_diffusers(both, tmp_path):
 def test_an_adapter_makes_the_same_video_in_diffusers_as_merged_here(both, tmp_path):
     peft = pytest.importorskip("peft")
     _, mine, folder = both("modelscope")
-    lora, rng = LoRAConfig(rank=3, alpha=6.0), np.random.default_rng(6)
-    adapters = init_lora(jax.random.key(0), mine.params["unet"], lora)
+    lora, rng = LoRAConfig(rank=3, alpha=6.0, targets=mine.family.lora_targets), np.random.default_rng(6)
+    adapters = init_lora(jax.random.key(0), mine.trainable, lora)
     adapters = jax.tree.map(lambda x: rng.normal(scale=0.2, size=x.shape).astype(np.float32), adapters)
     write_adapter(tmp_path / "adapter", adapters, lora, str(folder))
     pipe = diffusers.TextToVideoSDPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet = peft.PeftModel.from_pretrained(pipe.unet, tmp_path / "adapter")
-    merged = merge_lora(mine.params["unet"], adapters, lora.scale)
-    tuned = dataclasses.replace(mine, params={**mine.params, "unet": merged})
+    merged = merge_lora(mine.trainable, adapters, lora.scale)
+    tuned = mine.with_trainable(merged)
     frames = our_frames(tuned, None)
     assert_same_video(frames, torch_video(pipe, folder, "DDIMScheduler"))
     assert np.abs(frames - our_frames(mine, None)).max() > 0.01  # the adapter is in it

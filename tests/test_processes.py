@@ -66,6 +66,7 @@ def alone(job, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_four_go_on_to_what_one_process_makes(job, alone, tmp_path):
     workdir = tmp_path / "run"
     # Weights cut over both processes to update and to score, and gathered from both to sample.

@@ -16,16 +16,16 @@ from vpo_jax.shapes import world
 
 
 @pytest.fixture(scope="module")
-def clips():
+def rendered():
     indices = world.caption_indices("held_out")[:3]
-    frames = world.render_clips(jax.random.key(0), indices, 0.0).frames
+    frames = world.render_videos(jax.random.key(0), indices, 0.0).frames
     captions = [world.make_caption(world.ALL_ATTRIBUTES[index]) for index in indices]
     return np.asarray(world.to_uint8(frames)), captions
 
 
 @pytest.fixture
-def folder(clips, tmp_path):
-    videos, captions = clips
+def folder(rendered, tmp_path):
+    videos, captions = rendered
     for i, video in enumerate(videos):
         np.save(tmp_path / f"{i}.npy", video)
     (tmp_path / "prompts.txt").write_text("\n".join(captions), encoding="utf-8")
@@ -38,23 +38,23 @@ def run(*argv: str) -> int:
     return int(caught.value.code)
 
 
-def test_scores_of_files_are_those_of_the_arrays(clips, folder):
+def test_scores_of_files_are_those_of_the_arrays(rendered, folder):
     arguments = ("--scorer=judge", f"--videos={folder}/*.npy", f"--prompts={folder}/prompts.txt")
     assert run(*arguments, f"--output={folder}/scores.json") == 0
     rows = json.loads((folder / "scores.json").read_text())
-    expected = load_scorer("judge")(*clips)
+    expected = load_scorer("judge")(*rendered)
     assert [row["video"] for row in rows] == [f"{folder}/{i}.npy" for i in range(3)]
     for name, values in expected.items():
         np.testing.assert_allclose([row[name] for row in rows], values, rtol=1e-6)
 
 
-def test_enlarged_clips_score_as_they_were_with_every_pixel(clips, folder):
-    write_webp(folder / "large" / "0.webp", clips[0][0])
-    (folder / "one.txt").write_text(clips[1][0])
+def test_enlarged_videos_score_as_they_were_with_every_pixel(rendered, folder):
+    write_webp(folder / "large" / "0.webp", rendered[0][0])
+    (folder / "one.txt").write_text(rendered[1][0])
     arguments = ("--scorer=judge", f"--videos={folder}/large/*", f"--prompts={folder}/one.txt")
     assert run(*arguments, f"--output={folder}/scores.csv", "--every_pixel=4") == 0
     (row,) = csv.DictReader((folder / "scores.csv").open())
-    assert float(row["overall"]) == pytest.approx(load_scorer("judge")(clips[0][:1], clips[1][:1])["overall"][0])
+    assert float(row["overall"]) == pytest.approx(load_scorer("judge")(rendered[0][:1], rendered[1][:1])["overall"][0])
 
 
 def test_jsonl_has_a_line_a_video(folder):

@@ -49,6 +49,7 @@ def _assert_same(killed, whole):
     assert [without_time(line) for line in lines(killed)] == [without_time(line) for line in lines(whole)]
 
 
+@pytest.mark.slow
 def test_after_three_sigkills_at_random_moments_the_run_ends_bitwise_as_if_uninterrupted(finished, job, tmp_path):
     _ends_as_if_nothing_had_been(job, tmp_path, kills=3, seed=20261123)
 

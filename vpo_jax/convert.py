@@ -1,22 +1,23 @@
-"""A run's checkpoint becomes a diffusers folder or a PEFT adapter folder; VideoCrafter2's file a diffusers folder.
+"""A run's checkpoint becomes a diffusers folder or a PEFT adapter folder; another format's file a diffusers folder.
 
 python -m vpo_jax.convert --workdir=DIR [--step=N] [--weights=ema|policy] --output=DIR [--lora_only] [--dtype=float32]
-python -m vpo_jax.convert --from_videocrafter=model.safetensors [--base=DIR] --output=DIR [--dtype=float32]
+python -m vpo_jax.convert --from_FORMAT=model.safetensors [--base=DIR] --output=DIR [--dtype=float32]
 """
 
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vpo_jax.checkpoints.folders import COMPONENTS, PipelineParts, beyond_diffusers, read_pipeline, write_pipeline
+from vpo_jax.checkpoints.folders import Configs, PipelineParts, write_pipeline
 from vpo_jax.checkpoints.orbax_store import CheckpointStore
 from vpo_jax.checkpoints.peft import write_adapter
-from vpo_jax.checkpoints.videocrafter import read_videocrafter
+from vpo_jax.families.protocol import Family, Importer
+from vpo_jax.families.table import FAMILIES, family_of_parts, read_pipeline
 from vpo_jax.pipeline import DTYPES, SHIPPED, load_pipeline
 from vpo_jax.report.card import ModelCard, licence_of, read_scores, write_card
 from vpo_jax.runtime import cli
@@ -31,22 +32,28 @@ def main(argv: Sequence[str]) -> None:
     parser = cli.Parser("vpo_jax.convert", (__doc__ or "").partition("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", help="directory of the run, also gs://BUCKET/FOLDER")
-    source.add_argument("--from_videocrafter", metavar="FILE", help="VideoCrafter2's checkpoint as safetensors")
+    importers = {name: importer for family in FAMILIES.values() for name, importer in family.importers.items()}
+    for name, importer in importers.items():
+        source.add_argument(f"--from_{name}", metavar="FILE", help=importer.what)
     parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
     parser.add_argument("--weights", choices=("ema", "policy"), default=None, help="default: ema where the run has it")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--lora_only", action="store_true", help="write a PEFT adapter folder")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the tensors that are written")
-    parser.add_argument("--base", default="", help="diffusers folder with what VideoCrafter2's file lacks: a tokenizer")
+    parser.add_argument("--base", default="", help="diffusers folder with what --from_FORMAT's file lacks: a tokenizer")
     flags = parser.parse(argv)
-    if flags.from_videocrafter:
-        _refuse(flags, ("step", "weights", "lora_only"), "--from_videocrafter")
-        parts, absent = convert_videocrafter(flags.from_videocrafter, flags.output, flags.base, flags.dtype)
-        print(f"{flags.output}: {', '.join(parts.params)} of {flags.from_videocrafter}")
+    for name, importer in importers.items():
+        file = getattr(flags, f"from_{name}")
+        if not file:
+            continue
+        _refuse(flags, ("step", "weights", "lora_only"), f"--from_{name}")
+        parts, absent = convert_file(importer, file, flags.output, flags.base, flags.dtype)
+        print(f"{flags.output}: {', '.join(parts.params)} of {file}")
         if absent:
             print(f"not in the file, copy from another model (or give --base=DIR): {', '.join(absent)}")
             return
-        _print_lines(loading_lines(str(Path(flags.output).resolve()), flags.dtype), parts.configs)
+        read = family_of_parts(parts)
+        _print_lines(read.loading_lines(str(Path(flags.output).resolve()), flags.dtype), read, parts.configs)
         return
     _refuse(flags, ("base",), "--workdir")
     if flags.lora_only and flags.dtype != "float32":
@@ -55,17 +62,19 @@ def main(argv: Sequence[str]) -> None:
     print(f"{flags.output}: the {made.weights} weights of step {made.step}")
     output = str(Path(flags.output).resolve())
     base = str(SHIPPED.get(made.base, made.base))  # diffusers knows no name of ours
-    lines = adapter_lines(output, base) if flags.lora_only else loading_lines(output, flags.dtype)
-    _print_lines(lines, made.configs)
+    family = made.family
+    lines = family.adapter_lines(output, base) if flags.lora_only else family.loading_lines(output, flags.dtype)
+    _print_lines(lines, family, made.configs)
 
 
 class Converted(NamedTuple):
-    """A checkpoint that was written: its step, which weights, the base model's path and the configs of its parts."""
+    """A checkpoint that was written: its step, which weights, the base model's path, family and configs."""
 
     step: int
     weights: str
     base: str
-    configs: Mapping[str, Mapping[str, Any]]
+    family: Family
+    configs: Configs
 
 
 def convert(
@@ -92,45 +101,52 @@ def convert(
     step, state, _ = store.read(step, parts=[weights])
     adapters = state[weights]
     pipeline = load_pipeline(config.model.path)
-    policy = make_policy(config, pipeline.unet, pipeline.params["unet"], adapters)
+    policy = make_policy(config, pipeline.family, pipeline.trainable, adapters)
     if weights == "ema":
-        adapters = policy.extrapolated(policy.start, adapters, config.ema.extrapolation)
+        adapters = policy.extrapolated(policy.initial, adapters, config.ema.extrapolation)
     if lora_only:
         assert policy.lora is not None
         write_adapter(output, adapters, policy.lora, config.model.path)
     else:
-        unet = policy.merged(pipeline.params["unet"], adapters)
-        tuned = dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
-        tuned.save_pretrained(output, dict.fromkeys(COMPONENTS, dtype))
-    write_card(output, model_card(config, workdir, step, weights, lora_only, dtype))
-    return Converted(step, weights, config.model.path, pipeline.configs)
+        tuned = pipeline.with_trainable(policy.merged(pipeline.trainable, adapters))
+        tuned.save_pretrained(output, dict.fromkeys(pipeline.params, dtype))
+    write_card(output, model_card(config, pipeline.family, workdir, step, weights, lora_only, dtype))
+    return Converted(step, weights, config.model.path, pipeline.family, pipeline.configs)
 
 
 def model_card(
-    config: ConfigDict, workdir: str | Path, step: int, weights: str, lora_only: bool = False, dtype: str = "float32"
+    config: ConfigDict,
+    family: Family,
+    workdir: str | Path,
+    step: int,
+    weights: str,
+    lora_only: bool = False,
+    dtype: str = "float32",
 ) -> ModelCard:
-    """The card of an export; with scores where the run has compared just these weights with their start."""
-    base = config.model.path
+    """The card of an export; with scores where the run has compared just these weights with the initial ones."""
+    base, folder = config.model.path, "THIS_FOLDER"
+    loading = family.adapter_lines(folder, base) if lora_only else family.loading_lines(folder, dtype)
     last = step == config.train.steps and weights == ("ema" if config.ema.decay > 0 else "policy")
     return ModelCard(
         base=base,
         licence=licence_of(base),
         step=step,
         weights=weights,
-        loading=adapter_lines("THIS_FOLDER", base) if lora_only else loading_lines("THIS_FOLDER", dtype),
+        loading=loading,
         config=dict(cli.flatten_config(config)),
         scores=read_scores(workdir) if last else [],
         is_adapter=lora_only,
     )
 
 
-def convert_videocrafter(
-    file: str | Path, output: str | Path, base: str | Path = "", dtype: str = "float32"
+def convert_file(
+    importer: Importer, file: str | Path, output: str | Path, base: str | Path = "", dtype: str = "float32"
 ) -> tuple[PipelineParts, list[str]]:
-    """Writes VideoCrafter2's `file` to `output` in `dtype`; returns what was written and which parts it lacks.
+    """Writes a `file` of another format to `output` in `dtype`; returns what was written and which parts it lacks.
 
     Args:
-      file: safetensors in the lvdm layout.
+      importer: of the format.
+      file: safetensors in its layout.
       output: folder to write.
       base: diffusers folder whose tokenizer, and whose autoencoder and text encoder where the file has none, go in.
       dtype: of the tensors written.
@@ -138,7 +154,7 @@ def convert_videocrafter(
     Raises:
       UserError: another layout, a broken file, or `output` cannot be written.
     """
-    parts = read_videocrafter(file)
+    parts = importer.read(Path(file))
     if base:
         given = read_pipeline(base)
         parts = dataclasses.replace(
@@ -147,8 +163,8 @@ def convert_videocrafter(
             params={**given.params, **parts.params},
             tokenizer=given.tokenizer,
         )
-    write_pipeline(output, parts, dict.fromkeys(COMPONENTS, dtype))
-    absent = [name for name in COMPONENTS if name not in parts.params]
+    write_pipeline(output, parts, dict.fromkeys(parts.layout.components, dtype))
+    absent = [name for name in parts.layout.components if name not in parts.params]
     return parts, absent + (["tokenizer"] if parts.tokenizer is None else [])
 
 
@@ -165,28 +181,9 @@ def read_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def loading_lines(output: str, dtype: str = "float32") -> list[str]:
-    """Lines of Python that load a folder of `dtype` in diffusers."""
-    if dtype == "float32":
-        load = f"pipe = TextToVideoSDPipeline.from_pretrained({output!r})"
-        return ["from diffusers import TextToVideoSDPipeline", load]
-    # Without it diffusers widens the denoiser and transformers does not widen the text encoder.
-    load = f"pipe = TextToVideoSDPipeline.from_pretrained({output!r}, torch_dtype=torch.{dtype})"
-    return ["import torch; from diffusers import TextToVideoSDPipeline", load]
-
-
-def adapter_lines(output: str, base: str) -> list[str]:
-    """Lines of Python that put an adapter folder on its base model in diffusers."""
-    return [
-        "from diffusers import TextToVideoSDPipeline; from peft import PeftModel",
-        f"pipe = TextToVideoSDPipeline.from_pretrained({base!r})",
-        f"pipe.unet = PeftModel.from_pretrained(pipe.unet, {output!r})",
-    ]
-
-
-def _print_lines(lines: Sequence[str], configs: Mapping[str, Mapping[str, Any]]) -> None:
+def _print_lines(lines: Sequence[str], family: Family | type[Family], configs: Configs) -> None:
     print("\n".join(f"    {line}" for line in lines))
-    if missing := beyond_diffusers(configs):
+    if missing := family.beyond_diffusers(configs):
         print(f"diffusers has no {' and no '.join(missing)}: its videos are others; vpo_jax.load_pipeline has them")
 
 

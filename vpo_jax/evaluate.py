@@ -1,4 +1,4 @@
-"""Base against tuned: same prompts, same seeds, every judge; a table, a report and the clips.
+"""Base against tuned: same prompts, same seeds, every scorer; a table, a report and the videos.
 
 python -m vpo_jax.evaluate --base=DIR --tuned=DIR [--prompts=FILE] [--scorers=a,b] --output=DIR
 """
@@ -13,11 +13,12 @@ from typing import Any
 from rich.console import Console
 
 from vpo_jax.data.prompts import load_prompts
-from vpo_jax.evaluation.clips import write_clips
 from vpo_jax.evaluation.compare import Sampling, compare, table, write_json
-from vpo_jax.pipeline import load_pipeline
+from vpo_jax.evaluation.videos import write_videos
+from vpo_jax.pipeline import Pipeline, load_pipeline
 from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
+from vpo_jax.rewards.protocol import Reward
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.errors import UserError
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     keep_freed_memory()
     console = Console()
     prompts = load_prompts(flags.prompts, "--prompts")
-    # The judge reads captions of the embedded world only.
+    # The analytic judge reads captions of the embedded world only.
     scorers = flags.scorers or ("shapes,judge" if flags.prompts.startswith("shapes:") else "shapes")
     rewards = load_rewards(scorers, field="--scorers")
     if not rewards:
@@ -58,10 +59,10 @@ def main(argv: Sequence[str]) -> None:
             sampling,
             roles_of(flags.tuned, rewards, scorers),
             keep=flags.keep,
-            progress=lambda what, done, total: status.update(f"{what}: {done} of {total} clips"),
+            progress=lambda what, done, total: status.update(f"{what}: {done} of {total} videos"),
         )
     write_json(output / "evaluation.json", comparison)
-    write_clips(output / "videos", comparison)
+    write_videos(output / "videos", comparison)
     write_report(output / "report.html", comparison, title=f"{Path(flags.tuned).name} against {Path(flags.base).name}")
     console.print(table(comparison))
     console.print(f"look at  {output / 'report.html'}", soft_wrap=True, highlight=False)
@@ -78,10 +79,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, help="folder for evaluation.json, report.html and videos/")
     parser.add_argument("--limit", type=int, default=None, help="first so many prompts (default: all)")
-    parser.add_argument("--samples", type=int, default=1, help="clips a prompt (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1, help="videos a prompt (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default: %(default)s)")
-    parser.add_argument("--keep", type=int, default=8, help="clips to keep and show (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="clips at a time (default: %(default)s)")
+    parser.add_argument("--keep", type=int, default=8, help="videos to keep and show (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="videos at a time (default: %(default)s)")
     for name in FROM_BASE:
         kind = float if name == "guidance_scale" else int
         parser.add_argument(f"--{name}", type=kind, default=None, help="default: what the base model was made for")
@@ -102,7 +103,7 @@ def check(flags: argparse.Namespace) -> None:
         raise UserError(f"--seed: {flags.seed} must be 0 or more and fit in 63 bits")
 
 
-def chosen(flags: argparse.Namespace, base: Any, name: str) -> Any:
+def chosen(flags: argparse.Namespace, base: Pipeline, name: str) -> Any:
     """A flag, or else what the base model was made for: never the tuned one's, so that both are sampled alike."""
     given = getattr(flags, name)
     return base.defaults.get(name) if given is None else given
@@ -120,7 +121,7 @@ def folder_for(path: str) -> Path:
     return folder
 
 
-def roles_of(tuned: str, rewards: Sequence[Any], scorers: str = "") -> dict[str, str]:
+def roles_of(tuned: str, rewards: Sequence[Reward], scorers: str = "") -> dict[str, str]:
     """What each scorer had to do with the tuned model, where it is the export of a run with its config beside it.
 
     `scorers` names the rewards, in their order: an object of one's own may have another name than its module says.
@@ -128,11 +129,11 @@ def roles_of(tuned: str, rewards: Sequence[Any], scorers: str = "") -> dict[str,
     roles = {reward.name: "held out" for reward in rewards if not reward.trains}
     try:
         config = json.loads((Path(tuned).resolve().parent / "config.json").read_text(encoding="utf-8"))
-        trained, judged = config["reward"]["scorers"], config["held_out"]["scorers"]
-        steering = config["eval"]["every"] > 0
+        trained, held_out = config["reward"]["scorers"], config["held_out"]["scorers"]
+        selecting = config["eval"]["every"] > 0
     except (OSError, ValueError, KeyError, TypeError):
         return roles
-    of_run = dict.fromkeys(_names(judged, config), "steered" if steering else "held out")
+    of_run = dict.fromkeys(_names(held_out, config), "used for selection" if selecting else "held out")
     of_run |= dict.fromkeys(_names(trained, config), "trained")
     given = [name.strip() for name in scorers.split(",") if name.strip()] or [reward.name for reward in rewards]
     found = {

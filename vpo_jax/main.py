@@ -3,7 +3,6 @@
 python -m vpo_jax.main --config=configs/vpo.py[:PRESET] [--config.a.b=c] [--workdir=DIR]
 """
 
-import dataclasses
 import gc
 import sys
 from collections.abc import Sequence
@@ -13,11 +12,11 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from vpo_jax.checkpoints.folders import beyond_diffusers
 from vpo_jax.convert import model_card
 from vpo_jax.data.prompts import load_prompts, set_apart
-from vpo_jax.evaluation.clips import write_clips
 from vpo_jax.evaluation.compare import Comparison, Sampling, compare, table, write_json
+from vpo_jax.evaluation.videos import write_videos
+from vpo_jax.families.protocol import Family
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.report.card import write_card
 from vpo_jax.report.page import write_report
@@ -33,6 +32,7 @@ from vpo_jax.runtime.workdir import Workdir, completed_steps, open_workdir
 from vpo_jax.training.check import check, check_inputs, check_meshes
 from vpo_jax.training.policy import read_start
 from vpo_jax.training.run import Alarmed, NonFinite
+from vpo_jax.training.summary import describe_end, describe_start
 from vpo_jax.training.train import train
 
 CONFIG = "configs/vpo.py"
@@ -79,7 +79,6 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
         print(f"warning: {idle}", file=sys.stderr)
     meshes = make_meshes(config.mesh, config.reward.devices)
     check_meshes(config, meshes)
-    console.print(f"on {meshes.update.size} x {meshes.update.devices.flat[0].device_kind}", highlight=False)
     prompts = load_prompts(config.data.prompts, "data.prompts")
     if config.data.held_out:
         held_out_prompts = load_prompts(config.data.held_out, "data.held_out")
@@ -88,9 +87,13 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     rewards = load_rewards(config.reward.scorers, training=True, settings=config.reward)
     judges = load_rewards(config.held_out.scorers, settings=config.reward)
     pipeline = load_pipeline(config.model.path)
-    check_inputs(config, pipeline, rewards, judges)
-    adapters = read_start(config, pipeline.params["unet"])
+    policy = check_inputs(config, pipeline, rewards, judges, meshes)
+    adapters = read_start(config, pipeline.family, pipeline.trainable)
     with open_workdir(workdir, config.to_dict()) as opened, catch_signals() as stop:
+        said = describe_start(
+            config, pipeline, policy, rewards, judges, meshes, prompts, held_out_prompts, opened.report
+        )
+        console.print(said, soft_wrap=True, highlight=False, markup=False)
         result = train(
             config,
             pipeline,
@@ -99,7 +102,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
             meshes=meshes,
             prompts=prompts,
             tuning_prompts=tuning_prompts(config, prompts),
-            # A judge that may not train may not steer either: it sees the result only.
+            # A scorer that may not train may not be used for selection either: it scores the result only.
             held_out=[judge for judge in judges if judge.trains],
             initial=adapters,
             stop=stop,
@@ -107,15 +110,14 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
         tuned = result.pipeline
         if adapters is not None:
             # What the run is compared with is what it started from.
-            start = result.policy.merged(pipeline.params["unet"], adapters)
-            pipeline = dataclasses.replace(pipeline, params={**pipeline.params, "unet": start})
+            pipeline = pipeline.with_trainable(result.policy.merged(pipeline.trainable, adapters))
         del result  # and with it what training kept on the devices, some of it in circles
         gc.collect()
         return finish(config, opened, pipeline, tuned, held_out_prompts, rewards, judges, stop, console)
 
 
 def tuning_prompts(config: Any, prompts: Sequence[str]) -> Sequence[str]:
-    """What the looks of a run are made on: never the prompts that the result is reported on."""
+    """Prompts of the evaluations during a run: never those that the result is reported on."""
     if not config.eval.every:
         return ()
     if config.data.prompts.startswith("shapes:"):
@@ -156,8 +158,8 @@ def finish(
     )
     roles = {reward.name: "trained" for reward in rewards}
     for judge in judges:
-        steers = judge.trains and config.eval.every > 0
-        roles.setdefault(judge.name, "steered" if steers else "held out")
+        selects = judge.trains and config.eval.every > 0
+        roles.setdefault(judge.name, "used for selection" if selects else "held out")
     scorers = list({scorer.name: scorer for scorer in (*rewards, *judges)}.values())
     with console.status("comparing base and tuned") as status:
 
@@ -175,13 +177,18 @@ def finish(
                 f" python -m vpo_jax.evaluate --base={config.model.path} --tuned={workdir.export} --batch=1 compares"
                 f" where there is more of it"
             ) from error
-    main_first(lambda: write_result(config, workdir, comparison))
+    main_first(lambda: write_result(config, workdir, comparison, tuned.family))
     console.print(table(comparison))
+    videos = config.train.prompts_per_step * rollout.candidates
+    console.print(describe_end(read_metrics(workdir.path), videos), soft_wrap=True, highlight=False, markup=False)
     console.print(f"look at  {workdir.report}", soft_wrap=True, highlight=False)
     console.print("load it:\n", soft_wrap=True, highlight=False)
-    for line in loading_lines(workdir.export, comparison):
+    keys = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")
+    settings = {key: comparison.settings[key] for key in keys}
+    export = str(workdir.export.resolve())
+    for line in tuned.family.loading_lines(export, prompt=comparison.prompts[0], settings=settings):
         console.print(f"    {line}", soft_wrap=True, highlight=False, markup=False)
-    if missing := beyond_diffusers(tuned.configs):
+    if missing := tuned.family.beyond_diffusers(tuned.configs):
         console.print(f"diffusers has no {' and no '.join(missing)}: its videos are others", soft_wrap=True)
     main_first(lambda: workdir.complete(config.train.steps))
     return comparison
@@ -192,25 +199,13 @@ def clips_at_a_time(microbatch: int) -> int:
     return max(1, microbatch * jax.local_device_count() // jax.device_count()) if microbatch else Sampling.batch
 
 
-def write_result(config: Any, workdir: Workdir, comparison: Comparison) -> None:
+def write_result(config: Any, workdir: Workdir, comparison: Comparison, family: Family) -> None:
     """evaluation.json, the export's card, the videos and the page."""
     write_json(workdir.path / "evaluation.json", comparison)
     weights = "ema" if config.ema.decay > 0 else "policy"
-    write_card(workdir.export, model_card(config, workdir.path, config.train.steps, weights))
-    write_clips(workdir.samples / "final", comparison)
+    write_card(workdir.export, model_card(config, family, workdir.path, config.train.steps, weights))
+    write_videos(workdir.samples / "final", comparison)
     write_report(workdir.report, comparison, read_metrics(workdir.path), workdir.config)
-
-
-def loading_lines(export: Path, comparison: Comparison) -> list[str]:
-    """Three lines of Python that load the export in diffusers and make a video."""
-    settings = comparison.settings
-    keys = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")
-    chosen = "".join(f", {key}={settings[key]}" for key in keys)
-    return [
-        "from diffusers import TextToVideoSDPipeline",
-        f"pipe = TextToVideoSDPipeline.from_pretrained({str(export.resolve())!r})",
-        f"video = pipe({comparison.prompts[0]!r}{chosen}).frames",
-    ]
 
 
 def command(argv: Sequence[str]) -> None:

@@ -1,151 +1,111 @@
-"""Text encoder, denoiser, autoencoder and schedule of a text-to-video model as the one object that people hold."""
+"""A model family with its parameters, configs and tokenizer as the one object that people hold."""
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from vpo_jax.checkpoints.folders import PipelineParts, Place, read_pipeline, write_pipeline
-from vpo_jax.diffusion.guidance import guide
+from vpo_jax.checkpoints.folders import PipelineParts, Place, write_pipeline
+from vpo_jax.diffusion.guidance import guided
+from vpo_jax.diffusion.process import Process
 from vpo_jax.diffusion.samplers import make_sampler, sample
-from vpo_jax.diffusion.schedules import Schedule, make_schedule
-from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
+from vpo_jax.families.protocol import Family
+from vpo_jax.families.table import family_of_parts, read_pipeline
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import BATCH, CLIPS, constrain
+from vpo_jax.runtime.mesh import VIDEO, constrain, infer_shardings
 
 Tree = Any
 
 SHIPPED = {"shapes": Path(__file__).parent / "shapes" / "assets" / "base"}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-_NUM_FRAMES = 16  # diffusers' TextToVideoSDPipeline, where nothing else is said
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-    """A text-to-video model: linen modules, their parameters, a tokenizer and the schedule's config.
+    """A text-to-video model; calling it samples videos.
 
-    The small methods are pure and take the parameters, for use under `jax.jit`; calling the object samples videos
-    with the parameters that it holds. To use other weights, `dataclasses.replace(pipeline, params=...)`.
+    Pure functions of parameters, for use under `jax.jit`, are the family's. To use other weights,
+    `with_trainable(tree)`, or `dataclasses.replace(pipeline, params=...)`.
 
     Attributes:
-      unet: denoiser.
-      vae: autoencoder of frames.
-      text_encoder: CLIP text model.
-      params: {"unet", "vae", "text_encoder"}: parameter trees.
-      configs: parsed JSON of the parts: "unet", "vae", "text_encoder", "scheduler".
-      tokenizer: transformers' CLIPTokenizer.
+      family: the model's modules and what is known of its kind.
+      params: parameter trees by component.
+      configs: parsed JSON of every component and of "scheduler".
+      tokenizer: what `family.tokenize` takes.
       defaults: of vpo_jax.json: num_frames, height, width, guidance_scale, num_inference_steps; may be {}.
     """
 
-    unet: UNet3DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
+    family: Family
     params: Mapping[str, Tree]
     configs: Mapping[str, Mapping[str, Any]]
     tokenizer: Any
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def trainable(self) -> Tree:
+        """The parameters that training changes."""
+        return self.family.trainable(self.params)
+
+    def with_trainable(self, tree: Tree) -> "Pipeline":
+        """The same pipeline with `tree` in the place of `trainable`."""
+        return dataclasses.replace(self, params=self.family.with_trainable(self.params, tree))
+
+    @property
+    def text_params(self) -> Tree:
+        """What `family.encode_text` reads."""
+        return self.family.text_params(self.params)
+
+    @property
+    def decoder_params(self) -> Tree:
+        """What `family.decode` reads."""
+        return self.family.decoder_params(self.params)
+
+    @property
     def scheduler_config(self) -> Mapping[str, Any]:
         """scheduler_config.json of the checkpoint."""
-        return self.configs["scheduler"]
+        return self.family.scheduler_config
 
     @property
-    def schedule(self) -> Schedule:
-        """The noise schedule that the checkpoint was trained with."""
-        return make_schedule(self.scheduler_config)
-
-    # TEMPORARY
-    @property
-    def family(self): return self
-    @property
-    def sharding_rules(self):
-        from vpo_jax.runtime.mesh import PARAMETER_RULES
-        return PARAMETER_RULES
-    @property
-    def process(self): return self.schedule
-    @property
-    def trainable(self): return self.params["unet"]
-    def with_trainable(self, tree): return dataclasses.replace(self, params={**self.params, "unet": tree})
-    @property
-    def text_length(self): return self.text_encoder.config.max_position_embeddings
+    def process(self) -> Process:
+        """The noise process that the checkpoint was trained with."""
+        return self.family.process
 
     # Sizes.
 
     def video_size(
         self, num_frames: int | None = None, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int]:
-        """(frames, height, width) with what is left out (None or 0) taken from vpo_jax.json, else from sample_size.
+        """(frames, height, width); what is left out (None or 0) is vpo_jax.json's, else the family's.
 
         Raises:
           UserError: a size that the autoencoder cannot make.
         """
-        factor = self.vae.config.scale_factor
-        side = self.unet.config.sample_size
-        sides = (side, side) if side is None or isinstance(side, int) else side
-        size = {"num_frames": num_frames, "height": height, "width": width}
-        trained = {"num_frames": _NUM_FRAMES, "height": (sides[0] or 0) * factor, "width": (sides[1] or 0) * factor}
-        for name, value in size.items():
-            unit = 1 if name == "num_frames" else factor
-            value = value or self.defaults.get(name) or trained[name]
-            if not value:
-                raise UserError(f"{name}: the checkpoint names no size; give one (rollout.{name})")
-            if value < 1 or value % unit:
-                raise UserError(f"{name}: {value} is not a positive multiple of {unit}, a latent's size in pixels")
-            size[name] = value
-        return size["num_frames"], size["height"], size["width"]  # type: ignore[return-value]
+        given = {"num_frames": num_frames, "height": height, "width": width}
+        return self.family.video_size(**{name: value or self.defaults.get(name) for name, value in given.items()})
 
     def latent_shape(
         self, num_frames: int | None = None, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int, int]:
-        """(F, h, w, C) of one video's latents."""
-        frames, height, width = self.video_size(num_frames, height, width)
-        factor = self.vae.config.scale_factor
-        return frames, height // factor, width // factor, self.unet.config.in_channels
+        """(f, h, w, C) of one video's latents."""
+        return self.family.latent_shape(*self.video_size(num_frames, height, width))
 
-    def on_device(self, shardings: Any = None) -> "Pipeline":
-        """The same pipeline with its parameters on the device already: each call would copy them from the host.
+    def on_mesh(self, mesh: Mesh) -> "Pipeline":
+        """The same pipeline with its parameters on a mesh, by the family's rules: each call would copy them there.
 
-        With `shardings`, one or a tree of them, on a mesh, and under `jax.set_mesh`, a call cuts its batches over it.
+        Under `jax.set_mesh(mesh)`, a call shards its batches over the mesh.
         """
+        shardings = infer_shardings(self.params, mesh, self.family.sharding_rules)
         return dataclasses.replace(self, params=jax.device_put(self.params, shardings))
 
-    # Pure parts.
-
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
-        """Token ids int32 [B, L], padded and cut to the tokenizer's length."""
-        length = self.tokenizer.model_max_length
-        batch = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length)
-        return np.asarray(batch["input_ids"], np.int32)
-
-    def encode_text(self, params: Tree, ids: jax.Array) -> jax.Array:
-        """Last hidden states [B, L, D] of token ids [B, L]."""
-        text: Any = self.text_encoder.apply({"params": params}, ids)
-        return text
-
-    def denoise(self, variables: Tree, latents: jax.Array, timesteps: jax.Array, text: jax.Array) -> jax.Array:
-        """Prediction float32 [B, F, h, w, C]; variables = {"params": ..., "lora": ... or absent}."""
-        prediction: Any = self.unet.apply(variables, latents, timesteps, text)
-        return prediction
-
-    def decode(self, params: Tree, latents: jax.Array, frame_indices: Sequence[int] | None = None) -> jax.Array:
-        """Frames float32 [B, f, H, W, 3] in [0, 1] of latents [B, F, h, w, C]; only those of `frame_indices`."""
-        if frame_indices is not None and tuple(frame_indices) != tuple(range(latents.shape[1])):
-            latents = latents[:, np.asarray(frame_indices)]
-        batch, frames = latents.shape[:2]
-        flat = constrain(latents.reshape(batch * frames, *latents.shape[2:]), CLIPS) / self.vae.config.scaling_factor
-        images: Any = self.vae.apply({"params": params}, flat, method=AutoencoderKL.decode)
-        images = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
-        return images.reshape(batch, frames, *images.shape[1:])
+        """Token ids int32 [B, L], padded and truncated to the family's length."""
+        return self.family.tokenize(self.tokenizer, prompts)
 
     @staticmethod
     def to_uint8(frames: jax.Array) -> jax.Array:
@@ -174,15 +134,15 @@ class Pipeline:
 
         Args:
           prompts: B of them, or one.
-          num_frames: left out: vpo_jax.json's, else 16.
-          height: pixels; left out: vpo_jax.json's, else sample_size times the autoencoder's factor.
+          num_frames: left out: vpo_jax.json's, else the family's.
+          height: pixels; left out: vpo_jax.json's, else the family's.
           width: as height.
           num_inference_steps: denoising steps.
           guidance_scale: classifier-free guidance; 1 or less switches it off. Left out: vpo_jax.json's, else 7.5.
           negative_prompt: what guidance leads away from: one, or one a prompt.
           sampler: a diffusers scheduler's name; None takes the checkpoint's own.
           seed: the initial latents of prompt i are normal(fold_in(key(seed), i)).
-          latents: initial latents [B, F, h, w, C], unit Gaussian, in place of the seed's.
+          latents: initial latents [B, f, h, w, C], unit Gaussian, in place of the seed's.
           eta: DDIM's share of fresh noise in a step.
           batch_size: videos at a time; changes nothing but memory and time.
           guidance_rescale: share, to 1, of the conditional prediction's standard deviation that guidance keeps.
@@ -248,51 +208,32 @@ class Pipeline:
         self, steps: int, guidance_scale: float, name: str | None, eta: float, guidance_rescale: float
     ) -> Callable[..., jax.Array]:
         """The jitted (params, noise, ids, negative ids, keys) -> frames of these settings."""
-        return _compiled_sampler(
-            self.unet, self.vae, self.text_encoder, json.dumps(dict(self.scheduler_config), sort_keys=True),
-            steps, guidance_scale, name, eta, guidance_rescale,
-        )  # fmt: skip
+        return _compiled_sampler(self.family, steps, guidance_scale, name, eta, guidance_rescale)
 
     def save_pretrained(self, path: str | Path, dtypes: Mapping[str, str] | None = None) -> None:
-        """Writes a diffusers folder that `TextToVideoSDPipeline.from_pretrained` loads; see `write_pipeline`."""
-        parts = PipelineParts(self.configs, self.params, self.tokenizer, self.defaults)
+        """Writes a diffusers folder that the family's class there loads; see `write_pipeline`."""
+        parts = PipelineParts(self.family.layout, self.configs, self.params, self.tokenizer, self.defaults)
         write_pipeline(path, parts, dtypes)
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled_sampler(
-    unet: nn.Module,
-    vae: nn.Module,
-    text_encoder: nn.Module,
-    scheduler_config: str,
-    steps: int,
-    guidance_scale: float,
-    name: str | None,
-    eta: float,
-    guidance_rescale: float,
+    family: Family, steps: int, guidance_scale: float, name: str | None, eta: float, guidance_rescale: float
 ) -> Callable[..., jax.Array]:
-    """One program for all pipelines of the same modules and settings: base and tuned share it."""
-    config = json.loads(scheduler_config)
-    parts = Pipeline(unet, vae, text_encoder, {}, {"scheduler": config}, None)  # type: ignore[arg-type]
-    schedule = make_sampler(config, steps, name, eta)
+    """One program for all pipelines of equal families and settings: base and tuned share it."""
+    sampler = make_sampler(family.scheduler_config, steps, name, eta)
 
     def run(params: Tree, noise: jax.Array, ids: jax.Array, negative_ids: jax.Array, keys: jax.Array) -> jax.Array:
-        noise = constrain(noise, BATCH)
-        text = parts.encode_text(params["text_encoder"], ids)
-        variables = {"params": params["unet"]}
-        if guidance_scale <= 1.0:
-            denoise = lambda x, t: parts.denoise(variables, x, t, text)  # noqa: E731
-        else:
-            # Side by side, so that a device that holds a clip holds both of its predictions.
-            both = jnp.stack([parts.encode_text(params["text_encoder"], negative_ids), text], axis=1)
-            both = constrain(both.reshape(-1, *text.shape[1:]), BATCH)
-
-            def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-                twice = constrain(jnp.repeat(x, 2, axis=0), BATCH)
-                pair = parts.denoise(variables, twice, t, both).reshape(-1, 2, *x.shape[1:])
-                return guide(pair[:, 0], pair[:, 1], guidance_scale, guidance_rescale)
-
-        return parts.decode(params["vae"], sample(schedule, denoise, noise, keys))
+        noise = constrain(noise, VIDEO)
+        text = family.encode_text(family.text_params(params), ids)
+        negative = None
+        if guidance_scale > 1.0:
+            negative = family.encode_text(family.text_params(params), negative_ids)
+        variables = {"params": family.trainable(params)}
+        denoise = guided(
+            lambda x, t, text: family.denoise(variables, x, t, text), text, negative, guidance_scale, guidance_rescale
+        )
+        return family.decode(family.decoder_params(params), sample(sampler, denoise, noise, keys))
 
     return jax.jit(run)
 
@@ -320,12 +261,5 @@ def load_pipeline(path: str | Path, dtype: str = "float32", place: Place | None 
 
 def make_pipeline(parts: PipelineParts, dtype: Any = jnp.float32) -> Pipeline:
     """The pipeline of a folder's parts, computing in `dtype`."""
-    return Pipeline(
-        unet=UNet3DConditionModel(UNet3DConfig.from_dict(parts.configs["unet"]), dtype=dtype),
-        vae=AutoencoderKL(AutoencoderKLConfig.from_dict(parts.configs["vae"]), dtype=dtype),
-        text_encoder=CLIPTextModel(CLIPTextConfig.from_dict(parts.configs["text_encoder"]), dtype=dtype),
-        params=parts.params,
-        configs=parts.configs,
-        tokenizer=parts.tokenizer,
-        defaults=parts.defaults,
-    )
+    family = family_of_parts(parts).from_configs(parts.configs, dtype)
+    return Pipeline(family, parts.params, parts.configs, parts.tokenizer, parts.defaults)

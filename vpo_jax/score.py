@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from vpo_jax.data.prompts import load_prompts
-from vpo_jax.rewards.loading import Scorer, load_scorer
+from vpo_jax.rewards.loading import load_scorer
+from vpo_jax.rewards.scoring import Scorer
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.files import write_text_atomically
 from vpo_jax.runtime.video import read_video
 
 FORMATS = (".json", ".jsonl", ".csv")
@@ -67,24 +69,24 @@ def score_files(
 ) -> list[dict[str, Any]]:
     """{"video", "prompt", dimension: score or None} of each file, in order; neighbours of one size go together."""
     rows: list[dict[str, Any]] = [{"video": path, "prompt": text} for path, text in zip(paths, prompts, strict=True)]
-    waiting: list[np.ndarray] = []
+    pending: list[np.ndarray] = []
     first = 0
 
-    def score_waiting() -> None:
+    def score_pending() -> None:
         nonlocal first
-        last = first + len(waiting)
-        for name, values in scorer(np.stack(waiting), prompts[first:last]).items():
+        last = first + len(pending)
+        for name, values in scorer(np.stack(pending), prompts[first:last]).items():
             for row, value in zip(rows[first:last], values, strict=True):
                 row[name] = float(value) if np.isfinite(value) else None
-        waiting.clear()
+        pending.clear()
         first = last
 
     for path in paths:
         video = read_video(path)[:, ::every_pixel, ::every_pixel]
-        if waiting and (len(waiting) == BATCH or waiting[0].shape != video.shape):
-            score_waiting()
-        waiting.append(video)
-    score_waiting()
+        if pending and (len(pending) == BATCH or pending[0].shape != video.shape):
+            score_pending()
+        pending.append(video)
+    score_pending()
     return rows
 
 
@@ -100,10 +102,8 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
         content = json.dumps(list(rows), indent=1, ensure_ascii=False) + "\n"
-    whole = path.with_name(f".{path.name}.tmp")
     try:
-        whole.write_text(content, encoding="utf-8")
-        os.replace(whole, path)
+        write_text_atomically(path, content)
     except OSError as error:
         raise UserError(f"--output: {path} cannot be written: {error.strerror}; choose another") from error
 

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from vpo_jax.checkpoints.folders import PipelineParts, param_shapes, read_pipeline, write_pipeline
+from vpo_jax.checkpoints.folders import PipelineParts, write_pipeline
+from vpo_jax.families.table import read_pipeline
+from vpo_jax.families.text_to_video_sd.layout import LAYOUT, param_shapes
 
 CONFIGS = {
     "unet": {
@@ -76,7 +78,7 @@ def parts() -> PipelineParts:
         for name in ("unet", "vae", "text_encoder")
     }
     tokenizer = CLIPTokenizer(vocab=_byte_vocabulary(), merges=[], model_max_length=16)
-    return PipelineParts(CONFIGS, params, tokenizer, {"num_frames": 3, "guidance_scale": 2.0})
+    return PipelineParts(LAYOUT, CONFIGS, params, tokenizer, {"num_frames": 3, "guidance_scale": 2.0})
 
 
 @pytest.fixture(scope="session")

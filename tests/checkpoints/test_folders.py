@@ -13,7 +13,8 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from vpo_jax.checkpoints.folders import read_pipeline, write_pipeline
+from vpo_jax.checkpoints.folders import write_pipeline
+from vpo_jax.families.table import read_pipeline
 from vpo_jax.runtime.errors import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

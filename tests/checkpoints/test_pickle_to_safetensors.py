@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from vpo_jax.checkpoints.folders import read_pipeline
 from vpo_jax.checkpoints.safetensors_io import read_file, read_weights
+from vpo_jax.families.table import read_pipeline
 
 torch = pytest.importorskip("torch")
 

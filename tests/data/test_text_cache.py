@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from vpo_jax.data.text_cache import open_text_cache
+from vpo_jax.families.protocol import Text
 from vpo_jax.runtime.errors import UserError
 
 PARAMS = {"embedding": np.random.default_rng(0).normal(size=(128, 4)).astype(np.float32)}
@@ -64,3 +65,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "text").write_text("a file")
     with pytest.raises(UserError, match=r"data\.text_cache"):
         opened(tmp_path / "text")
+
+
+def test_an_encoding_may_be_a_tree_with_a_mask(tmp_path):
+    def encode(prompts):
+        ids = tokenize(prompts)
+        return Text(jnp.asarray(PARAMS["embedding"][ids], jnp.bfloat16), jnp.asarray(ids != ord(" ")))
+
+    cache = open_text_cache(tmp_path, PROMPTS, encode, PARAMS, tokenize, 3)
+    found, expected = cache(["moving left", ""]), encode(["moving left", ""])
+    assert isinstance(found, Text) and found.mask.dtype == bool and not found.mask[1].any()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

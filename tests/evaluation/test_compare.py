@@ -1,10 +1,6 @@
 import dataclasses
 import io
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,23 +8,23 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from vpo_jax.evaluation.clips import write_clips
+from tests.running import run_program
 from vpo_jax.evaluation.compare import (
     Sampling,
     compare,
     compare_scores,
     evaluate,
-    parts_to_cut,
-    score_videos,
+    shards_needed,
     table,
     write_json,
 )
+from vpo_jax.evaluation.videos import write_videos
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.video import read_video
 
 
 class FakePipeline:
-    """Clips made of their noise alone, so that a test can see which noise they got."""
+    """Videos made of their noise alone, so that a test can see which noise they got."""
 
     def __init__(self, gain: float = 1.0) -> None:
         self.gain = gain
@@ -36,7 +32,7 @@ class FakePipeline:
 
     params: Any = {}  # noqa: RUF012
 
-    def on_device(self, shardings=None):
+    def on_mesh(self, mesh):
         return self
 
     def latent_shape(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, ...]:
@@ -119,14 +115,14 @@ def test_a_judge_of_the_host_and_a_jitted_scorer_are_compared_alike():
 
 
 def test_every_scorer_has_the_role_it_was_given_and_motion_is_always_shown():
-    roles = {"fake": "trained", "other": "steered"}
+    roles = {"fake": "trained", "other": "used for selection"}
     rewards = [FakeReward("fake"), FakeReward("other"), FakeReward("third")]
     rows = compare(FakePipeline(), FakePipeline(2.0), PROMPTS, rewards, roles=roles).rows
     assert {row.scorer: row.role for row in rows} == roles | {"third": "unknown", "frames": "measured"}
     assert any(row.name == "frames/change" and row.tuned_mean > row.base_mean for row in rows)
 
 
-def test_kept_clips_are_the_first_prompts_first_samples():
+def test_kept_videos_are_the_first_prompts_first_samples():
     sampling = Sampling(samples=2, batch=4)
     result = compare(FakePipeline(), FakePipeline(), PROMPTS, [FakeReward()], sampling, keep=2)
     assert result.base_videos.shape == (2, 4, 3, 2, 3)
@@ -139,10 +135,10 @@ def test_no_prompts_are_refused():
         evaluate(FakePipeline(), [], [FakeReward()], Sampling())
 
 
-def test_score_videos_gives_one_number_a_video():
-    scores = score_videos([FakeReward()], np.zeros((3, 1, 4, 4, 3), np.uint8), ["a", "b c", ""])
-    np.testing.assert_array_equal(scores["fake/words"], [1, 2, 0])
-    np.testing.assert_array_equal(scores["frames/change"], [0, 0, 0])
+def test_every_video_gets_one_score_and_a_single_frame_has_no_change():
+    scores, _ = evaluate(FakePipeline(), ["a", "b c", ""], [FakeReward()], Sampling(num_frames=1))
+    np.testing.assert_array_equal(scores["fake/words"][:, 0], [1, 2, 0])
+    np.testing.assert_array_equal(scores["frames/change"][:, 0], [0, 0, 0])
 
 
 def test_the_table_fits_80_columns_and_shows_every_dimension():
@@ -185,51 +181,24 @@ def test_evaluation_json_is_strict_json_with_null_for_nan(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json"]
 
 
-def test_clips_are_written_as_mp4_and_webp(tmp_path):
+def test_videos_are_written_as_mp4_and_webp(tmp_path):
     result = compare(FakePipeline(), FakePipeline(2.0), PROMPTS, [FakeReward()], keep=1)
-    write_clips(tmp_path, result)
+    write_videos(tmp_path, result)
     names = ["base_0000.mp4", "base_0000.webp", "side_by_side.webp", "tuned_0000.mp4", "tuned_0000.webp"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     np.testing.assert_array_equal(read_video(tmp_path / "base_0000.webp")[:, ::64, ::64], result.base_videos[0])
 
 
 @pytest.mark.parametrize(
-    ("limit", "parts"), [(None, 1), (200, 1), (199, 2), (100, 2), (67, 3), (60, 6), (33, 6), (1, 6)]
+    ("limit", "shards"), [(None, 1), (200, 1), (199, 2), (100, 2), (67, 3), (60, 6), (33, 6), (1, 6)]
 )
-def test_weights_are_cut_only_as_far_as_half_a_device_s_memory_asks(limit, parts):
-    assert parts_to_cut(100, limit, 6) == parts
+def test_weights_are_sharded_only_as_far_as_half_a_device_s_memory_asks(limit, shards):
+    assert shards_needed(100, limit, 6) == shards
 
 
-FOUR = """
-import json, sys
-import jax, numpy as np
-from vpo_jax.evaluation import compare
-from vpo_jax.pipeline import load_pipeline
-from vpo_jax.rewards.loading import load_reward
-
-pipeline, reward = load_pipeline(sys.argv[1]), load_reward("shapes")
-prompts = ["a red circle moving left on a gray background", "two words", "", "a b c", "x"]
-sampling = compare.Sampling(num_frames=4, height=8, width=8, num_inference_steps=2, guidance_scale=2.0)
-found = []
-for parts in (1, 2):
-    compare.parts_to_cut = lambda *_: parts
-    mesh = compare.local_mesh(pipeline.params, [reward])
-    weights = jax.tree.leaves(compare.make_scorer(reward, mesh)._params)
-    cut = sum(not x.sharding.is_fully_replicated for x in weights)
-    found.append((dict(mesh.shape), cut, *compare.evaluate(pipeline, prompts, [reward], sampling, keep=5)))
-(plain, none, scores, videos), (mesh, cut, others, clips) = found
-print(json.dumps(dict(
-    meshes=[plain, mesh], cut=[none, cut], levels=int(np.abs(videos.astype(int) - clips).max()),
-    scores=max(float(np.abs(scores[name] - others[name]).max()) for name in scores),
-)))
-"""
-
-
-def test_weights_that_are_cut_over_devices_give_the_same_comparison(model_folder):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", FOUR, str(model_folder)]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+@pytest.mark.slow
+def test_weights_that_are_sharded_over_devices_give_the_same_comparison(model_folder):
+    done = run_program("sharded_comparison.py", model_folder, devices=4)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert [(mesh["data"], mesh["fsdp"]) for mesh in found["meshes"]] == [(4, 1), (2, 2)]

@@ -1,66 +1,63 @@
-"""REINFORCE with the prompt's mean as its baseline: an algorithm in one file, as an example of the protocol.
-
-A video's denoising steps are its actions. With advantage A of a video and log-probability p_i of its step i, an update
-descends -mean(A p_i). It needs rollout.sampler=DDIMScheduler, rollout.eta=1.0 and rollout.guidance_scale=1.0.
-"""
+"""An algorithm in full: the model learns to predict the best candidate of each prompt (RAFT, arXiv 2304.06767)."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from vpo_jax.algorithms.descent import Trained, make_descend
 from vpo_jax.algorithms.protocol import Frozen, Metrics, Rollout, Setting
 from vpo_jax.algorithms.rewards import make_combiner
 from vpo_jax.algorithms.state import TrainState
-from vpo_jax.diffusion.samplers import SamplerState
-from vpo_jax.diffusion.trajectory import log_probability
-from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import batch_sharding
+from vpo_jax.runtime.programs import Program, abstract_rows
 
 Tree = Any
 
 
-class Memory(NamedTuple):
-    """What the algorithm keeps of a step; V = P x N videos, S denoising steps.
+class Best(NamedTuple):
+    """The algorithm's part of the state: the best candidate of each of P prompts."""
 
-    Attributes:
-      latents: of every denoising step, float32 [V, S + 1, F, h, w, C].
-      text: encodings, every leaf [V, ...].
-      advantages: reward less the prompt's mean, float32 [V]; 0 for a video that is not finite.
-    """
-
-    latents: jax.Array
-    text: Tree
-    advantages: jax.Array
+    latents: jax.Array  # float32 [P, f, h, w, C]
+    text: Tree  # [P, ...]
+    mask: jax.Array  # bool [P], False where no candidate had finite scores
 
 
-class Reinforce:
-    """See `algorithms.protocol.Algorithm`."""
+class BestOfN:
+    """Reward-ranked fine-tuning; see `vpo_jax.algorithms.protocol.Algorithm`."""
 
-    keeps_trajectories = True
-    programs = ()
+    keeps_trajectories = False
 
     def __init__(self, setting: Setting) -> None:
-        """Raises UserError where rollouts are guided: their steps are not the policy's own."""
+        """Builds every program before the first step."""
         config = setting.config
-        if config.rollout.guidance_scale > 1.0:
-            raise UserError("rollout.guidance_scale: reinforce learns from unguided steps; set it to 1.0")
-        self._setting = setting
-        self._videos = config.train.prompts_per_step * config.rollout.candidates
-        self._combine = make_combiner(config, setting.rewards)
-        self._remember = jax.jit(self._make_memory)
-        self._descend = make_descend(self._gradients, setting.optimizer, config.ema.decay)
+        prompts, updates = config.train.prompts_per_step, config.train.updates_per_step
+        mask = jax.ShapeDtypeStruct((), jnp.bool_)
+        self._one = Best(setting.latents, setting.text, mask)
+        self._prompts = prompts
+        self._select = jax.jit(make_select(setting))
+        gradients = make_gradients(setting)
+        self._descend = make_descend(gradients, setting.optimizer, config.ema.decay)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
 
-    def init(self, initial: Tree) -> Memory:
-        """Zeros."""
-        setting, videos = self._setting, self._videos
-        path = (videos, len(setting.sampler.timesteps) + 1, *setting.latents.shape)
-        text = jax.tree.map(lambda x: jnp.zeros((videos, *x.shape), x.dtype), setting.text)
-        return Memory(jnp.zeros(path, jnp.float32), text, jnp.zeros(videos, jnp.float32))
+        def arguments(rows: int) -> tuple[Tree, ...]:
+            return setting.frozen.backbone, setting.frozen.initial, abstract_rows(self._one, rows), number, number
 
-    def infer_shardings(self, shapes: Tree, mesh: Any) -> Tree:
-        """Videos over data and fsdp."""
+        roles = ("parameters", "parameters", "batch", "whole", "whole")
+        update = jax.jit(gradients)
+        self.programs = (
+            Program("update", update, arguments, roles, "update", prompts, calls=updates, passes=3, trains=True),
+        )
+
+    def init(self, initial: Tree) -> Best:
+        """Nothing to learn from yet."""
+        del initial
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_rows(self._one, self._prompts))
+
+    def infer_shardings(self, shapes: Tree, mesh: Mesh) -> Tree:
+        """Prompts over the batch axes."""
         return jax.tree.map(lambda _: batch_sharding(mesh), shapes)
 
     def sampling_policy(self, state: TrainState) -> Tree:
@@ -68,47 +65,61 @@ class Reinforce:
         return state.policy
 
     def select(self, state: TrainState, rollout: Rollout, scores: jax.Array) -> tuple[TrainState, Metrics]:
-        """Every video, by its advantage."""
-        statistics, memory, metrics = self._remember(state.statistics, rollout, scores)
-        return state._replace(statistics=statistics, algorithm=memory), metrics
-
-    def _make_memory(self, statistics: Tree, rollout: Rollout, scores: jax.Array) -> tuple[Tree, Memory, Metrics]:
-        prompts = len(jax.tree.leaves(rollout.text)[0])
-        statistics, found, metrics = self._combine(statistics, scores.reshape(prompts, -1, scores.shape[-1]))
-        number = jnp.maximum(1, jnp.sum(found.finite, axis=1, keepdims=True))
-        baseline = jnp.sum(jnp.where(found.finite, found.reward, 0.0), axis=1, keepdims=True) / number
-        advantages = jnp.where(found.finite, found.reward - baseline, 0.0)
-        candidates = advantages.shape[1]
-        text = jax.tree.map(lambda x: jnp.repeat(x, candidates, axis=0), rollout.text)
-        assert rollout.trajectory is not None
-        return statistics, Memory(rollout.trajectory.latents, text, advantages.reshape(-1)), metrics
+        """The state with the best candidates of this step."""
+        statistics, best, metrics = self._select(state.statistics, rollout.latents, rollout.text, scores)
+        return state._replace(statistics=statistics, algorithm=best), metrics
 
     def calibrate(self, state: TrainState, frozen: Frozen) -> tuple[TrainState, dict[str, float], str]:
-        """Nothing to measure."""
+        """Nothing is measured before an update."""
         return state, {}, ""
 
     def update(self, state: TrainState, frozen: Frozen, index: int) -> tuple[TrainState, Metrics]:
-        """One step of gradient descent on the step's videos."""
-        some, loss = jnp.any(state.algorithm.advantages != 0.0), jnp.zeros(())
-        trained, metrics = self._descend(Trained.of(state), frozen.backbone, (state.algorithm,), some, loss)
+        """One step towards the best candidates, with fresh noise."""
+        best = state.algorithm
+        inputs = best, state.step, jnp.int32(index)
+        # The gradient is finite only where the loss is, so no loss is given.
+        trained, metrics = self._descend(Trained.of(state), frozen.backbone, inputs, jnp.any(best.mask), jnp.float32(0))
         return state._replace(**trained._asdict()), metrics
-
-    def _gradients(self, backbone: Tree, policy: Tree, memory: Memory) -> tuple[Tree, Metrics]:
-        denoise, sampler = self._setting.denoise, self._setting.sampler
-
-        def loss(policy: Tree) -> jax.Array:
-            total = jnp.zeros(())
-            for i, timestep in enumerate(sampler.timesteps):
-                before, after = memory.latents[:, i], memory.latents[:, i + 1]
-                seen = sampler.model_input(SamplerState(before, None), i)
-                prediction = denoise(backbone, policy, seen, jnp.full(len(before), timestep), memory.text)
-                found = log_probability(sampler, i, before, prediction, after)
-                total -= jnp.mean(memory.advantages * found)
-            return total
-
-        value, gradient = jax.value_and_grad(loss)(policy)
-        return gradient, {"loss/policy_gradient": (value, jnp.ones(()))}
 
     def evaluate(self, state: TrainState, frozen: Frozen) -> dict[str, float]:
         """Nothing beside the videos."""
         return {}
+
+
+def make_select(setting: Setting) -> Any:
+    """`select(statistics, latents [P * N, ...], text, scores [P * N, D]) -> (statistics, Best, metrics)`."""
+    combine = make_combiner(setting.config, setting.rewards)
+    prompts = setting.config.train.prompts_per_step
+
+    def select(statistics: Any, latents: jax.Array, text: Tree, scores: jax.Array) -> tuple[Any, Best, Metrics]:
+        statistics, rewards, metrics = combine(statistics, scores.reshape(prompts, -1, scores.shape[-1]))
+        best = jnp.argmax(jnp.where(rewards.finite, rewards.reward, -jnp.inf), axis=1)  # [P]
+        mask = jnp.any(rewards.finite, axis=1)  # [P]
+        grouped = latents.reshape(prompts, -1, *latents.shape[1:])  # [P, N, f, h, w, C]
+        chosen = jnp.where(mask[:, None, None, None, None], grouped[jnp.arange(prompts), best], 0.0)
+        return statistics, Best(chosen, text, mask), metrics
+
+    return select
+
+
+def make_gradients(setting: Setting) -> Any:
+    """`gradients(backbone, policy, best, step, index) -> (gradient, metrics)` of the denoising loss."""
+    process, denoise, seed = setting.process, setting.denoise, setting.config.seed
+
+    def gradients(backbone: Tree, policy: Tree, best: Best, step: jax.Array, index: jax.Array) -> tuple[Tree, Metrics]:
+        slots = jnp.arange(len(best.mask))
+        keys = jax.vmap(lambda slot: jax.random.split(stream_key(seed, "noise", step, slot, index)))(slots)  # [P, 2]
+        timesteps = jax.vmap(process.draw_timesteps)(keys[:, 0])
+        noise = jax.vmap(lambda key: jax.random.normal(key, best.latents.shape[1:], jnp.float32))(keys[:, 1])
+        noisy = process.add_noise(best.latents, noise, timesteps)
+        target = process.target(best.latents, noise, timesteps)
+
+        def loss(policy: Tree) -> tuple[jax.Array, Metrics]:
+            prediction = denoise(backbone, policy, noisy, timesteps, best.text)
+            errors = jnp.mean(jnp.square(prediction - target), axis=(1, 2, 3, 4))  # [P]
+            total, number = jnp.sum(jnp.where(best.mask, errors, 0.0)), jnp.sum(best.mask.astype(jnp.float32))
+            return total / jnp.maximum(number, 1.0), {"loss/winner_error": (total, number)}
+
+        return jax.grad(loss, has_aux=True)(policy)
+
+    return gradients

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from vpo_jax.checkpoints.folders import param_shapes
 from vpo_jax.checkpoints.keys import from_torch, torch_key, torch_shape
+from vpo_jax.families.text_to_video_sd.layout import param_shapes
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import flatten

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpo_jax.checkpoints.folders import param_shapes
 from vpo_jax.checkpoints.keys import from_torch, torch_key, torch_shape
+from vpo_jax.families.text_to_video_sd.layout import param_shapes
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import flatten

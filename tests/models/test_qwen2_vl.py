@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from vpo_jax.checkpoints.keys import from_torch, torch_key, torch_shape
-from vpo_jax.checkpoints.videoreward import videoreward_shapes
 from vpo_jax.models.qwen2_vl import Qwen2VLRewardModel, count_positions, grid_positions
 from vpo_jax.models.qwen2_vl_config import Qwen2VLConfig
+from vpo_jax.rewards.videoreward.folder import videoreward_shapes
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import count, flatten
 

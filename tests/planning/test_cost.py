@@ -2,8 +2,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from vpo_jax.families.protocol import Text
 from vpo_jax.planning.cost import measure
-from vpo_jax.planning.job import read_scorers, read_shapes
+from vpo_jax.planning.job import read_shapes
+from vpo_jax.rewards.loading import abstract_rewards
+from vpo_jax.rewards.scoring import score_function
 from vpo_jax.runtime import cli
 
 
@@ -73,10 +76,10 @@ def modelscope():
 
 def test_modelscopes_denoiser_costs_what_pytorchs_counter_says(modelscope):
     def denoise(params, latents, timesteps, text):
-        return modelscope.denoise({"params": params}, latents, timesteps, text)
+        return modelscope.family.denoise({"params": params}, latents, timesteps, Text(text))
 
     inputs = array(1, 16, 32, 32, 4), array(1, dtype=jnp.int32), array(1, 77, 1024)
-    cost = measure(denoise, modelscope.params["unet"], *inputs)
+    cost = measure(denoise, modelscope.trainable, *inputs)
     # PyTorch's FlopCounterMode counts 4.887 for diffusers' class. That repeats text and timestep for every frame and
     # projects them 16 times; here once a video: keys and values of 16 transformers, 12480 channels together, and the
     # embedding for 22 residual blocks, 20160 channels.
@@ -85,13 +88,13 @@ def test_modelscopes_denoiser_costs_what_pytorchs_counter_says(modelscope):
 
 
 def test_modelscopes_autoencoder_costs_what_pytorchs_counter_says(modelscope):
-    cost = measure(modelscope.decode, modelscope.params["vae"], array(1, 16, 32, 32, 4))
+    cost = measure(modelscope.family.decode, modelscope.decoder_params, array(1, 16, 32, 32, 4))
     assert cost.flops / 1e12 == pytest.approx(9.955, abs=5e-4)
 
 
 def test_videoscore_costs_what_pytorchs_counter_says():
     pytest.importorskip("vpo_jax.rewards.videoscore")
-    (reward,) = read_scorers("videoscore", cli.load_config("configs/vpo.py").reward)
+    (reward,) = abstract_rewards("videoscore", cli.load_config("configs/vpo.py").reward)
     tokens = {"input_ids": array(1, 376, dtype=jnp.int32), "mask": array(1, 376, dtype=jnp.bool_)}
     cost = measure(reward.score, reward.params, array(1, 16, 256, 256, 3, dtype=jnp.uint8), tokens)
     assert cost.flops / 1e12 == pytest.approx(35.4, abs=0.05)
@@ -100,10 +103,19 @@ def test_videoscore_costs_what_pytorchs_counter_says():
     assert images.sum() == reward.model.config.perceiver.resampler_n_latents == 64
 
 
+def test_videoscore_reads_a_prompt_once_for_its_candidates():
+    (reward,) = abstract_rewards("videoscore", cli.load_config("configs/vpo.py").reward)
+    tokens = {"input_ids": array(2, 376, dtype=jnp.int32), "mask": array(2, 376, dtype=jnp.bool_)}
+    videos = array(8, 16, 256, 256, 3, dtype=jnp.uint8)
+    for microbatch, expected in ((0, 31.2), (4, 31.2), (1, 35.4)):
+        cost = measure(score_function(reward, None, microbatch), reward.params, videos, tokens)
+        assert cost.flops / 8e12 == pytest.approx(expected, abs=0.05)
+
+
 @pytest.mark.parametrize(("frames", "side", "expected"), [(4, 336, 4.889), (8, 448, 11.549)])
 def test_videoreward_costs_what_pytorchs_counter_and_arithmetic_say(frames, side, expected):
     # The language model by the counter; the vision blocks by 2 x weights x tokens and attention within two frames.
-    (reward,) = read_scorers("videoreward", cli.load_config("configs/vpo.py").reward)
+    (reward,) = abstract_rewards("videoreward", cli.load_config("configs/vpo.py").reward)
     tokens = {"input_ids": array(1, 868, dtype=jnp.int32), "mask": array(1, 868, dtype=jnp.bool_)}
     cost = measure(reward.score, reward.params, array(1, frames, side, side, 3, dtype=jnp.uint8), tokens)
     assert cost.flops / 1e12 == pytest.approx(expected, rel=2e-3)

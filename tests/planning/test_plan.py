@@ -11,7 +11,7 @@ from rich.console import Console
 from vpo_jax import plan
 from vpo_jax.planning.chips import CHIPS, parse_topology
 from vpo_jax.planning.compiled import collectives_of, mismatch, missing
-from vpo_jax.planning.fit import abstract_mesh, abstract_meshes, make_plan, measure_stages, propose
+from vpo_jax.planning.fit import abstract_mesh, abstract_meshes, make_plan, measure_programs, propose
 from vpo_jax.planning.job import make_job
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
@@ -35,7 +35,7 @@ def config_of(job, *more):
 @pytest.fixture(scope="module")
 def planned(job):
     tiny = make_job(config_of(job))
-    return tiny, measure_stages(tiny)
+    return tiny, measure_programs(tiny)
 
 
 def test_a_plan_needs_no_weights_and_says_what_sets_the_floor(job, model_folder, tmp_path):
@@ -112,8 +112,8 @@ def test_fsdp_cuts_weights_and_gathers_them_in_every_forward(planned):
     topology = parse_topology("v5e:1x2")
     whole = make_plan(job, lines, topology, Meshes.of(abstract_mesh(2)))
     cut = make_plan(job, lines, topology, Meshes.of(abstract_mesh(1, 2)))
-    assert whole.resident["frozen denoiser"] == bytes_of(job.policy.frozen)
-    assert cut.resident["frozen denoiser"] < 0.75 * whole.resident["frozen denoiser"]
+    assert whole.resident["frozen backbone"] == bytes_of(job.policy.frozen)
+    assert cut.resident["frozen backbone"] < 0.75 * whole.resident["frozen backbone"]
     gathered = {stage.name: stage.collectives.get("all-gather", 0) for stage in cut.stages}
     scorer = next(name for name in gathered if name.startswith("score "))
     assert all(gathered[name] > 0 for name in ("encode", "rollout", "decode", scorer, "errors", "update"))
@@ -152,14 +152,14 @@ def test_weights_that_sampling_wants_whole_are_gathered_once_a_step(planned):
     cut = make_plan(job, lines, topology, Meshes.of(abstract_mesh(1, 2)))
     mixed = make_plan(job, lines, topology, Meshes.of(abstract_mesh(1, 2))._replace(rollout=abstract_mesh(2)))
     before, after = (next(stage for stage in p.stages if stage.name == "rollout") for p in (cut, mixed))
-    whole = bytes_of((job.policy.frozen, job.policy.start))
-    held = cut.resident["frozen denoiser"] + cut.resident["start of the policy"]
+    whole = bytes_of((job.policy.frozen, job.policy.initial))
+    held = cut.resident["frozen backbone"] + cut.resident["initial policy"]
     assert after.collectives["all-gather"] == whole - held < before.collectives["all-gather"]
     assert after.temporaries == pytest.approx(before.temporaries + whole)
     assert mixed.resident == cut.resident and after.seconds["interconnect"] < before.seconds["interconnect"]
     scores = make_plan(job, lines, topology, Meshes.of(abstract_mesh(2))._replace(score=abstract_mesh(1, 2)))
     assert scores.resident["scorers"] == cut.resident["scorers"] < bytes_of([r.params for r in job.rewards])
-    assert scores.resident["frozen denoiser"] == bytes_of(job.policy.frozen)
+    assert scores.resident["frozen backbone"] == bytes_of(job.policy.frozen)
 
 
 def test_collectives_are_counted_by_kind_in_a_programs_text():

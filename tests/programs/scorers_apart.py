@@ -1,9 +1,5 @@
-"""Runs with scorers on devices of their own; prints what they saw and how they resume, as JSON.
+"""Trains the toy model with scorers on devices of their own in the folder `argv[1]`; prints what it found, as JSON."""
 
-python tests/programs/scorers_apart.py CONFTEST FOLDER, with four devices on the CPU.
-"""
-
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,13 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from tests.training import conftest as tiny
 from vpo_jax.runtime.mesh import Meshes, make_mesh, split_devices
 from vpo_jax.runtime.signals import Interrupted, Stop
-
-SPEC = importlib.util.spec_from_file_location("tiny", sys.argv[1])
-tiny = importlib.util.module_from_spec(SPEC)
-sys.modules["tiny"] = tiny
-SPEC.loader.exec_module(tiny)
 
 
 class Recorder(tiny.ToyReward):
@@ -87,4 +79,4 @@ def main(home):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -18,11 +18,11 @@ METRICS = [
 NAMES = ("<img src=x>/visual_quality", "judge/overall", "judge/speed", "frames/change")
 
 
-def make_comparison(clips: int = 3, size: int = 8, names: tuple[str, ...] = NAMES) -> Comparison:
+def make_comparison(kept: int = 3, size: int = 8, names: tuple[str, ...] = NAMES) -> Comparison:
     rng = np.random.default_rng(0)
     base = {name: rng.normal(2, 1, (3, 1)).astype(np.float32) for name in names}
     tuned = {name: scores + 1 for name, scores in base.items()}
-    videos = rng.integers(0, 256, (clips, 4, size, size, 3), dtype=np.uint8)
+    videos = rng.integers(0, 256, (kept, 4, size, size, 3), dtype=np.uint8)
     rows = compare_scores(base, tuned, {"judge": "held out", "<img src=x>": "trained"})
     return Comparison(rows, PROMPTS, {"seed": 0, "samples": 1}, base, tuned, videos, videos)
 
@@ -65,16 +65,16 @@ def test_the_page_is_whole_and_prompts_are_shown_as_text(tmp_path):
     assert reader.tags.count("figure") == 3 and reader.tags.count("img") == 6
 
 
-def test_small_clips_stand_in_the_page_and_nothing_comes_from_elsewhere(tmp_path):
+def test_small_videos_stand_in_the_page_and_nothing_comes_from_elsewhere(tmp_path):
     write_report(tmp_path / "report.html", make_comparison(), METRICS)
     reader = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert all(source.startswith("data:image/webp;base64,") for source in reader.sources)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_large_clips_lie_beside_the_page(tmp_path, monkeypatch):
+def test_large_videos_lie_beside_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "EMBED_BYTES", 10)
-    write_report(tmp_path / "report.html", make_comparison(clips=1))
+    write_report(tmp_path / "report.html", make_comparison(kept=1))
     reader = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert reader.sources == ["samples/base_0000.mp4", "samples/tuned_0000.mp4"]
     assert all((tmp_path / source).stat().st_size > 0 for source in reader.sources)
@@ -86,7 +86,7 @@ def test_every_row_and_its_role_are_in_the_table():
         assert word in reader.words
 
 
-def test_motion_is_a_ratio_of_dynamic_degrees_and_never_of_a_judges_grades():
+def test_motion_is_a_ratio_of_dynamic_degrees_and_never_of_grades():
     assert "of the base's" not in " ".join(Reader(page.render_page(make_comparison())).words)
     names = ("mine/dynamic_degree", "judge/speed")
     words = " ".join(Reader(page.render_page(make_comparison(names=names))).words)
@@ -96,7 +96,7 @@ def test_motion_is_a_ratio_of_dynamic_degrees_and_never_of_a_judges_grades():
 def test_curves_are_drawn_from_metrics_and_gaps_are_passed_over():
     text = page.render_page(make_comparison(), METRICS)
     assert "Combined reward of the rollouts" in text and "Fixed prompts, trained scorers: win rate over base" in text
-    assert "Held-out judges" not in text  # all of its values are None
+    assert "Held-out scorers" not in text  # all of its values are None
     assert "The run" not in page.render_page(make_comparison(), [])
 
 
@@ -118,4 +118,4 @@ def test_scores_that_are_not_finite_do_not_break_the_page():
 def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"report\.html"):
-        write_report(tmp_path / "file" / "report.html", make_comparison(clips=0))
+        write_report(tmp_path / "file" / "report.html", make_comparison(kept=0))

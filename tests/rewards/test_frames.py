@@ -6,7 +6,8 @@ import PIL
 import pytest
 from PIL import Image
 
-from vpo_jax.rewards.frames import FrameSettings, prepare_frames, resize, resize_taps
+from vpo_jax.rewards.frames import prepare_frames, resize, resize_taps
+from vpo_jax.rewards.videoscore.frames import FrameSettings
 from vpo_jax.runtime.errors import UserError
 
 transformers = pytest.importorskip("transformers")

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from vpo_jax.checkpoints.scorers import ScorerParts, make_word_tokenizer, read_scorer, write_scorer
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.rewards.loading import load_reward, load_rewards, load_scorer
 from vpo_jax.rewards.protocol import DIMENSIONS, Reward, even_indices
+from vpo_jax.rewards.shapes.folder import ScorerParts, make_word_tokenizer, read_scorer, write_scorer
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.shapes import world
 
@@ -106,7 +106,7 @@ def test_the_judge_scores_clean_clips_above_degraded_ones():
     rows = world.caption_indices("tune")[:8]
     captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in rows]
     clean, degraded = (
-        np.asarray(world.to_uint8(world.render_clips(jax.random.key(0), rows, p).frames)) for p in (0.0, 1.0)
+        np.asarray(world.to_uint8(world.render_videos(jax.random.key(0), rows, p).frames)) for p in (0.0, 1.0)
     )
     scorer = load_scorer("judge")
     good, bad = scorer(clean, captions), scorer(degraded, captions)

@@ -1,10 +1,9 @@
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
+from tests.running import run_program
 from vpo_jax.runtime.signals import Interrupted, catch_signals
 
 
@@ -27,13 +26,5 @@ def test_the_handlers_from_before_are_back_afterwards():
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    code = """
-import os, signal
-from vpo_jax.runtime.signals import catch_signals
-with catch_signals():
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)
-    print("still here")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_program("second_signal.py")
     assert done.returncode == -signal.SIGTERM and done.stdout == ""

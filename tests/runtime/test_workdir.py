@@ -1,12 +1,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 
+from tests.running import run_program, start_program
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.workdir import open_workdir
 
@@ -104,39 +102,12 @@ def test_a_broken_config_json_is_named(tmp_path):
 def test_no_permission_is_a_user_error(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o555)
     # Root may write anywhere, so the attempt is made by a child that is nobody.
-    code = f"""
-        import os
-        from pathlib import Path
-        from vpo_jax.runtime.errors import UserError
-        from vpo_jax.runtime.workdir import open_workdir
-        if os.getuid() == 0:
-            for path in Path({str(tmp_path)!r}).parents[:3]:
-                os.chmod(path, 0o755) if path != Path("/tmp") else None
-            os.setuid(65534)
-        try:
-            open_workdir("{tmp_path}/locked/run", {{}})
-        except UserError as error:
-            print(error)
-    """
-    done = run_python(code)
+    done = run_program("open_locked_workdir.py", tmp_path)
     assert "no permission to write" in done.stdout, done.stderr
 
 
-def run_python(code):
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, timeout=60
-    )
-
-
 def test_one_run_holds_the_directory_until_its_process_dies_by_any_death(tmp_path):
-    code = f"""
-        import time
-        from vpo_jax.runtime.workdir import open_workdir
-        workdir = open_workdir({str(tmp_path)!r}, {CONFIG!r})
-        print("held", flush=True)
-        time.sleep(60)
-    """
-    holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    holder = start_program("hold_workdir.py", tmp_path, json.dumps(CONFIG))
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=rf"is in use by another run \(process {holder.pid}\)"):
         open_workdir(tmp_path, CONFIG)

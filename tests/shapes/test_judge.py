@@ -1,4 +1,4 @@
-"""The analytic judge against clips whose truth is known by construction."""
+"""The analytic judge against videos whose truth is known by construction."""
 
 import functools
 
@@ -23,7 +23,7 @@ def _renderer():
     return jax.jit(jax.vmap(one, in_axes=(0, 0, None)))
 
 
-def _clips(count=COUNT, split="held_out", **strengths):
+def _videos(count=COUNT, split="held_out", **strengths):
     rows = np.resize(world.caption_indices(split), count)
     strengths = {name: np.float32(strengths.get(name, 0.0)) for name in world.Degradation._fields}
     videos, scenes = _renderer()(np.arange(count), rows, world.Degradation(**strengths))
@@ -32,12 +32,12 @@ def _clips(count=COUNT, split="held_out", **strengths):
 
 @functools.cache
 def _measured(name, strength):
-    videos, captions, _ = _clips(**{name: strength})
+    videos, captions, _ = _videos(**{name: strength})
     return judge.measure(videos, captions), judge.noise_level(videos), judge.overall(judge.measure(videos, captions))
 
 
-def test_clean_held_out_clips_match_their_captions():
-    videos, captions, scenes = _clips()
+def test_clean_held_out_videos_match_their_captions():
+    videos, captions, scenes = _videos()
     for name, found in judge.matches(videos, captions).items():
         assert found.mean() >= 0.99, name
     measures = judge.measure(videos, captions)
@@ -48,7 +48,7 @@ def test_clean_held_out_clips_match_their_captions():
 
 
 def test_wrong_captions_are_found_out():
-    videos, captions, _ = _clips()
+    videos, captions, _ = _videos()
     for position, name in enumerate(("size", "color", "shape", "direction", "background")):
         wrong = []
         for caption in captions:
@@ -101,16 +101,16 @@ def test_flicker_and_jitter_are_measured_apart():
 def test_the_training_mixture_is_far_from_clean_in_flicker_and_jitter():
     rows = np.resize(world.caption_indices("train"), 480)
     captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in rows]
-    mixture = world.render_clips(jax.random.key(2), rows, 0.5)
+    mixture = world.render_videos(jax.random.key(2), rows, 0.5)
     measures = judge.measure(np.asarray(world.to_uint8(mixture.frames)), captions)
     for name in ("flicker", "jitter"):
         assert measures[name].mean() > 5 * judge.CLEAN_MEAN[name]
 
 
-def test_the_clean_constants_are_what_clean_clips_give():
-    measures = judge.measure_clean_clips(count=320, seed=1)
+def test_the_clean_constants_are_what_clean_videos_give():
+    measures = judge.measure_clean_videos(count=320, seed=1)
     for name, values in measures.items():
-        # Twenty percent covers the sampling error of 320 clips for the widest measure, the flicker.
+        # Twenty percent covers the sampling error of 320 videos for the widest measure, the flicker.
         np.testing.assert_allclose(values.mean(), judge.CLEAN_MEAN[name], rtol=0.2, err_msg=name)
     for name, values in judge.graded(measures).items():
         np.testing.assert_allclose(values.std(), judge.GRADED_STD[name], rtol=0.3, err_msg=name)

@@ -36,20 +36,20 @@ def test_a_caption_parses_back_to_its_attributes():
     assert world.make_caption((0, 0, 0, 0, 1)) == "a small red circle moving left on a gray background"
 
 
-def test_a_clip_does_not_depend_on_its_neighbours():
+def test_a_video_does_not_depend_on_its_neighbours():
     rows = world.caption_indices("train")
-    a = world.render_clips(jax.random.key(3), rows[:8], 0.5)
-    b = world.render_clips(jax.random.key(3), np.concatenate([rows[:4], rows[20:24]]), 0.5)
+    a = world.render_videos(jax.random.key(3), rows[:8], 0.5)
+    b = world.render_videos(jax.random.key(3), np.concatenate([rows[:4], rows[20:24]]), 0.5)
     np.testing.assert_array_equal(np.asarray(a.frames[:4]), np.asarray(b.frames[:4]))
     assert not np.array_equal(np.asarray(a.frames[4]), np.asarray(b.frames[4]))
 
 
 def test_clean_objects_stay_inside_the_frame():
-    clips = world.render_clips(jax.random.key(0), np.arange(480), 0.0)
+    videos = world.render_videos(jax.random.key(0), np.arange(480), 0.0)
     last = (world.NUM_FRAMES - 1) / 2
     for time in (-last, last):
-        place = np.asarray(clips.scenes.center + time * clips.scenes.velocity)
-        margin = np.minimum(place, world.SIZE - place) - np.asarray(clips.scenes.radius)[:, None]
+        place = np.asarray(videos.scenes.center + time * videos.scenes.velocity)
+        margin = np.minimum(place, world.SIZE - place) - np.asarray(videos.scenes.radius)[:, None]
         assert margin.min() > -0.1
 
 
@@ -71,18 +71,18 @@ def test_shapes_fill_their_share_of_the_bounding_box():
         assert abs(area - share * 15.2**2) < 1.5
 
 
-def test_frozen_clips_have_no_true_speed():
-    clips = world.render_clips(jax.random.key(0), np.arange(4), 0.0)
-    still = clips.degradations._replace(freeze=np.ones(4, np.float32))
-    np.testing.assert_array_equal(np.asarray(world.true_speed(clips.scenes, still)), 0.0)
-    assert (np.asarray(world.true_speed(clips.scenes, clips.degradations)) >= 1.39).all()
+def test_frozen_videos_have_no_true_speed():
+    videos = world.render_videos(jax.random.key(0), np.arange(4), 0.0)
+    still = videos.degradations._replace(freeze=np.ones(4, np.float32))
+    np.testing.assert_array_equal(np.asarray(world.true_speed(videos.scenes, still)), 0.0)
+    assert (np.asarray(world.true_speed(videos.scenes, videos.degradations)) >= 1.39).all()
 
 
 def test_crossings_go_straight_through_the_middle_at_one_speed() -> None:
     rows = world.caption_indices("train")[:16]
-    clips = world.render_crossings(jax.random.key(0), jnp.asarray(rows))
+    videos = world.render_crossings(jax.random.key(0), jnp.asarray(rows))
     captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in rows]
-    measures = judge.measure(np.asarray(world.to_uint8(clips.frames)), captions)
+    measures = judge.measure(np.asarray(world.to_uint8(videos.frames)), captions)
     np.testing.assert_allclose(measures["speed"], sum(world.SPEED_RANGE) / 2, atol=0.12)
     assert measures["direction"].max() < 0.1
-    assert float(jnp.stack(clips.degradations).max()) == 0.0
+    assert float(jnp.stack(videos.degradations).max()) == 0.0

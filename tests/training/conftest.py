@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -11,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpo_jax.diffusion.schedules import make_schedule
+from vpo_jax.checkpoints.folders import Layout
+from vpo_jax.diffusion.process import make_process
+from vpo_jax.families.protocol import Text
 from vpo_jax.models.layers import Conv, Dense
-from vpo_jax.runtime.mesh import Meshes, make_mesh
+from vpo_jax.pipeline import Pipeline
+from vpo_jax.rewards.protocol import repeat_rows
+from vpo_jax.runtime.mesh import PARAMETER_RULES, Meshes, make_mesh
 from vpo_jax.runtime.signals import Stop
 from vpo_jax.runtime.workdir import open_workdir
 from vpo_jax.training.check import check
@@ -57,36 +61,42 @@ class TinyDenoiser(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class TinyPipeline:
-    """The pipeline's interface; a latent pixel is a video pixel."""
+class ToyFamily:
+    """All that `Family` asks for, and nothing more; a latent pixel is a video pixel."""
 
-    unet: Any
-    params: Any
-    scheduler_config: Any
-    defaults: Any
+    unet: nn.Module
+
+    layout: ClassVar[Any] = Layout("ToyPipeline", {}, (), lambda folder, configs: None, lambda folder, tokenizer: None)
+    sharding_rules: ClassVar[Any] = PARAMETER_RULES
+    lora_targets: ClassVar[tuple[str, ...]] = (r"\.to_q$", r"\.to_v$")
+    published: ClassVar[Any] = {}
+    licences: ClassVar[Any] = {}
+    importers: ClassVar[Any] = {}
+    scheduler_config: ClassVar[Any] = SCHEDULER
+    text_length: ClassVar[int] = 6
+
+    @classmethod
+    def from_configs(cls, configs: Any, dtype: Any = jnp.float32) -> "ToyFamily":
+        return cls(TinyDenoiser(dtype=dtype))
+
+    def with_options(self, **options: Any) -> "ToyFamily":
+        return ToyFamily(self.unet.clone(**{name: value for name, value in options.items() if value is not None}))
+
+    def trainable(self, params: Any) -> Any:
+        return params["denoiser"]
+
+    def with_trainable(self, params: Any, tree: Any) -> Any:
+        return {**params, "denoiser": tree}
+
+    def text_params(self, params: Any) -> Any:
+        return params["text"]
+
+    def decoder_params(self, params: Any) -> Any:
+        return params["decoder"]
 
     @property
-    def family(self): return self
-    @property
-    def sharding_rules(self):
-        from vpo_jax.runtime.mesh import PARAMETER_RULES
-        return PARAMETER_RULES
-    @property
-    def process(self): return self.schedule
-    @property
-    def trainable(self): return self.params["unet"]
-    def with_trainable(self, tree): return dataclasses.replace(self, params={**self.params, "unet": tree})
-    text_length = 6
-
-    @property
-    def schedule(self) -> Any:
-        return make_schedule(self.scheduler_config)
-
-    def tokenize(self, prompts: Any) -> np.ndarray:
-        return np.array([[ord(c) % 31 for c in prompt.ljust(6)[:6]] for prompt in prompts], np.int32)
-
-    def encode_text(self, params: Any, ids: Any) -> jax.Array:
-        return params["embedding"][ids]
+    def process(self) -> Any:
+        return make_process(self.scheduler_config)
 
     def video_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         return num_frames, height, width
@@ -94,33 +104,47 @@ class TinyPipeline:
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         return num_frames, height, width, 4
 
+    def tokenize(self, tokenizer: Any, prompts: Any) -> np.ndarray:
+        return np.array([[ord(c) % 31 for c in prompt.ljust(6)[:6]] for prompt in prompts], np.int32)
+
+    def encode_text(self, params: Any, ids: Any) -> Text:
+        return Text(params["embedding"][ids])
+
+    def denoise(self, variables: Any, latents: jax.Array, timesteps: jax.Array, text: Text) -> jax.Array:
+        return self.unet.apply(variables, latents, timesteps, text.hidden)
+
     def decode(self, params: Any, latents: jax.Array, frame_indices: Any = None) -> jax.Array:
         if frame_indices is not None:
             latents = latents[:, np.array(frame_indices)]
         return jax.nn.sigmoid(latents @ params["kernel"])
 
-    def to_uint8(self, videos: jax.Array) -> jax.Array:
-        return jnp.round(videos * 255.0).astype(jnp.uint8)
+    @staticmethod
+    def loading_lines(folder: str, dtype: str = "float32", prompt: Any = None, settings: Any = None) -> list[str]:
+        return ["import vpo_jax", f"pipe = vpo_jax.load_pipeline({folder!r}, {dtype!r})"]
+
+    @staticmethod
+    def adapter_lines(folder: str, base: str) -> list[str]:
+        return []
+
+    @staticmethod
+    def beyond_diffusers(configs: Any) -> list[str]:
+        return ["toy models"]
 
 
-def make_pipeline(unet: nn.Module | None = None) -> TinyPipeline:
-    """A pipeline with random weights in every layer."""
+def make_pipeline(unet: nn.Module | None = None) -> Pipeline:
+    """The toy family with random weights in every layer."""
     unet = unet or TinyDenoiser()
     key = jax.random.key(7)
     shapes = jax.eval_shape(unet.init, key, jnp.zeros((1, 4, 4, 4, 4)), jnp.zeros(1), jnp.zeros((1, 6, 8)))
     leaves, structure = jax.tree.flatten(shapes["params"])
     rng = np.random.default_rng(7)
     params = [rng.normal(0.0, 0.3, leaf.shape).astype(np.float32) for leaf in leaves]
-    return TinyPipeline(
-        unet,
-        {
-            "unet": jax.tree.unflatten(structure, params),
-            "text_encoder": {"embedding": rng.normal(size=(31, 8)).astype(np.float32)},
-            "vae": {"kernel": rng.normal(size=(4, 3)).astype(np.float32)},
-        },
-        SCHEDULER,
-        {},
-    )
+    parts = {
+        "denoiser": jax.tree.unflatten(structure, params),
+        "text": {"embedding": rng.normal(size=(31, 8)).astype(np.float32)},
+        "decoder": {"kernel": rng.normal(size=(4, 3)).astype(np.float32)},
+    }
+    return Pipeline(ToyFamily(unet), parts, {"scheduler": SCHEDULER}, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +170,8 @@ class ToyReward:
         bright = pixels.mean(axis=(1, 2, 3, 4))
         moves = jnp.abs(jnp.diff(pixels, axis=1)).mean(axis=(1, 2, 3, 4))
         scores = jnp.stack([bright, moves], axis=-1)[:, : len(self.dimensions)]
-        return jnp.where(jnp.asarray(prepared)[:, None], jnp.nan, scores)
+        poisoned = repeat_rows(prepared, len(pixels))
+        return jnp.where(jnp.asarray(poisoned)[:, None], jnp.nan, scores)
 
 
 def make_config(**overrides: Any) -> Any:

@@ -42,6 +42,7 @@ def mine(tmp_path, monkeypatch):
     sys.modules.pop("mine_for_training")
 
 
+@pytest.mark.slow
 def test_a_run_whose_reward_hangs_or_fails_stops_by_name_and_continues_to_the_same_bits(configure, run, mine, tmp_path):
     config = configure(train__steps=3, train__updates_per_step=1)
 

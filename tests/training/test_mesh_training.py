@@ -1,26 +1,16 @@
 """One device and eight, sharded along any axis, give the same videos, scores, pairs and gradients."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ROOT / "tests" / "programs" / "one_device_against_eight.py"
+from tests.running import run_program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full", "group", "denoiser", pytest.param("axis", marks=pytest.mark.long)])
 def test_one_device_and_eight_give_the_same_videos_scores_pairs_and_gradients(kind):
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, str(PROGRAM), str(Path(__file__).with_name("conftest.py")), kind]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
+    done = run_program("meshes_agree.py", kind, devices=8, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     small = ("chunks", "context")

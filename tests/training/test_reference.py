@@ -16,13 +16,13 @@ POLICY, REFERENCE = {"a": jnp.full(3, 2.0)}, {"a": jnp.zeros(3)}
 
 
 def state_of(curriculum=None):
-    fields = dict.fromkeys(TrainState._fields, ())
-    return TrainState(**fields)._replace(policy=POLICY, reference=REFERENCE, curriculum=curriculum or init_curriculum())
+    empty = dict.fromkeys(TrainState._fields)
+    given = {"policy": POLICY, "reference": REFERENCE, "curriculum": curriculum or init_curriculum()}
+    return TrainState(**(empty | given))
 
 
-def follow(schedule, step, held_out=None, every=4, decay=0.9, curriculum=None):
-    """(the reference's first number, the curriculum) after `step` steps."""
-    state = make_reference(schedule, every, decay)(state_of(curriculum), step, held_out)
+def follow(schedule, step, gain=None, every=4, decay=0.9, curriculum=None):
+    state = make_reference(schedule, every, decay)(state_of(curriculum), step, gain)
     return float(state.reference["a"][0]), state.curriculum
 
 
@@ -36,7 +36,7 @@ def seen(correct, pairs=10.0, held_out=-np.inf, refreshed_at=0):
 
 
 def test_a_frozen_reference_never_moves():
-    assert all(follow("frozen", step, held_out=1.0)[0] == 0.0 for step in range(9))
+    assert all(follow("frozen", step, gain=1.0)[0] == 0.0 for step in range(9))
 
 
 def test_the_curriculum_copies_the_policy_every_k_steps():
@@ -46,7 +46,7 @@ def test_the_curriculum_copies_the_policy_every_k_steps():
 
 
 def test_a_refreshed_reference_lies_in_buffers_of_its_own():
-    state = make_reference("refresh", 1, 0.0)(state_of(), 1)
+    state = make_reference("refresh", 1, 0.0)(state_of(), 1, None)
     assert state.reference["a"].unsafe_buffer_pointer() != POLICY["a"].unsafe_buffer_pointer()
 
 
@@ -54,7 +54,7 @@ def test_an_averaged_reference_follows_the_policy():
     assert follow("ema", 1)[0] == pytest.approx(0.2)
 
 
-def test_an_adaptive_reference_moves_when_accuracy_is_high_and_the_held_out_scorers_have_not_fallen():
+def test_an_adaptive_reference_moves_when_accuracy_is_high_and_the_held_out_gain_has_not_fallen():
     assert follow("adaptive", 8, 0.5, curriculum=seen(9.0))[0] == 2.0
     assert follow("adaptive", 8, None, curriculum=seen(9.0))[0] == 0.0  # no evaluation, no decision
     assert follow("adaptive", 8, 0.5, curriculum=seen(6.0))[0] == 0.0

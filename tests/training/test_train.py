@@ -122,7 +122,7 @@ def test_a_run_writes_what_there_is_to_watch(configure, run, toy_reward, tmp_pat
     assert {"eval/toy/dynamic_degree", "policy/winner_error_rises", "policy/distance_to_start"} <= written[1].keys()
     samples = sorted(path.parent.name for path in (tmp_path / "samples").rglob("*.webp"))
     assert samples == ["step_000000"] * 2 + ["step_000002"] * 2 + ["step_000003"] * 2
-    assert result.pipeline.params["vae"] is not None
+    assert result.pipeline.decoder_params is not None
     base, tuned = flatten(run.pipeline().trainable), flatten(result.pipeline.trainable)
     assert [k for k in base if not np.array_equal(base[k], tuned[k])] == ["attn.to_q/kernel", "attn.to_v/kernel"]
 
@@ -271,11 +271,12 @@ def test_cached_encodings_train_to_the_same_bits(configure, run, tmp_path):
 
 def test_a_run_starts_from_an_adapter_with_the_reference_there_too(configure, run, pipeline_of, tmp_path):
     config = configure(train__steps=1)
-    lora, params = lora_config(config), pipeline_of().trainable
+    family, params = pipeline_of().family, pipeline_of().trainable
+    lora = lora_config(config, family)
     adapters = jax.tree.map(lambda x: x + np.float32(0.05), init_lora(jax.random.key(3), params, lora))
     write_adapter(tmp_path / "adapter", adapters, lora, "base")
     config.lora.path = str(tmp_path / "adapter")
-    start = read_start(config, params)
+    start = read_start(config, family, params)
     jax.tree.map(np.testing.assert_array_equal, start, jax.device_get(adapters))
     # An update that moves nothing leaves what a run begins with.
     config.optimizer.learning_rate = 1e-30

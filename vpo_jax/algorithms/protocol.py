@@ -1,6 +1,6 @@
 """What training asks of a preference learning algorithm; each is a folder beside this file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -8,8 +8,11 @@ import optax
 from jax.sharding import Mesh
 
 from vpo_jax.algorithms.state import TrainState
+from vpo_jax.diffusion.process import Process
+from vpo_jax.diffusion.samplers import Sampler
 from vpo_jax.diffusion.trajectory import Trajectory
 from vpo_jax.rewards.combine import Dimensions
+from vpo_jax.runtime.fields import Field, Values
 from vpo_jax.runtime.mesh import Rules
 from vpo_jax.runtime.programs import Program
 
@@ -54,7 +57,7 @@ class Setting(NamedTuple):
       config: the run's.
       denoise: the policy's prediction in the run's dtype.
       denoise_float32: the same, computed in float32.
-      process: of the noise: see `diffusion.process`.
+      process: of the noise.
       sampler: of the rollouts.
       optimizer: of the trainable parameters.
       rewards: the training scorers.
@@ -68,8 +71,8 @@ class Setting(NamedTuple):
     config: Any
     denoise: Denoise
     denoise_float32: Denoise
-    process: Any
-    sampler: Any
+    process: Process
+    sampler: Sampler
     optimizer: optax.GradientTransformation
     rewards: Sequence[Dimensions]
     latents: jax.ShapeDtypeStruct
@@ -117,3 +120,17 @@ class Algorithm(Protocol):
     def evaluate(self, state: TrainState, frozen: Frozen) -> dict[str, float]:
         """What is measured of the policy at evaluations, beside its videos."""
         ...
+
+
+class Entry(NamedTuple):
+    """An algorithm in the table.
+
+    Attributes:
+      make: builds it.
+      fields: of its config section, by their full key; configs/vpo.py gives their defaults.
+      check: raises UserError where values of a config do not go together for it.
+    """
+
+    make: Callable[[Setting], Algorithm]
+    fields: Mapping[str, Field] = {}
+    check: Callable[[Values], None] = lambda values: None

@@ -1,8 +1,8 @@
-"""Whole diffusers folders, in and out, in the form of `TextToVideoSDPipeline`.
+"""Whole diffusers folders, in and out, as the `Layout` of a model family describes them.
 
 model_index.json        which class each part is
-unet/ vae/ text_encoder/   config.json and safetensors
-tokenizer/ scheduler/   files of CLIPTokenizer, scheduler_config.json
+NAME/ for each component   config.json and safetensors
+tokenizer/ scheduler/   the tokenizer's files, scheduler_config.json
 vpo_jax.json            optional: the frames, height, width and guidance that the model was made for
 """
 
@@ -22,57 +22,60 @@ import numpy as np
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import from_torch, init_shapes, to_torch
-from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime.errors import UserError
 
-PIPELINE_CLASS = "TextToVideoSDPipeline"
 DEFAULTS_FILE = "vpo_jax.json"
 _DIFFUSERS_VERSION = "0.42.1"  # the release whose form is written
 # A tree of ShapeDtypeStruct to the tree of its leaves' shardings.
 Place = Callable[[Any], Any]
+# Parsed config.json by component, and scheduler_config.json as "scheduler".
+Configs = Mapping[str, Mapping[str, Any]]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def _unet_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
-    side = 2 ** (len(config.block_out_channels) - 1)
-    sample = jax.ShapeDtypeStruct((1, 1, side, side, config.in_channels), jnp.float32)
-    text = jax.ShapeDtypeStruct((1, 1, config.cross_attention_dim), jnp.float32)
-    return sample, jax.ShapeDtypeStruct((1,), jnp.int32), text
-
-
-def _vae_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
-    side = config.scale_factor
-    return (jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32),)
-
-
-def _text_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return (jax.ShapeDtypeStruct((1, 1), jnp.int32),)
 
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """One part of the pipeline that has weights: its class on both sides and the inputs that `init` wants."""
+    """One part of a pipeline that has weights.
+
+    Attributes:
+        library: "diffusers" or "transformers": who loads it there, and how its config.json names its class.
+        stem: the name of its weights' file, without ".safetensors".
+        config: class with `from_dict(mapping)`, the parsed config.json.
+        module: linen class, made as `module(config)`; its name is the library's.
+        inputs: config -> what `module.init` takes, as shapes.
+        model_type: of a transformers config.
+    """
 
     library: str
     stem: str
     config: Any
     module: Callable[..., nn.Module]
     inputs: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]]
+    model_type: str = ""
 
     @property
     def class_name(self) -> str:
+        """The library's class."""
         return self.module.__name__
 
 
-COMPONENTS: dict[str, Component] = {
-    "unet": Component("diffusers", io.DIFFUSERS_STEM, UNet3DConfig, UNet3DConditionModel, _unet_inputs),
-    "vae": Component("diffusers", io.DIFFUSERS_STEM, AutoencoderKLConfig, AutoencoderKL, _vae_inputs),
-    "text_encoder": Component("transformers", io.TRANSFORMERS_STEM, CLIPTextConfig, CLIPTextModel, _text_inputs),
-}
-_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-_WRITTEN = {"model_index.json", "README.md", DEFAULTS_FILE, *COMPONENTS, "tokenizer", "scheduler"}
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What the diffusers folder of a model family is made of.
+
+    Attributes:
+        class_name: `_class_name` of model_index.json.
+        components: folder's name -> what lies there.
+        tokenizers: transformers' classes that can be read; the first is the one that is written.
+        read_tokenizer: (tokenizer/, configs) -> tokenizer.
+        write_tokenizer: (tokenizer/, tokenizer), writes its files.
+    """
+
+    class_name: str
+    components: Mapping[str, Component]
+    tokenizers: tuple[str, ...]
+    read_tokenizer: Callable[[Path, Configs], Any]
+    write_tokenizer: Callable[[Path, Any], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,33 +83,34 @@ class PipelineParts:
     """What a diffusers folder holds.
 
     Attributes:
-        configs: parsed JSON of "unet", "vae", "text_encoder" (config.json) and "scheduler".
-        params: parameter trees of "unet", "vae" and "text_encoder".
-        tokenizer: transformers' CLIPTokenizer; None only in parts that are yet to be completed.
+        layout: the form of the folder.
+        configs: parsed JSON of every component (config.json) and of "scheduler".
+        params: parameter trees of the components.
+        tokenizer: None only in parts that are yet to be completed.
         defaults: vpo_jax.json, or {}.
     """
 
-    configs: Mapping[str, Mapping[str, Any]]
+    layout: Layout
+    configs: Configs
     params: Mapping[str, Any]
     tokenizer: Any
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def param_shapes(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of `ShapeDtypeStruct` that the part `name` ("unet", "vae", "text_encoder") has for this config."""
-    part = COMPONENTS[name]
-    parsed = part.config.from_dict(config)
-    return init_shapes(part.module(parsed), *part.inputs(parsed))
+def param_shapes(component: Component, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of `ShapeDtypeStruct` that the component has for this config."""
+    parsed = component.config.from_dict(config)
+    return init_shapes(component.module(parsed), *component.inputs(parsed))
 
 
 def read_component(
-    folder: str | Path, name: str, dtype: Any = jnp.float32, place: Place | None = None
+    folder: str | Path, component: Component, dtype: Any = jnp.float32, place: Place | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Config and parameters of one part, from its own folder (".../unet").
+    """Config and parameters of one component, from its own folder (".../vae").
 
     Args:
         folder: holds config.json and the safetensors.
-        name: "unet", "vae" or "text_encoder".
+        component: what should lie there.
         dtype: of the parameters.
         place: where they go; None is the host, as numpy arrays.
 
@@ -115,33 +119,72 @@ def read_component(
     """
     folder = Path(folder)
     config = io.read_json(folder / "config.json")
-    _check_class(config, COMPONENTS[name], folder / "config.json")
-    state = io.read_weights(folder, COMPONENTS[name].stem)
-    shapes = param_shapes(name, config)
+    _check_class(config, component, folder / "config.json")
+    state = io.read_weights(folder, component.stem)
+    shapes = param_shapes(component, config)
     return config, from_torch(state, shapes, str(folder), dtype, place and place(shapes))
 
 
-def read_pipeline(path: str | Path, dtype: Any = jnp.float32, place: Place | None = None) -> PipelineParts:
-    """All parts of a diffusers folder, or of a model on the hub when there is a network.
+def read_index(root: Path) -> dict[str, Any]:
+    """model_index.json of a folder.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    file = root / "model_index.json"
+    if not file.is_file():
+        pickles = sorted(p for p in root.iterdir() if p.suffix in io.PICKLES)
+        if pickles:
+            raise io.refuse_pickle(pickles[0])
+        raise UserError(f"{root}: not a diffusers pipeline (no model_index.json); give the folder that has it")
+    return io.read_json(file)
+
+
+def read_parts(root: Path, layout: Layout, dtype: Any = jnp.float32, place: Place | None = None) -> PipelineParts:
+    """All parts of a folder on disk.
 
     Args:
-        path: a folder, or a hub id ("owner/name").
+        root: holds model_index.json of the layout's class.
+        layout: what should lie there.
         dtype: of the parameters, whatever dtype the files have.
         place: where they go; None is the host, as numpy arrays.
 
     Raises:
         UserError: one line that names the file and the fix.
     """
-    root = local_folder(path)
-    _check_index(root)
+    _check_index(root, layout)
     configs: dict[str, Mapping[str, Any]] = {}
     params = {}
-    for name in COMPONENTS:
-        configs[name], params[name] = read_component(root / name, name, dtype, place)
-    configs["scheduler"] = io.read_json(root / "scheduler" / "scheduler_config.json")
-    defaults = io.read_json(root / DEFAULTS_FILE) if (root / DEFAULTS_FILE).is_file() else {}
-    tokenizer = read_tokenizer(root / "tokenizer", CLIPTextConfig.from_dict(configs["text_encoder"]))
-    return PipelineParts(configs, params, tokenizer, defaults)
+    for name, component in layout.components.items():
+        configs[name], params[name] = read_component(root / name, component, dtype, place)
+    configs["scheduler"] = _read_scheduler(root)
+    tokenizer = layout.read_tokenizer(root / "tokenizer", configs)
+    return PipelineParts(layout, configs, params, tokenizer, _read_defaults(root))
+
+
+def read_shapes(root: Path, layout: Layout) -> PipelineParts:
+    """The parts of a folder of which only the config files are there: `params` are shapes, and no tokenizer.
+
+    Raises:
+        UserError: a config that is absent or that the models refuse.
+    """
+    configs = {name: io.read_json(root / name / "config.json") for name in layout.components}
+    configs["scheduler"] = _read_scheduler(root)
+    return shapes_of_configs(layout, configs, _read_defaults(root))
+
+
+def shapes_of_configs(layout: Layout, configs: Configs, defaults: Mapping[str, Any] | None = None) -> PipelineParts:
+    """The parts that have these configs, with shapes for parameters and no tokenizer."""
+    params = {name: param_shapes(component, configs[name]) for name, component in layout.components.items()}
+    return PipelineParts(layout, configs, params, None, defaults or {})
+
+
+def _read_scheduler(root: Path) -> dict[str, Any]:
+    return io.read_json(root / "scheduler" / "scheduler_config.json")
+
+
+def _read_defaults(root: Path) -> dict[str, Any]:
+    return io.read_json(root / DEFAULTS_FILE) if (root / DEFAULTS_FILE).is_file() else {}
 
 
 def write_pipeline(
@@ -150,16 +193,16 @@ def write_pipeline(
     dtypes: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write a folder that `TextToVideoSDPipeline.from_pretrained` loads.
+    """Write a folder that the layout's class of diffusers loads by `from_pretrained`.
 
     Everything goes into a hidden folder beside `path`, which is renamed at the end: a folder of that name is
     always whole. A pipeline that is already there is replaced.
 
     Args:
         path: the folder to make.
-        parts: as `read_pipeline` returns. A model or tokenizer that is not among them is left out of the folder,
+        parts: as `read_parts` returns. A model or tokenizer that is not among them is left out of the folder,
             which can be loaded once it has been copied there.
-        dtypes: "float32", "float16" or "bfloat16" for each of "unet", "vae", "text_encoder"; float32 if left out.
+        dtypes: "float32", "float16" or "bfloat16" by component; float32 if left out.
             A half-precision text encoder makes diffusers fail unless `torch_dtype` is passed to it.
         max_shard_bytes: weights larger than this are written in shards.
 
@@ -167,7 +210,7 @@ def write_pipeline(
         UserError: the name is taken by something else, a value does not fit the dtype, or the disk refuses.
     """
     path = Path(path).resolve()
-    _check_target(path)
+    _check_target(path, parts.layout)
     partial = path.parent / f".{path.name}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +221,7 @@ def write_pipeline(
             _write_component(partial / name, name, parts, wanted, max_shard_bytes)
         _write_json(partial / "scheduler" / "scheduler_config.json", parts.configs["scheduler"])
         if parts.tokenizer is not None:
-            _write_tokenizer(partial / "tokenizer", parts.tokenizer)
+            parts.layout.write_tokenizer(partial / "tokenizer", parts.tokenizer)
         if parts.defaults:
             _write_json(partial / DEFAULTS_FILE, parts.defaults)
         _write_json(partial / "model_index.json", _index(parts))
@@ -187,16 +230,6 @@ def write_pipeline(
         raise UserError(f"{path}: cannot be written ({error}); free space or choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def beyond_diffusers(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What of a model diffusers cannot say, in words: it keeps the fields, ignores them and makes other videos."""
-    missing = []
-    if configs.get("unet", {}).get("fps_cond"):
-        missing.append("embedding of the frame rate (unet/config.json: fps_cond, fps)")
-    if configs.get("scheduler", {}).get("use_scale"):
-        missing.append("scaled schedule (scheduler_config.json: use_scale, scale_b)")
-    return missing
 
 
 def local_folder(path: str | Path) -> Path:
@@ -219,7 +252,8 @@ def local_folder(path: str | Path) -> Path:
     wanted = ["model_index.json", DEFAULTS_FILE, "*/*.json", "*/*.safetensors", "tokenizer/*.txt"]
     try:
         root = Path(snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=["*.fp16*", "*non_ema*"]))
-        if not all(any((root / name).glob("*.safetensors")) for name in COMPONENTS):
+        models = [config.parent for config in root.glob("*/config.json")]
+        if not models or not all(any(model.glob("*.safetensors")) for model in models):
             root = Path(snapshot_download(str(path), allow_patterns=wanted))
     except (OSError, ValueError) as error:
         reason = str(error).split("\n", 1)[0]
@@ -229,8 +263,14 @@ def local_folder(path: str | Path) -> Path:
     return root
 
 
-def read_tokenizer(folder: Path, text_config: CLIPTextConfig) -> Any:
-    """transformers' CLIPTokenizer from its folder, never longer than the text encoder's positions.
+def read_tokenizer(folder: Path, class_name: str, vocabulary: int, longest: int) -> Any:
+    """A byte-pair tokenizer of transformers from its folder, never longer than the text encoder's positions.
+
+    Args:
+        folder: tokenizer.json, or vocab.json and merges.txt.
+        class_name: transformers' class.
+        vocabulary: how many tokens the text encoder knows.
+        longest: how many tokens it takes.
 
     Raises:
         UserError: files are missing or broken, or it has more tokens than the text encoder.
@@ -239,35 +279,38 @@ def read_tokenizer(folder: Path, text_config: CLIPTextConfig) -> Any:
         io.read_json(folder / "tokenizer.json")
     elif not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
         raise UserError(f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt, belong there")
-    from transformers import CLIPTokenizer  # it takes seconds to import
+    import transformers  # its tokenizers take seconds to import
 
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder))
+        tokenizer = getattr(transformers, class_name).from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: not a CLIPTokenizer ({error}); copy it again") from error
+        raise UserError(f"{folder}: not a {class_name} ({error}); copy it again") from error
     for key in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(key, None)  # how it was read; transformers would write it into every copy
-    if len(tokenizer) > text_config.vocab_size:
+    if len(tokenizer) > vocabulary:
         raise UserError(
-            f"{folder}: {len(tokenizer)} tokens, but text_encoder.vocab_size is {text_config.vocab_size}; "
+            f"{folder}: {len(tokenizer)} tokens, but text_encoder.vocab_size is {vocabulary}; "
             "use the tokenizer that belongs to this text encoder"
         )
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
     return tokenizer
 
 
-def _check_index(root: Path) -> None:
-    file = root / "model_index.json"
-    if not file.is_file():
-        pickles = sorted(p for p in root.iterdir() if p.suffix in io.PICKLES)
-        if pickles:
-            raise io.refuse_pickle(pickles[0])
-        raise UserError(f"{root}: not a diffusers pipeline (no model_index.json); give the folder that has it")
-    index = io.read_json(file)
-    if index.get("_class_name") != PIPELINE_CLASS:
-        found = index.get("_class_name")
-        raise UserError(f"{file}: _class_name is {found!r}; only {PIPELINE_CLASS} can be loaded, give such a model")
-    expected = {name: (part.class_name,) for name, part in COMPONENTS.items()} | {"tokenizer": _TOKENIZERS}
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Writes a tokenizer of transformers as `read_tokenizer` reads it."""
+    # A tokenizer that was called remembers how it padded and truncated, and would write that into the folder.
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.save_pretrained(str(folder))
+
+
+def _check_index(root: Path, layout: Layout) -> None:
+    file, index = root / "model_index.json", read_index(root)
+    if index.get("_class_name") != layout.class_name:
+        raise UserError(f"{file}: _class_name is {index.get('_class_name')!r}, but {layout.class_name} belongs here")
+    expected: dict[str, tuple[str, ...]] = {name: (part.class_name,) for name, part in layout.components.items()}
+    expected["tokenizer"] = layout.tokenizers
     for name, classes in expected.items():
         entry = index.get(name)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
@@ -276,7 +319,7 @@ def _check_index(root: Path) -> None:
     known = {*expected, "scheduler"}
     for name, entry in index.items():
         if name not in known and not name.startswith("_") and entry not in (None, [None, None]):
-            raise UserError(f"{file}: {name} is a part that {PIPELINE_CLASS} does not have; remove it")
+            raise UserError(f"{file}: {name} is a part that {layout.class_name} does not have; remove it")
 
 
 def _check_class(config: Mapping[str, Any], part: Component, file: Path) -> None:
@@ -288,37 +331,30 @@ def _check_class(config: Mapping[str, Any], part: Component, file: Path) -> None
         raise UserError(f"{file}: the architecture is {found!r}; only {part.class_name} can be loaded here")
 
 
-def _check_target(path: Path) -> None:
+def _check_target(path: Path, layout: Layout) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: a file is in the way; choose another folder")
     if path.is_dir():
         names = {entry.name for entry in path.iterdir()}
+        written = {"model_index.json", "README.md", DEFAULTS_FILE, *layout.components, "tokenizer", "scheduler"}
         # A README.md without a pipeline beside it is somebody's own.
-        foreign = sorted(names - (_WRITTEN if "model_index.json" in names else _WRITTEN - {"README.md"}))
+        foreign = sorted(names - (written if "model_index.json" in names else written - {"README.md"}))
         if foreign:
             raise UserError(f"{path}: holds {foreign[0]}, which no pipeline has; choose an empty or a new folder")
 
 
 def _write_component(folder: Path, name: str, parts: PipelineParts, dtype: str, max_shard_bytes: int) -> None:
-    part = COMPONENTS[name]
+    part = parts.layout.components[name]
     config = dict(copy.deepcopy(parts.configs[name]))
     if part.library == "diffusers":
         config = {"_class_name": part.class_name, "_diffusers_version": _DIFFUSERS_VERSION, **config}
     else:
-        config = {"architectures": [part.class_name], "model_type": "clip_text_model", **config}
+        config = {"architectures": [part.class_name], "model_type": part.model_type, **config}
         # transformers 5 makes the model in the dtype that the config names, not in the tensors' own
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     _write_json(folder / "config.json", config)
     io.write_weights(folder, part.stem, _cast(to_torch(parts.params[name]), dtype, name), max_shard_bytes)
-
-
-def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    # A tokenizer that was called remembers how it padded and cut, and would write that into the folder.
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.save_pretrained(str(folder))
 
 
 def _cast(state: dict[str, np.ndarray], dtype: str, where: str) -> dict[str, np.ndarray]:
@@ -337,11 +373,11 @@ def _cast(state: dict[str, np.ndarray], dtype: str, where: str) -> dict[str, np.
 def _index(parts: PipelineParts) -> dict[str, Any]:
     scheduler = parts.configs["scheduler"].get("_class_name", "DDIMScheduler")
     return {
-        "_class_name": PIPELINE_CLASS,
+        "_class_name": parts.layout.class_name,
         "_diffusers_version": _DIFFUSERS_VERSION,
         "scheduler": ["diffusers", scheduler],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        **{name: [part.library, part.class_name] for name, part in COMPONENTS.items()},
+        "tokenizer": ["transformers", parts.layout.tokenizers[0]],
+        **{name: [part.library, part.class_name] for name, part in parts.layout.components.items()},
     }
 
 

@@ -1,7 +1,4 @@
-"""LoRA adapters as a PEFT adapter folder: `PeftModel.from_pretrained(pipe.unet, folder)` reads it.
-
-UNet3DConditionModel has no PEFT mixin, so `pipe.load_lora_weights` does not (diffusers 0.42.1).
-"""
+"""LoRA adapters as a PEFT adapter folder: `PeftModel.from_pretrained(module, folder)` reads it."""
 
 import json
 import shutil

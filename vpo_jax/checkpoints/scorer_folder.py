@@ -1,15 +1,20 @@
-"""Writing any scorer's folder, whole or not at all."""
+"""Any scorer's folder: its tokenizer and texts read, and the folder written whole or not at all."""
 
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import to_torch
 from vpo_jax.runtime.errors import UserError
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def write_scorer_folder(folder: str | Path, files: Mapping[str, str], params: Any) -> None:
@@ -34,3 +39,54 @@ def write_scorer_folder(folder: str | Path, files: Mapping[str, str], params: An
         raise UserError(f"{folder}: cannot be written ({error}); free space or choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of tokenizer.json; padding and truncation are as the file says.
+
+    Raises:
+        UserError: it is missing or damaged, or has more tokens than the model.
+    """
+    where = folder / "tokenizer.json"
+    io.read_json(where)
+    try:
+        tokenizer = Tokenizer.from_file(str(where))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{where}: not a tokenizer ({error}); copy it again") from error
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise UserError(
+            f"{where}: {tokenizer.get_vocab_size()} tokens, but config.json has vocab_size {vocab_size}; "
+            "use the tokenizer that belongs to this scorer"
+        )
+    return tokenizer
+
+
+def read_plain_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """As `read_tokenizer`, without padding and truncation."""
+    tokenizer = read_tokenizer(folder, vocab_size)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def read_text(file: str | Path) -> str:
+    """The text of a file, as it stands there.
+
+    Raises:
+        UserError: it cannot be read as text.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as text ({error}); give a UTF-8 file") from error
+
+
+def check_dtype(name: str) -> None:
+    """Raises UserError for anything but "" and a name in `DTYPES`."""
+    if name and name not in DTYPES:
+        raise UserError(f"dtype: {name!r} is not one of {', '.join(DTYPES)}")
+
+
+def dtype_to_load(name: str, stored: np.ndarray) -> Any:
+    """The dtype of a name in `DTYPES`; of "" bfloat16 where `stored` has it, and else float32."""
+    return DTYPES[name or ("bfloat16" if stored.dtype == jnp.bfloat16 else "float32")]

@@ -1,7 +1,15 @@
 """Classifier-free guidance."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from vpo_jax.runtime.mesh import BATCH, VIDEO, constrain
+
+# (latents [B, ...], timestep, text: a tree of [B, ...]) -> prediction, like the latents.
+Predict = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
 def classifier_free(unconditional: jax.Array, conditional: jax.Array, scale: float | jax.Array) -> jax.Array:
@@ -25,3 +33,33 @@ def guide(unconditional: jax.Array, conditional: jax.Array, scale: float, factor
     """Classifier-free guidance by `scale`, rescaled by `factor` where it is above 0; arrays are [B, ...]."""
     guided = classifier_free(unconditional, conditional, scale)
     return rescale(guided, conditional, factor) if factor > 0.0 else guided
+
+
+def guided(
+    predict: Predict, text: Any, negative: Any, scale: float, factor: float = 0.0
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`(latents [B, F, ...], timestep) -> prediction` of a denoiser under guidance; what a sampler takes.
+
+    Args:
+      predict: the denoiser; with guidance it meets both of a video's inputs in one batch of 2 B.
+      text: tree of encodings [B, ...].
+      negative: tree of what guidance leads away from, [B, ...] or one [...] for all; not read without guidance.
+      scale: of `classifier_free`; 1 or less is no guidance, as in diffusers, and saves half of the work.
+      factor: of `rescale`.
+    """
+    if scale <= 1.0:
+        return lambda latents, timestep: predict(latents, timestep, text)
+
+    def side_by_side(without: jax.Array, given: jax.Array) -> jax.Array:
+        # So that a device that holds a video holds both of its predictions.
+        both = jnp.stack([jnp.broadcast_to(without, given.shape), given], axis=1)
+        return constrain(both.reshape(-1, *given.shape[1:]), BATCH)
+
+    both_texts = jax.tree.map(side_by_side, negative, text)
+
+    def prediction(latents: jax.Array, timestep: jax.Array) -> jax.Array:
+        twice = constrain(jnp.repeat(latents, 2, axis=0), VIDEO)
+        both = predict(twice, timestep, both_texts).reshape(-1, 2, *latents.shape[1:])
+        return guide(both[:, 0], both[:, 1], scale, factor)
+
+    return prediction

@@ -1,90 +1,21 @@
-"""Noise schedules of variance-preserving diffusion: how a clean latent, noise and a timestep become a noisy latent.
+"""Noise levels of variance-preserving diffusion, from the betas of a scheduler_config.json.
 
-x_t = sqrt(abar_t) s_t x_0 + sqrt(1 - abar_t) eps, with abar the cumulative product of 1 - beta. s_t is 1 but in the
-scaled schedule of VideoCrafter2, which weakens the signal at high noise.
+abar is the cumulative product of 1 - beta. The scale s_t of the signal is 1 but in the scaled schedule of
+VideoCrafter2, which weakens the signal at high noise.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from vpo_jax.diffusion.config import resolve
 from vpo_jax.runtime.errors import UserError
 
 FloatTable = npt.NDArray[np.float32]
 
 _SCALE_STEPS = 400  # timesteps over which s_t falls from 1 to scale_b: mid_step of lvdm's LatentDiffusion
-
-
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """What training needs to know of a scheduler_config.json.
-
-    `alphas_cumprod` is float32 [T]; `prediction_type` says what the denoiser is trained to predict: "epsilon",
-    "v_prediction" or "sample". `signal_scale` is s_t, float32 [T].
-    """
-
-    alphas_cumprod: FloatTable
-    prediction_type: str
-    num_train_timesteps: int
-    signal_scale: FloatTable
-
-    @property
-    def signal(self) -> FloatTable:
-        """sqrt(abar_t) s_t, float32 [T]."""
-        return np.sqrt(self.alphas_cumprod) * self.signal_scale
-
-    @property
-    def noise(self) -> FloatTable:
-        """sqrt(1 - abar_t), float32 [T]."""
-        return np.sqrt(1.0 - self.alphas_cumprod)
-
-
-def make_schedule(config: Mapping[str, Any], name: str | None = None) -> Schedule:
-    """The schedule of a scheduler_config.json, read as its own class or as the class `name` reads it.
-
-    Raises UserError for values that are not honoured, by the field's name.
-    """
-    fields = resolve(config, name)
-    steps = fields["num_train_timesteps"]
-    return Schedule(alphas_cumprod(fields), fields["prediction_type"], steps, signal_scale(fields))
-
-
-def add_noise(schedule: Schedule, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
-    """x_t from x_0 [B, ...], eps [B, ...] and integer timesteps [B]."""
-    signal, sigma = _levels(schedule, timesteps, clean.ndim)
-    return signal * clean + sigma * noise
-
-
-def training_target(schedule: Schedule, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
-    """What the denoiser should predict at x_t: eps, x_0, or v = sqrt(abar) eps - sqrt(1 - abar) x_0 [B, ...]."""
-    if schedule.prediction_type == "epsilon":
-        return noise
-    if schedule.prediction_type == "sample":
-        return clean
-    signal, sigma = _levels(schedule, timesteps, clean.ndim)
-    return signal * noise - sigma * clean
-
-
-def to_clean_and_noise(
-    schedule: Schedule, prediction: jax.Array, noisy: jax.Array, timesteps: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(x_0, eps) that a prediction at x_t stands for, each [B, ...].
-
-    Not finite where the schedule makes the question meaningless: x_0 of an epsilon prediction at zero terminal SNR.
-    """
-    signal, sigma = _levels(schedule, timesteps, noisy.ndim)
-    if schedule.prediction_type == "epsilon":
-        return (noisy - sigma * prediction) / signal, prediction
-    if schedule.prediction_type == "sample":
-        return prediction, (noisy - signal * prediction) / sigma
-    return signal * noisy - sigma * prediction, signal * prediction + sigma * noisy
 
 
 def alphas_cumprod(fields: Mapping[str, Any]) -> FloatTable:
@@ -146,10 +77,3 @@ def _rescale_to_zero_terminal_snr(betas: FloatTable) -> FloatTable:
 def _cumulative_product(values: FloatTable) -> FloatTable:
     # torch accumulates in double precision and rounds every entry.
     return np.cumprod(values.astype(np.float64)).astype(np.float32)
-
-
-def _levels(schedule: Schedule, timesteps: jax.Array, ndim: int) -> tuple[jax.Array, jax.Array]:
-    shape = (-1,) + (1,) * (ndim - 1)
-    signal = jnp.asarray(schedule.signal)[timesteps].reshape(shape)
-    sigma = jnp.asarray(schedule.noise)[timesteps].reshape(shape)
-    return signal, sigma

@@ -1,6 +1,6 @@
 """Which timesteps and noise levels a sampler visits: host tables, computed once.
 
-The three classes differ in small ways that change every video, so each has a function of its own (diffusers 0.42,
+The classes differ in small ways that change every video, so each has a function of its own (diffusers 0.42,
 `set_timesteps` of each class).
 """
 
@@ -40,12 +40,7 @@ def dpm_timesteps_and_sigmas(fields: Mapping[str, Any], alphas_cumprod: Table, s
     total = fields["num_train_timesteps"]
     half_log_snr = 0.5 * (np.log(alphas_cumprod.astype(np.float64)) - np.log1p(-alphas_cumprod.astype(np.float64)))
     last = total - int(np.searchsorted(half_log_snr[::-1], fields["lambda_min_clipped"]))
-    if fields["timestep_spacing"] == "linspace":
-        timesteps = np.linspace(0, last - 1, steps + 1).round()[::-1][:-1]
-    elif fields["timestep_spacing"] == "leading":
-        timesteps = (np.arange(steps + 1) * (last // (steps + 1)))[::-1][:-1] + fields["steps_offset"]
-    else:
-        timesteps = _trailing(last, total, steps)
+    timesteps = _multistep_timesteps(fields, last, steps)
     levels = _sigmas(alphas_cumprod)
     if fields["use_karras_sigmas"]:
         sigmas = _karras(fields, levels[::-1], steps)
@@ -55,12 +50,54 @@ def dpm_timesteps_and_sigmas(fields: Mapping[str, Any], alphas_cumprod: Table, s
     else:
         sigmas = np.interp(timesteps, np.arange(len(levels)), levels)
     sigmas = np.append(sigmas, _last_sigma(fields, levels)).astype(np.float32)
-    if (np.diff(sigmas) >= 0).any():
-        raise UserError(
-            f"num_inference_steps: {steps} steps repeat a noise level with timestep_spacing "
-            f"{fields['timestep_spacing']!r}; take fewer steps"
-        )
+    _check_falling(fields, sigmas, steps)
     return timesteps.astype(np.int32), sigmas
+
+
+def unipc_timesteps_and_sigmas(fields: Mapping[str, Any], alphas_cumprod: Table, steps: int) -> tuple[Table, Table]:
+    """(int32 [S], float32 sigmas [S + 1]), falling, of a variance-preserving process; as `dpm_timesteps_and_sigmas`.
+
+    Karras levels are rounded to whole timesteps on every beta schedule, and "sigma_min" then repeats their last one.
+    """
+    timesteps = _multistep_timesteps(fields, fields["num_train_timesteps"], steps)
+    levels = _sigmas(alphas_cumprod)
+    if fields["use_karras_sigmas"]:
+        sigmas = _karras(fields, levels[::-1], steps)
+        timesteps = _nearest_timestep(sigmas, levels).round()
+        if fields["final_sigmas_type"] != "zero":
+            raise UserError(
+                "scheduler_config.json: final_sigmas_type: 'sigma_min' repeats a level with use_karras_sigmas; "
+                "set it to 'zero'"
+            )
+    else:
+        sigmas = np.interp(timesteps, np.arange(len(levels)), levels)
+    sigmas = np.append(sigmas, _last_sigma(fields, levels)).astype(np.float32)
+    _check_falling(fields, sigmas, steps)
+    return timesteps.astype(np.int32), sigmas
+
+
+def unipc_flow_timesteps_and_sigmas(fields: Mapping[str, Any], steps: int) -> tuple[Table, Table]:
+    """(int32 [S], float32 sigmas [S + 1]), falling from just below 1 to 0; timestep = T sigma, cut to a whole number.
+
+    The grid before the shift has one level more, at 1 / T, which is left out. Older versions of diffusers and Wan's
+    own code have another one: sigmas differ by up to 2.4e-3.
+    """
+    total = fields["num_train_timesteps"]
+    sigmas = _shifted(fields["flow_shift"], np.linspace(1, 1 / total, steps + 1)[:-1])
+    sigmas[0] -= 1e-6  # log(1 - sigma) stays finite
+    return (sigmas * total).astype(np.int32), np.append(sigmas, 0).astype(np.float32)
+
+
+def flow_euler_timesteps_and_sigmas(fields: Mapping[str, Any], steps: int) -> tuple[Table, Table]:
+    """(float32 [S], float32 sigmas [S + 1]), falling from 1 to 0; timestep = T sigma with its fraction.
+
+    The smallest level, 1 / T, is shifted, and the grid that ends there is shifted again.
+    """
+    total, shift = fields["num_train_timesteps"], fields["shift"]
+    ends = np.asarray([1, np.float32(1) / np.float32(total)], np.float32)
+    largest, smallest = (float(sigma) for sigma in _shifted(shift, ends))
+    sigmas = _shifted(shift, np.linspace(largest * total, smallest * total, steps) / total).astype(np.float32)
+    return sigmas * np.float32(total), np.append(sigmas, np.float32(0))
 
 
 def euler_timesteps_and_sigmas(fields: Mapping[str, Any], alphas_cumprod: Table, steps: int) -> tuple[Table, Table]:
@@ -83,6 +120,28 @@ def euler_timesteps_and_sigmas(fields: Mapping[str, Any], alphas_cumprod: Table,
     sigmas = np.append(sigmas, _last_sigma(fields, levels)).astype(np.float32)
     # "log_linear" has one level more than steps and therefore ends at the smallest of them.
     return timesteps.astype(np.float32), sigmas[: steps + 1]
+
+
+def _multistep_timesteps(fields: Mapping[str, Any], last: int, steps: int) -> Table:
+    """Whole timesteps [S] below `last`, falling, as DPM-Solver++ and UniPC space them."""
+    if fields["timestep_spacing"] == "linspace":
+        return np.linspace(0, last - 1, steps + 1).round()[::-1][:-1]
+    if fields["timestep_spacing"] == "leading":
+        return np.asarray((np.arange(steps + 1) * (last // (steps + 1)))[::-1][:-1] + fields["steps_offset"])
+    return _trailing(last, fields["num_train_timesteps"], steps)
+
+
+def _check_falling(fields: Mapping[str, Any], sigmas: Table, steps: int) -> None:
+    if (np.diff(sigmas) >= 0).any():
+        raise UserError(
+            f"num_inference_steps: {steps} steps repeat a noise level with timestep_spacing "
+            f"{fields['timestep_spacing']!r}; take fewer steps"
+        )
+
+
+def _shifted(shift: float, sigmas: Table) -> Table:
+    """Flow levels moved towards noise (Esser et al. 2024, arXiv 2403.03206, equation 23)."""
+    return np.asarray(shift * sigmas / (1 + (shift - 1) * sigmas))
 
 
 def _trailing(last: int, total: int, steps: int) -> Table:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpo_jax.diffusion.samplers import Denoise, Sampler, SamplerState
+from vpo_jax.diffusion.multistep import Denoise, Sampler, SamplerState
 from vpo_jax.runtime.errors import UserError
 
 
@@ -25,7 +25,7 @@ class Trajectory(NamedTuple):
 
 def check_stochastic(sampler: Sampler) -> None:
     """Raises UserError where steps have no probability density, or depend on more than the last sample."""
-    if not sampler.is_stochastic or sampler.is_multistep:
+    if not sampler.is_stochastic or sampler.history or sampler.coefficients.corrector is not None:
         raise UserError(
             f"rollout.eta: log-probabilities need a sampler that draws fresh noise, and {sampler.name} does not with"
             " this eta; set rollout.sampler=DDIMScheduler and rollout.eta=1.0"
@@ -62,7 +62,7 @@ def log_probability(
 
     The mean is what the sampler makes of `before` [B, ...] and the denoiser's prediction [B, ...] without fresh noise.
     """
-    mean = sampler.advance(SamplerState(before, None), i, prediction, None).sample
+    mean = sampler.advance(SamplerState(before), i, prediction, None).sample
     deviation = jnp.asarray(np.asarray(sampler.coefficients.fresh_noise))[i]
     safe = jnp.where(deviation > 0.0, deviation, 1.0)
     density = -0.5 * jnp.square((after - mean) / safe) - jnp.log(safe) - 0.5 * math.log(2 * math.pi)

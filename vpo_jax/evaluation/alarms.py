@@ -1,6 +1,6 @@
-"""Signs that preference training goes wrong, read from what a run measured. Pure functions; the run decides.
+"""Signs that preference training goes wrong, read from the metrics of a run. Pure functions; the run decides.
 
-The DPO loss is no such sign: win rates rise while it looks flat.
+The DPO loss is no such sign: win rates rise while the loss looks flat.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ class Alarm(NamedTuple):
 
 
 def judge_falls(reward: Sequence[float], judge: Sequence[float]) -> bool:
-    """Whether a held-out judge fell twice in a row while the trained reward rose: reward hacking.
+    """Whether a held-out scorer fell twice in a row while the trained reward rose: reward hacking.
 
     Both are histories over the same evaluations, oldest first; the last three count.
     """
@@ -31,15 +31,18 @@ def judge_falls(reward: Sequence[float], judge: Sequence[float]) -> bool:
 
 
 def motion_lost(motion: float, base_motion: float, least: float = LEAST_MOTION) -> bool:
-    """Whether the policy moves less than `least` of what the base model does; preference training freezes videos."""
+    """Whether the policy moves less than `least` times as much as the base model.
+
+    Preference training can freeze videos: a still video is consistent.
+    """
     return motion < base_motion - (1 - least) * abs(base_motion)
 
 
 def winners_forgotten(share_rising: float, pairs: float, most: float = MOST_RISING) -> bool:
-    """Whether too many winners have become less likely than they were at the start: P(e_w rises) > `most`.
+    """Whether too many winners are less likely than under the initial policy: P(e_w rises) > `most`.
 
-    `share_rising` is of so many watched pairs; of few it must lie so far above `most` that chance alone would put it
-    there once in twenty times.
+    `share_rising` was measured on `pairs` stored pairs. It must exceed `most` by more than its sampling error: chance
+    alone exceeds the bound once in twenty times.
     """
     chance = _ONE_IN_TWENTY * (most * (1 - most) / max(pairs, 1.0)) ** 0.5
     return share_rising > most + chance
@@ -53,17 +56,17 @@ def check_alarms(
     rising: str | None = None,
     watched: str | None = None,
 ) -> tuple[Alarm, ...]:
-    """The alarms that the newest evaluation rings.
+    """The alarms that the newest evaluation raises.
 
     Args:
       evaluations: metrics of every evaluation, oldest first; the first one is the base model.
       reward: name of the trained reward's metric.
-      judges: names of the held-out judges' metrics.
-      motion: names of motion metrics, of scorers' dynamic_degree or a judge's speed.
+      judges: names of the held-out scorers' metrics.
+      motion: names of the metrics of motion, as a scorer's dynamic_degree.
       rising: name of P(e_w rises).
       watched: name of the number of pairs that it was measured on.
 
-    An evaluation that lacks a metric, or has None for it, is passed over for that metric.
+    An evaluation without a metric, or with None for it, does not count for that metric.
     """
     if not evaluations:
         return ()

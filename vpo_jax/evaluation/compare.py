@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,18 +16,22 @@ from rich.table import Table
 from rich.text import Text
 
 from vpo_jax.evaluation.win_rate import mean_difference, win_rate
-from vpo_jax.rewards.loading import Scorer, make_scorer
+from vpo_jax.pipeline import Pipeline
+from vpo_jax.rewards.protocol import Reward
+from vpo_jax.rewards.scoring import Scorer, make_scorer
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.files import write_text_atomically
 from vpo_jax.runtime.keys import stream_key
-from vpo_jax.runtime.mesh import PARAMETER_RULES, infer_shardings, make_mesh
+from vpo_jax.runtime.mesh import make_mesh
 from vpo_jax.runtime.processes import largest, share, unshare
 from vpo_jax.runtime.trees import bytes_of
 
-# What a scorer has had to do with the tuned model; only the last kind of number is evidence by itself.
-ROLES = ("trained", "steered", "held out", "measured", "unknown")
-# Always in the table: preference training can freeze videos. Flicker counts as change here, so it is no judge.
+# How a scorer was used to make the tuned model. Only a held-out scorer is independent evidence.
+ROLES = ("trained", "used for selection", "held out", "measured", "unknown")
+# Always in the table: preference training can freeze videos. Flicker counts as change too, so it has no win rate.
 FRAME_CHANGE = "frames/change"
 
+Tree = Any
 Scores = dict[str, np.ndarray]
 Progress = Callable[[str, int, int], None]
 
@@ -58,10 +61,10 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """All that was compared, and the first clips to look at.
+    """All that was compared, with the first videos.
 
     `base_videos` and `tuned_videos` are uint8 [V, F, H, W, 3] of the first V prompts, sample 0; `base_scores` and
-    `tuned_scores` map "scorer/dimension" to float32 [P, S] of S samples a prompt; `settings` says how clips were made.
+    `tuned_scores` map "scorer/dimension" to float32 [P, S] of S samples a prompt; `settings` says how videos were made.
     """
 
     rows: tuple[Row, ...]
@@ -79,7 +82,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How clips are made; None leaves a choice to the pipeline. `seed` and `samples` fix the initial noise."""
+    """How videos are made; None leaves a choice to the pipeline. `seed` and `samples` fix the initial noise."""
 
     seed: int = 0
     samples: int = 1
@@ -100,16 +103,16 @@ class Sampling:
 
 
 def compare(
-    base: Any,
-    tuned: Any,
+    base: Pipeline,
+    tuned: Pipeline,
     prompts: Sequence[str],
-    rewards: Sequence[Any],
+    rewards: Sequence[Reward],
     sampling: Sampling | None = None,
     roles: Mapping[str, str] | None = None,
     keep: int = 8,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Generates with both pipelines, scores everything, and keeps the first `keep` clips of each.
+    """Generates with both pipelines, scores everything, and keeps the first `keep` videos of each.
 
     `roles` maps a scorer's name to one of ROLES ("unknown" where absent). `progress(what, done, total)` is called
     after every batch.
@@ -133,43 +136,43 @@ def compare(
 
 
 def evaluate(
-    pipeline: Any,
+    pipeline: Pipeline,
     prompts: Sequence[str],
-    rewards: Sequence[Any],
+    rewards: Sequence[Reward],
     sampling: Sampling,
     keep: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Scores, np.ndarray]:
-    """Scores {"scorer/dimension": float32 [P, S]} of one pipeline, and its first `keep` prompts' clips.
+    """Scores {"scorer/dimension": float32 [P, S]} of one pipeline, and its first `keep` prompts' videos.
 
-    Each process makes its share of the clips on its own devices, and all get everything.
-    The noise of prompt i, sample s is `stream_key(seed, "eval", 0, i, s)`: it depends on neither batch nor model.
+    Each process makes its share of the videos on its own devices, and every process returns all scores.
+    The noise of prompt i, sample s comes from `stream_key(seed, "eval", 0, i, s)`, whatever the batch and the model.
     """
     mesh = local_mesh(pipeline.params, rewards)
     scorers = [make_scorer(reward, mesh) for reward in rewards]
     return _evaluate(pipeline, prompts, scorers, mesh, sampling, keep, progress)
 
 
-def local_mesh(params: Any, rewards: Sequence[Any]) -> Mesh:
-    """This process's devices: each takes its share of the clips and holds all weights, where they leave it room.
+def local_mesh(params: Tree, rewards: Sequence[Reward]) -> Mesh:
+    """A mesh of this process's devices: videos are divided among them, and each holds all weights if they fit.
 
-    Else weights are cut over a few devices: see `parts_to_cut`.
+    Otherwise the weights are sharded over as few devices as possible: see `shards_needed`.
     """
     devices = jax.local_devices()
     whole = bytes_of(params) + sum(bytes_of(reward.params) for reward in rewards if reward.jittable)
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")  # a CPU does not say
-    parts = parts_to_cut(whole, limit, len(devices))
-    return make_mesh(len(devices) // parts, parts, devices=devices)
+    shards = shards_needed(whole, limit, len(devices))
+    return make_mesh(len(devices) // shards, shards, devices=devices)
 
 
-def parts_to_cut(whole: int, limit: int | None, count: int) -> int:
+def shards_needed(whole: int, limit: int | None, count: int) -> int:
     """The smallest divisor of `count` devices that makes `whole` bytes half of a device's `limit`; else `count`."""
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     return next((n for n in divisors if limit is None or whole / n <= limit / 2), count)
 
 
 def _evaluate(
-    pipeline: Any,
+    pipeline: Pipeline,
     prompts: Sequence[str],
     scorers: Sequence[Scorer],
     mesh: Mesh,
@@ -186,10 +189,10 @@ def _evaluate(
     kept: np.ndarray | None = None
     size = min(sampling.batch, most)
     size += -size % mesh.size
-    pipeline = pipeline.on_device(infer_shardings(pipeline.params, mesh, PARAMETER_RULES))
+    pipeline = pipeline.on_mesh(mesh)
     for start in range(0, most, size):
         chunk = tasks[start : start + size]
-        # The last batch is filled up with clips that do not count, so that one compiled program serves all.
+        # The last batch is padded with videos that do not count, so that all batches run one compiled program.
         filled = np.concatenate([chunk, np.resize(every[:1], (size - len(chunk), 2))])
         texts = [prompts[i] for i, _ in filled]
         latents = np.asarray(_noise(pipeline, filled, sampling))
@@ -208,11 +211,6 @@ def _evaluate(
     shape = (len(prompts), sampling.samples)
     mine = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {name: unshare(rows, len(every)).reshape(shape) for name, rows in mine.items()}, largest(kept)
-
-
-def score_videos(rewards: Sequence[Any], videos: np.ndarray, prompts: Sequence[str]) -> Scores:
-    """{"scorer/dimension": float32 [B]} of whole videos uint8 [B, F, H, W, 3] and their prompts, and frames/change."""
-    return _score([make_scorer(reward) for reward in rewards], videos, prompts)
 
 
 def compare_scores(base: Scores, tuned: Scores, roles: Mapping[str, str] | None = None) -> tuple[Row, ...]:
@@ -284,7 +282,7 @@ def percent(share: float) -> str:
 
 
 def write_json(path: str | Path, comparison: Comparison) -> None:
-    """evaluation.json: the rows, how clips were made, and every score; NaN is null. Whole or not at all."""
+    """evaluation.json: the rows, how videos were made, and every score; NaN is null. Whole or not at all."""
     document = {
         "rows": [asdict(row) for row in comparison.rows],
         "settings": dict(comparison.settings),
@@ -293,11 +291,9 @@ def write_json(path: str | Path, comparison: Comparison) -> None:
         "tuned_scores": {name: scores.tolist() for name, scores in comparison.tuned_scores.items()},
     }
     path = Path(path)
-    whole = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text(json.dumps(_without_nan(document), indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(whole, path)
+        write_text_atomically(path, json.dumps(_without_nan(document), indent=1, ensure_ascii=False))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; choose another --output") from error
 
@@ -305,8 +301,8 @@ def write_json(path: str | Path, comparison: Comparison) -> None:
 def _caption(rows: Sequence[Row]) -> str:
     words = {
         "trained": "trained: the model was trained on it",
-        "steered": "steered: it chose the checkpoint",
-        "held out": "held out: it neither trained nor steered",
+        "used for selection": "used for selection: it chose the checkpoint or the reference",
+        "held out": "held out: used neither for training nor for selection",
         "unknown": "unknown: not said whether it trained this model",
     }
     roles = [role for role in ROLES if role in words and any(row.role == role for row in rows)]
@@ -319,7 +315,7 @@ def _named(progress: Progress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(what, done, total)
 
 
-def _noise(pipeline: Any, tasks: np.ndarray, sampling: Sampling) -> jax.Array:
+def _noise(pipeline: Pipeline, tasks: np.ndarray, sampling: Sampling) -> jax.Array:
     shape = pipeline.latent_shape(sampling.num_frames, sampling.height, sampling.width)
     slots, samples = jnp.asarray(tasks.T)
     keys = jax.vmap(lambda i, s: stream_key(sampling.seed, "eval", 0, i, s))(slots, samples)

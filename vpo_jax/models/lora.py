@@ -12,9 +12,6 @@ from vpo_jax.runtime.trees import flatten, unflatten
 
 Tree = Any
 
-# The projections of every attention, spatial and temporal: the field's usual choice for video UNets.
-ATTENTION_TARGETS = (r"\.to_q$", r"\.to_k$", r"\.to_v$", r"\.to_out\.0$")
-
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
@@ -28,7 +25,7 @@ class LoRAConfig:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = ATTENTION_TARGETS
+    targets: tuple[str, ...]
 
     @property
     def scale(self) -> float:
@@ -71,7 +68,7 @@ def init_lora(key: jax.Array, params: Tree, config: LoRAConfig) -> Tree:
 
 
 def merge_lora(params: Tree, adapters: Tree, scale: float) -> Tree:
-    """Parameters with the adapters folded in: kernel + scale * A B, computed in float32, kept in the kernel's dtype."""
+    """Parameters with the adapters merged: kernel + scale * A B, computed in float32, kept in the kernel's dtype."""
     merged = dict(flatten(params))
     flat = flatten(adapters)
     for path, down in flat.items():

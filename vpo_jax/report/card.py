@@ -6,16 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vpo_jax.families.table import known_licence
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.files import write_text_atomically
 
 CARD_FILE = "README.md"
 
-# Licences of the weights by what a base model's name holds; None of them is a permission that this project gives.
-_LICENCES = (
-    (("text-to-video-ms-1.7b", "modelscope"), "cc-by-nc-4.0"),
-    (("zeroscope",), "cc-by-nc-4.0"),
-    (("videocrafter2", "videocrafter-2", "videocrafter_2"), "apache-2.0"),
-)
 _NON_COMMERCIAL = "cc-by-nc-4.0"
 
 
@@ -54,8 +50,7 @@ def licence_of(base: str) -> str:
                 return value.strip().strip("\"'")
             if line.strip() == "---":
                 break
-    name = base.lower()
-    return next((licence for names, licence in _LICENCES if any(part in name for part in names)), "")
+    return known_licence(base)
 
 
 def render(card: ModelCard) -> str:
@@ -98,7 +93,7 @@ def write_card(folder: str | Path, card: ModelCard) -> None:
     """Writes the card into an exported folder; UserError when the disk refuses."""
     file = Path(folder, CARD_FILE)
     try:
-        file.write_text(render(card), encoding="utf-8")
+        write_text_atomically(file, render(card))
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error}); free space, the model itself is whole") from error
 

@@ -1,8 +1,7 @@
-"""The report: one HTML page with base and tuned clips side by side, what the judges say, and the run's curves."""
+"""The report: one HTML page with base and tuned videos side by side, the scores, and the run's curves."""
 
 import base64
 import json
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,26 +10,28 @@ from typing import Any
 import numpy as np
 
 from vpo_jax.evaluation.compare import Comparison, Row, interval, number, percent
+from vpo_jax.evaluation.trend import describe_trend, reward_trend
 from vpo_jax.report.plots import interval_bar, legend, line_chart
 from vpo_jax.report.style import STYLE
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.files import write_text_atomically
 from vpo_jax.runtime.video import webp_bytes, write_mp4
 
-# Clips up to this size stand in the page itself, so that it can be sent as one file; larger ones lie beside it.
+# Videos up to this size stand in the page itself, so that it can be sent as one file; larger ones lie beside it.
 EMBED_BYTES = 250_000
 
 _ROLE_HELP = {
     "trained": "the model was trained on this score",
-    "steered": "this score chose the checkpoint or the reference",
-    "held out": "this score neither trained nor steered anything",
+    "used for selection": "this score chose the checkpoint or the reference",
+    "held out": "this score was used neither for training nor for selection",
     "measured": "raw change between frames, 0 to 255; flicker counts too, so neither more nor less is better",
-    "unknown": "nobody said whether the model was trained on this score",
+    "unknown": "it is not known whether the model was trained on this score",
 }
 # Charts of a run, where metrics.jsonl has the metrics: title, and names or their beginnings.
 _CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Combined reward of the rollouts", ("reward/total",)),
     ("Scores of the rollouts", ("reward/",)),
-    ("Held-out judges", ("held_out/",)),
+    ("Held-out scorers", ("held_out/",)),
     ("Fixed prompts, trained scorers", ("eval/",)),
     ("Pairs kept", ("pair/kept",)),
     ("Share of pairs that the policy ranks rightly", ("loss/implicit_accuracy",)),
@@ -53,18 +54,16 @@ def write_report(
     title: str = "Base against tuned",
     fps: int = 8,
 ) -> None:
-    """Writes the page, and clips that are too large to stand in it as mp4 into `samples/` beside it.
+    """Writes the page, and videos that are too large to stand in it as mp4 into `samples/` beside it.
 
     `metrics` are the lines of metrics.jsonl; `config` is shown as it is. All texts are escaped. Raises UserError
     where the page cannot be written.
     """
     path = Path(path)
-    page = render_page(comparison, metrics, config, title, _show_clips(path.parent, comparison, fps))
-    whole = path.with_name(f".{path.name}.tmp")
+    page = render_page(comparison, metrics, config, title, _show_videos(path.parent, comparison, fps))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text(page, encoding="utf-8")
-        os.replace(whole, path)
+        write_text_atomically(path, page)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; choose another folder") from error
 
@@ -74,18 +73,18 @@ def render_page(
     metrics: Sequence[Mapping[str, Any]] = (),
     config: Mapping[str, Any] | None = None,
     title: str = "Base against tuned",
-    clips: Sequence[tuple[str, str]] = (),
+    videos: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """The page's text. `clips` are (base, tuned) elements, <img> or <video>, of the first prompts."""
+    """The page's text. `videos` are (base, tuned) elements, <img> or <video>, of the first prompts."""
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="note">{_summary(comparison)}</p>',
         _cards(comparison.rows),
-        _clip_section(comparison, clips),
+        _video_section(comparison, videos),
         _table_section(comparison.rows),
         _chart_section(metrics),
         _config_section(comparison, config),
-        "<footer>Win rate: share of prompts on which the tuned model's clip scores higher than the base model's from "
+        "<footer>Win rate: share of prompts on which the tuned model's video scores higher than the base model's from "
         "the same initial noise; ties count one half. Intervals: 95 %, bootstrap over prompts.</footer>",
     ]
     return (
@@ -97,11 +96,11 @@ def render_page(
 
 def _summary(comparison: Comparison) -> str:
     count, samples = len(comparison.prompts), int(comparison.settings.get("samples", 1))
-    clips = f"{count} prompt{'s' if count != 1 else ''}"
+    compared = f"{count} prompt{'s' if count != 1 else ''}"
     if samples > 1:
-        clips += f", {samples} samples each"
+        compared += f", {samples} samples each"
     seed = comparison.settings.get("seed", 0)
-    return f"{clips}, the same initial noise for both models (seed {escape(str(seed))})."
+    return f"{compared}, the same initial noise for both models (seed {escape(str(seed))})."
 
 
 def _cards(rows: Sequence[Row]) -> str:
@@ -119,7 +118,7 @@ def _cards(rows: Sequence[Row]) -> str:
             what = f"dimensions better by {scorer}" + (f", {worse} worse" if worse else "")
         cards.append(_card(value, f"{what} ({own[0].role})"))
     for row in rows:
-        if row.dimension == "dynamic_degree" and row.base_mean > 0:  # a judge's grades have no ratio
+        if row.dimension == "dynamic_degree" and row.base_mean > 0:  # grades have no ratio
             cards.append(_card(percent(row.tuned_mean / row.base_mean), f"of the base's dynamic degree ({row.scorer})"))
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -128,7 +127,7 @@ def _card(value: str, what: str) -> str:
     return f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>"
 
 
-def _show_clips(folder: Path, comparison: Comparison, fps: int) -> list[tuple[str, str]]:
+def _show_videos(folder: Path, comparison: Comparison, fps: int) -> list[tuple[str, str]]:
     def show(video: np.ndarray, name: str) -> str:
         data = webp_bytes(video, fps)
         if len(data) <= EMBED_BYTES:
@@ -141,16 +140,16 @@ def _show_clips(folder: Path, comparison: Comparison, fps: int) -> list[tuple[st
     return [(show(base, f"base_{i:04d}"), show(tuned, f"tuned_{i:04d}")) for i, (base, tuned) in enumerate(pairs)]
 
 
-def _clip_section(comparison: Comparison, clips: Sequence[tuple[str, str]]) -> str:
-    if not clips:
+def _video_section(comparison: Comparison, videos: Sequence[tuple[str, str]]) -> str:
+    if not videos:
         return ""
     figures = []
-    for i, (base, tuned) in enumerate(clips):
+    for i, (base, tuned) in enumerate(videos):
         prompt = comparison.prompts[i]
         caption = escape(prompt) if prompt.strip() else '<span class="role">(no words)</span>'
         sides = "".join(
-            f'<div>{clip}<div class="who"><span>{name}</span><span>{_mean_score(scores, i)}</span></div></div>'
-            for name, clip, scores in (
+            f'<div>{video}<div class="who"><span>{name}</span><span>{_mean_score(scores, i)}</span></div></div>'
+            for name, video, scores in (
                 ("base", base, comparison.base_scores),
                 ("tuned", tuned, comparison.tuned_scores),
             )
@@ -158,8 +157,8 @@ def _clip_section(comparison: Comparison, clips: Sequence[tuple[str, str]]) -> s
         figures.append(f'<figure><div class="two">{sides}</div><figcaption>{caption}</figcaption></figure>')
     shown = next(iter(comparison.base_scores)).split("/")[0]
     return (
-        f'<h2>Side by side</h2><p class="note">The first {len(clips)} prompts as they come, not chosen. The number is '
-        f'the mean of {escape(shown)}\'s dimensions.</p><div class="clips">{"".join(figures)}</div>'
+        f'<h2>Side by side</h2><p class="note">The first {len(videos)} prompts as they come, not chosen. The number is '
+        f'the mean of {escape(shown)}\'s dimensions.</p><div class="videos">{"".join(figures)}</div>'
     )
 
 
@@ -189,7 +188,7 @@ def _table_section(rows: Sequence[Row]) -> str:
     roles = [role for role in _ROLE_HELP if any(row.role == role for row in rows)]
     help_text = " ".join(f"<b>{role}</b>: {_ROLE_HELP[role]}." for role in roles)
     return (
-        f'<h2>What the judges say</h2><p class="note">{help_text}</p><div class="wide"><table><thead><tr>'
+        f'<h2>Scores</h2><p class="note">{help_text}</p><div class="wide"><table><thead><tr>'
         '<th>scorer</th><th>dimension</th><th class="n">base</th><th class="n">tuned</th><th class="n">difference</th>'
         '<th class="n">win rate</th><th>0 to 100 %</th><th class="n">interval</th><th></th></tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
@@ -215,9 +214,11 @@ def _chart_section(metrics: Sequence[Mapping[str, Any]]) -> str:
                 charts.append(_chart(heading, {name: series[name] for name in part[first : first + 6]}))
     if not charts:
         return ""
+    found = reward_trend(metrics)
+    said = f"{describe_trend(found).capitalize()}. " if found else ""
     return (
-        '<h2>The run</h2><p class="note">Over steps. The loss of preference training is a poor progress signal; look '
-        f'at rewards and held-out judges.</p><div class="charts">{"".join(charts)}</div>'
+        f'<h2>The run</h2><p class="note">{escape(said)}Over steps. The loss of preference training is a poor progress '
+        f'signal; look at rewards and held-out scorers.</p><div class="charts">{"".join(charts)}</div>'
     )
 
 

@@ -28,7 +28,7 @@ p.note { color: var(--soft); margin: 0 0 16px; max-width: 76ch; }
 .cards > div { padding: 14px 16px; }
 .cards b { display: block; font-size: 26px; letter-spacing: -0.02em; font-weight: 650; line-height: 1.3; }
 .cards span { color: var(--soft); font-size: 13px; }
-.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 14px; }
+.videos { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 14px; }
 figure { margin: 0; padding: 12px; }
 figure .two { display: grid; grid-template-columns: 1fr 1fr; gap: 8px; }
 figure img, figure video {

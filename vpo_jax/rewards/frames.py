@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,110 +14,30 @@ BILINEAR, BICUBIC = 2, 3  # Pillow's numbers
 _PRECISION = 22  # bits of a weight's fraction in Pillow's resize of 8-bit images
 
 
-class FrameSettings(NamedTuple):
-    """What preprocessor_config.json says about images.
+class Settings(Protocol):
+    """How frames are resized and scaled.
 
     Attributes:
-      shortest, longest: a side above `longest` shrinks the image to it, then each side grows to at least `shortest`.
       factor: of uint8 values before they are normalised.
       mean, std: of each channel.
+      resample: Pillow's number of the filter.
     """
 
-    shortest: int = 378
-    longest: int = 980
-    factor: float = 1 / 255
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-
-    @staticmethod
-    def from_dict(raw: Mapping[str, Any]) -> "FrameSettings":
-        """Settings of an Idefics2 image processor; what the file leaves out is transformers' default.
-
-        Raises:
-          UserError: the file asks for what is not done here, by name.
-        """
-        defaults, part = FrameSettings(), "preprocessor_config"
-        size = raw.get("size") or {"shortest_edge": defaults.shortest, "longest_edge": defaults.longest}
-        names = ("shortest_edge", "longest_edge")
-        given = [size.get(name) for name in names] if isinstance(size, Mapping) else []
-        edges = [edge for edge in given if isinstance(edge, int) and edge > 0]
-        require(len(edges) == 2, f"{part}.size", f"must give {' and '.join(names)}, found {size!r}")
-        splitting = raw.get("do_image_splitting", False)
-        require(not splitting, f"{part}.do_image_splitting", "frames are never split here; set it to false")
-        return FrameSettings(edges[0], edges[1], *read_scaling(raw, BILINEAR, defaults.mean, defaults.std))
+    @property
+    def factor(self) -> float: ...
 
     @property
-    def resample(self) -> int:
-        """Pillow's number of the filter."""
-        return BILINEAR
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width after the resize. Growing changes the aspect ratio where one side alone is short."""
-        aspect = width / height
-        if width >= height and width > self.longest:
-            height, width = int(self.longest / aspect), self.longest
-        elif height > width and height > self.longest:
-            height, width = self.longest, int(self.longest * aspect)
-        return max(height, self.shortest), max(width, self.shortest)
-
-
-class SmartFrameSettings(NamedTuple):
-    """What a Qwen2-VL sees of a frame.
-
-    Attributes:
-      side: sides become multiples of it.
-      min_pixels, max_pixels: of a resized frame, as far as `side` allows; its aspect ratio is kept where it can be.
-      factor, mean, std: as in `FrameSettings`; CLIP's mean and standard deviation.
-    """
-
-    side: int = 28
-    min_pixels: int = 128 * 28 * 28
-    max_pixels: int = 768 * 28 * 28
-    factor: float = 1 / 255
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-
-    @staticmethod
-    def from_dict(raw: Mapping[str, Any], side: int, min_pixels: int, max_pixels: int) -> "SmartFrameSettings":
-        """Settings of a Qwen2-VL image processor for frames of a size between the two.
-
-        The processor has sizes of its own, and would resize what is outside of them a second time.
-
-        Raises:
-          UserError: the file asks for what is not done here, by name.
-        """
-        defaults, part = SmartFrameSettings(), "preprocessor_config"
-        size = raw.get("size") or {}
-        for name, edge, good in (
-            ("min_pixels", "shortest_edge", lambda value: value <= min_pixels),
-            ("max_pixels", "longest_edge", lambda value: value >= max_pixels),
-        ):
-            value = raw.get(name, size.get(edge))
-            fits = value is None or (isinstance(value, int) and good(value))
-            wanted = f"{value!r} would resize frames of {min_pixels} to {max_pixels} pixels again; use Qwen2-VL's file"
-            require(fits, f"{part}.{name}", wanted)
-        return SmartFrameSettings(
-            side, min_pixels, max_pixels, *read_scaling(raw, BICUBIC, defaults.mean, defaults.std)
-        )
+    def mean(self) -> tuple[float, float, float]: ...
 
     @property
-    def resample(self) -> int:
-        """Pillow's number of the filter."""
-        return BICUBIC
+    def std(self) -> tuple[float, float, float]: ...
+
+    @property
+    def resample(self) -> int: ...
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width after the resize (`smart_resize` of Qwen2-VL's code)."""
-        rows, columns = (max(1, round(size / self.side)) * self.side for size in (height, width))
-        if rows * columns > self.max_pixels:
-            shrink = math.sqrt(height * width / self.max_pixels)
-            rows, columns = (max(1, math.floor(size / shrink / self.side)) * self.side for size in (height, width))
-        elif rows * columns < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (height * width))
-            rows, columns = (math.ceil(size * grow / self.side) * self.side for size in (height, width))
-        return rows, columns
-
-
-Settings = FrameSettings | SmartFrameSettings
+        """Height and width after the resize."""
+        ...
 
 
 def read_scaling(
@@ -149,12 +69,12 @@ def prepare_frames(settings: Settings, frames: jax.Array) -> jax.Array:
 
 
 def see_in_parts(see: Callable[[jax.Array], jax.Array], videos: jax.Array, together: int, unit: int = 1) -> jax.Array:
-    """`see` of some frames of every clip at a time, side by side again: the batch stays cut over devices as it is.
+    """`see` of some frames of every video at a time, side by side again: the batch stays sharded over devices as it is.
 
     Args:
       see: [B, g, ...] -> [B, n, ...], where n grows with g.
       videos: [B, f, ...].
-      together: most frames of a clip at once; at least `unit` are taken.
+      together: most frames of a video at once; at least `unit` are taken.
       unit: g is a multiple of it, and f is too.
     """
     batch, frames = videos.shape[:2]

@@ -1,50 +1,26 @@
-"""Scorers by name or folder, and the function that people call."""
+"""Scorers by name, by folder, or as MODULE:ATTRIBUTE."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from jax.sharding import Mesh
-
-from vpo_jax.checkpoints import videoreward, videoscore
-from vpo_jax.checkpoints.scorers import CLASS, scorer_class
-from vpo_jax.rewards.classical import ClassicalReward
-from vpo_jax.rewards.custom import TIMEOUT, load_custom
-from vpo_jax.rewards.judge import JudgeReward
+from vpo_jax.checkpoints import safetensors_io as io
+from vpo_jax.rewards import custom
+from vpo_jax.rewards.entry import Entry
+from vpo_jax.rewards.options import config_limits
 from vpo_jax.rewards.protocol import Reward
-from vpo_jax.rewards.shapes import load_video_scorer
-from vpo_jax.rewards.videoreward import VideoRewardOptions, load_videoreward
-from vpo_jax.rewards.videoscore import VideoScoreOptions, load_videoscore
+from vpo_jax.rewards.scoring import Scorer, make_scorer
+from vpo_jax.rewards.table import SCORERS
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import CLIPS, PARAMETER_RULES, constrain, infer_shardings
-from vpo_jax.runtime.processes import place
 
-SHIPPED_SCORER = Path(__file__).resolve().parents[1] / "shapes" / "assets" / "scorer"
-_BATCH = 32  # clips scored in one compiled call, where the scorer has no number of its own
+Settings = Any  # a config's `reward`: a ConfigDict, or a dict of it
 
 
-def _shipped() -> Reward:
-    return load_video_scorer(SHIPPED_SCORER, "shapes")
-
-
-_BY_NAME: dict[str, Callable[[], Reward]] = {"classical": ClassicalReward, "judge": JudgeReward, "shapes": _shipped}
-_BY_CLASS: dict[str, Callable[[str], Reward]] = {CLASS: load_video_scorer, videoscore.CLASS: load_videoscore}
-_BY_CLASS |= dict.fromkeys(videoreward.CLASSES, load_videoreward)
-# Names whose folder and options stand in the config, under reward.NAME.
-_BY_SETTINGS: dict[str, tuple[tuple[str, ...], Callable[..., Reward], Callable[..., Any]]] = {
-    "videoreward": (videoreward.CLASSES, load_videoreward, VideoRewardOptions),
-    "videoscore": ((videoscore.CLASS,), load_videoscore, VideoScoreOptions),
-}
-
-
-def load_reward(name_or_path: str, settings: Any = None, field: str = "reward.scorers") -> Reward:
+def load_reward(name_or_path: str, settings: Settings = None, field: str = "reward.scorers") -> Reward:
     """A scorer by its name, its folder, or as MODULE:ATTRIBUTE.
 
-    "shapes" ships with the package; "classical" and "judge" (analytic, of the shapes world) never train; "videoscore"
-    and "videoreward" take their folder from `settings`; see `rewards.custom` for one of your own.
+    "shapes" ships with the package; "classical" and "judge" (analytic, of the shapes world) are never used for
+    training; those with `options` take their folder from `settings`; see `rewards.custom` for one of your own.
 
     Args:
       name_or_path: any of those.
@@ -54,53 +30,31 @@ def load_reward(name_or_path: str, settings: Any = None, field: str = "reward.sc
     Raises:
       UserError: nothing that is a scorer, or one that cannot be loaded.
     """
-    if name_or_path in _BY_NAME:
-        return _BY_NAME[name_or_path]()
-    if name_or_path in _BY_SETTINGS and (settings is not None or not Path(name_or_path).is_dir()):
-        return _by_settings(name_or_path, settings, field)
-    if not Path(name_or_path).is_dir():
+    entry, is_folder = SCORERS.get(name_or_path), Path(name_or_path).is_dir()
+    if entry is not None and entry.make is not None:
+        return entry.make()
+    if entry is not None and (settings is not None or not is_folder):
+        return _by_settings(name_or_path, entry, settings, field)
+    if not is_folder:
         if ":" in name_or_path:
-            return load_custom(name_or_path, field, TIMEOUT if settings is None else settings["timeout"])
-        known = ", ".join(sorted([*_BY_NAME, *_BY_SETTINGS]))
+            return custom.load(name_or_path, field, custom.TIMEOUT if settings is None else settings["timeout"])
         raise UserError(
-            f"{field}: {str(name_or_path)!r} is no scorer; known names are {known}, a folder with "
+            f"{field}: {str(name_or_path)!r} is no scorer; known names are {', '.join(sorted(SCORERS))}, a folder with "
             "config.json and model.safetensors is one too, and so is your own MODULE:FUNCTION"
         )
-    kind = scorer_class(name_or_path)
-    if kind not in _BY_CLASS:
+    kind = class_of(name_or_path)
+    by_class = _loaders()
+    if kind not in by_class:
         raise UserError(
-            f"{name_or_path}: config.json says {kind!r}, which is no scorer; known classes are {', '.join(_BY_CLASS)}"
+            f"{name_or_path}: config.json says {kind!r}, which is no scorer; known classes are {', '.join(by_class)}"
         )
-    return _BY_CLASS[kind](name_or_path)
-
-
-def _by_settings(name: str, settings: Any, field: str) -> Reward:
-    classes, load, options = _BY_SETTINGS[name]
-    if settings is None:
-        raise UserError(f"{field}: {name} has its folder in a run's config only; give the folder itself here")
-    values = dict(settings[name].items())
-    path, query = values.pop("path"), values["query_prompt"]
-    if not path:
-        raise UserError(
-            f"reward.{name}.path: is empty, but {field} names {name}; give the folder of its weights with "
-            f"--config.reward.{name}.path=DIR"
-        )
-    if not Path(path).is_dir():
-        raise UserError(f"reward.{name}.path: {path}: no such folder; give the folder of its weights")
-    if query and not Path(query).is_file():
-        raise UserError(f"reward.{name}.query_prompt: there is no file {query}; give a text file, or nothing")
-    kind = scorer_class(path)
-    if kind not in classes:
-        raise UserError(
-            f"reward.{name}.path: {path} holds {kind!r} and no {' or '.join(classes)}; name it in {field} itself"
-        )
-    return load(path, name, options(**values))
+    return by_class[kind](name_or_path)
 
 
 def load_rewards(
-    names: str, training: bool = False, settings: Any = None, field: str | None = None
+    names: str, training: bool = False, settings: Settings = None, field: str | None = None
 ) -> tuple[Reward, ...]:
-    """Scorers of a comma-separated list; with `training`, those that may only judge are refused.
+    """Scorers of a comma-separated list; with `training`, those that are for evaluation only are refused.
 
     `settings` is a config's `reward`; `field` is what errors name, reward.scorers or held_out.scorers if left out.
 
@@ -108,7 +62,7 @@ def load_rewards(
       UserError: as `load_reward`; an empty list for training; the judge for training.
     """
     field = field or ("reward.scorers" if training else "held_out.scorers")
-    rewards = tuple(load_reward(name.strip(), settings, field) for name in names.split(",") if name.strip())
+    rewards = tuple(load_reward(name, settings, field) for name in _split(names))
     if training and not rewards:
         raise UserError("reward.scorers: is empty; name at least one scorer, as shapes")
     for reward in rewards:
@@ -117,62 +71,17 @@ def load_rewards(
     return rewards
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scorer:
-    """A scorer as a function of whole videos: `scorer(videos, prompts)`."""
+def abstract_rewards(names: str, settings: Settings) -> tuple[Reward, ...]:
+    """Scorers of a comma-separated list for a plan: published ones with shapes for `params`, the others loaded.
 
-    reward: Reward
-    _score: Callable[..., jax.Array | np.ndarray]
-    _params: Any = None  # where the reward's own lie elsewhere
-    _devices: int = 1
+    Args:
+      names: as a config's `reward.scorers`.
+      settings: a config's `reward`.
 
-    def __call__(self, videos: np.ndarray, prompts: str | Sequence[str]) -> dict[str, np.ndarray]:
-        """Scores of uint8 [B, F, H, W, 3] against a prompt for each: {dimension: float32 [B]}.
-
-        Raises:
-          UserError: videos of another type or shape, or another number of prompts than of videos.
-        """
-        videos = np.asarray(videos)
-        if videos.ndim != 5 or videos.shape[-1] != 3 or videos.dtype != np.uint8 or 0 in videos.shape:
-            raise UserError(f"videos: must be uint8 [B, F, H, W, 3], found {videos.dtype} {list(videos.shape)}")
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if len(prompts) != len(videos):
-            raise UserError(f"prompts: {len(prompts)} for {len(videos)} videos; give one to each")
-        frames = list(self.reward.frame_indices(videos.shape[1]))
-        prepared = self.reward.prepare(prompts)
-        params = self.reward.params if self._params is None else self._params
-        most = -(-len(videos) // self._devices) * self._devices
-        batch = min(getattr(self.reward, "clips_at_a_time", _BATCH) * self._devices, most)
-        parts = []
-        for start in range(0, len(videos), batch):
-            # The last batch is filled up with clips that are not returned: one shape, one compilation.
-            rows = np.minimum(np.arange(start, start + batch), len(videos) - 1)
-            part = self._score(params, videos[rows][:, frames], jax.tree.map(lambda x, rows=rows: x[rows], prepared))
-            parts.append(np.asarray(part)[: len(videos) - start])
-        scores = np.concatenate(parts).astype(np.float32)
-        return {name: scores[:, i] for i, name in enumerate(self.reward.dimensions)}
-
-
-def make_scorer(reward: Reward, mesh: Mesh | None = None) -> Scorer:
-    """A scorer as a function; on a mesh its weights are cut by the rules, and each device scores its share of clips."""
-    if not reward.jittable:
-        return Scorer(reward, reward.score)
-    if mesh is None:
-        # Else every call would copy the weights from the host, which a CPU does not.
-        params = None if jax.default_backend() == "cpu" else jax.device_put(reward.params)
-        return Scorer(reward, jax.jit(reward.score), params)
-
-    def shared(params: Any, videos: jax.Array, prepared: Any) -> jax.Array | np.ndarray:
-        return reward.score(params, *jax.tree.map(lambda x: constrain(x, CLIPS), (videos, prepared)))
-
-    score = jax.jit(shared)
-
-    def on_mesh(*arguments: Any) -> jax.Array:
-        with jax.set_mesh(mesh):
-            return score(*arguments)
-
-    params = place(reward.params, infer_shardings(reward.params, mesh, PARAMETER_RULES))
-    return Scorer(reward, on_mesh, params, mesh.size)
+    Raises:
+      UserError: as `load_reward`.
+    """
+    return tuple(_abstract(name, settings) or load_reward(name, settings) for name in _split(names))
 
 
 def load_scorer(name_or_path: str, field: str = "scorer") -> Scorer:
@@ -182,3 +91,69 @@ def load_scorer(name_or_path: str, field: str = "scorer") -> Scorer:
       UserError: as `load_reward`; its message names `field`.
     """
     return make_scorer(load_reward(str(name_or_path), field=field))
+
+
+def class_of(folder: str | Path) -> str:
+    """The class of the scorer in `folder`: `_class_name`, or transformers' first of `architectures`.
+
+    A folder without config.json is of the scorer whose `marker` file it has.
+
+    Raises:
+      UserError: there is no such folder, or no scorer in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; a scorer is a folder with config.json in it")
+    if not (folder / "config.json").is_file():
+        for entry in SCORERS.values():
+            if entry.marker and (folder / entry.marker).is_file():
+                return entry.classes[0]
+    config = io.read_json(folder / "config.json")
+    architectures = config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    return str(config.get("_class_name", named))
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _loaders() -> dict[str, Callable[..., Reward]]:
+    return {kind: entry.load for entry in SCORERS.values() if entry.load for kind in entry.classes}
+
+
+def _abstract(name: str, settings: Settings) -> Reward | None:
+    entry = SCORERS.get(name)
+    if entry is None or entry.abstract is None or entry.options is None or Path(name).is_dir():
+        return None
+    return entry.abstract(name, _options_of(name, entry.options, settings))
+
+
+def _options_of(name: str, options: type[Any], settings: Settings) -> Any:
+    given = settings[name]
+    return options(**{field: given[field] for field in config_limits(options) if field in given})
+
+
+def _by_settings(name: str, entry: Entry, settings: Settings, field: str) -> Reward:
+    assert entry.load is not None and entry.options is not None
+    if settings is None:
+        raise UserError(f"{field}: {name} has its folder in a run's config only; give the folder itself here")
+    path = settings[name]["path"]
+    if not path:
+        raise UserError(
+            f"reward.{name}.path: is empty, but {field} names {name}; give the folder of its weights with "
+            f"--config.reward.{name}.path=DIR"
+        )
+    if not Path(path).is_dir():
+        raise UserError(f"reward.{name}.path: {path}: no such folder; give the folder of its weights")
+    options = _options_of(name, entry.options, settings)
+    for key, (_, limits) in config_limits(entry.options).items():
+        file = getattr(options, key)
+        if limits.is_file and file and not Path(file).is_file():
+            raise UserError(f"reward.{name}.{key}: there is no file {file}; give a text file, or nothing")
+    kind = class_of(path)
+    if kind not in entry.classes:
+        raise UserError(
+            f"reward.{name}.path: {path} holds {kind!r} and no {' or '.join(entry.classes)}; name it in {field} itself"
+        )
+    return entry.load(path, name, options)

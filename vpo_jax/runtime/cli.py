@@ -4,7 +4,6 @@ import argparse
 import ast
 import difflib
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 from absl import logging
 
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.files import write_json
 from vpo_jax.runtime.signals import Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def write_output(name: str, value: Any) -> None:
     if not name:
         return
     try:
-        Path(name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        write_json(name, value)
     except OSError as error:
         raise UserError(f"--output: {name} cannot be written: {error.strerror}") from error
 

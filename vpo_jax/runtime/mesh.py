@@ -16,15 +16,26 @@ BATCH = PartitionSpec(("data", "fsdp"))
 VIDEO = PartitionSpec(("data", "fsdp"), "context")  # [B, F, ...]
 CLIPS = PartitionSpec(("data", "fsdp", "context"))  # [B, ...] where every clip, frame or place is its own work
 
-Rules = Sequence[tuple[str, PartitionSpec]]
 
-# Of every model's parameters. Kernels are [..., in, out]; the input side is cut, so that a layer's weights are gathered
-# once for its product. Adapters are small and stay whole.
+class Trailing(NamedTuple):
+    """A spec of a leaf's last two dimensions, whatever its rank; the dimensions before them are not sharded."""
+
+    input: str | None
+    output: str | None
+
+    def spec(self, rank: int) -> PartitionSpec:
+        """The spec of a leaf of this rank; a leaf with fewer dimensions has the last ones."""
+        return PartitionSpec(*(None,) * (rank - 2), *self[max(0, 2 - rank) :])
+
+
+Rules = Sequence[tuple[str, PartitionSpec | Trailing]]
+
+# The rules of models that bring none of their own. Kernels are [..., in, out], whatever window stands in front; the
+# input side is sharded over fsdp, so that a layer's weights are gathered once for its product. Adapters are small and
+# replicated.
 PARAMETER_RULES: Rules = (
     (r"lora_[AB]$", PartitionSpec()),
-    (r"temp_convs.*kernel$", PartitionSpec(None, None, None, "fsdp", "tensor")),
-    (r"(conv1|conv2|conv_in|conv_out|conv_shortcut|conv)/kernel$", PartitionSpec(None, None, "fsdp", "tensor")),
-    (r"(kernel|embedding)$", PartitionSpec("fsdp", "tensor")),
+    (r"(kernel|embedding)$", Trailing("fsdp", "tensor")),
 )
 
 
@@ -200,6 +211,7 @@ def infer_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     def sharding(keypath: tuple[Any, ...], leaf: Any) -> NamedSharding:
         path = path_of(keypath)
         spec = next((spec for pattern, spec in compiled if pattern.search(path)), PartitionSpec())
+        spec = spec.spec(len(leaf.shape)) if isinstance(spec, Trailing) else spec
         return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)

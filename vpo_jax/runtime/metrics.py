@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 import struct
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,8 @@ from PIL import Image
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
+
+from vpo_jax.runtime.files import write_bytes_atomically
 
 
 class MetricsWriter:
@@ -49,9 +50,9 @@ class MetricsWriter:
         if self._silent:
             return
         if self._lines.exists():
-            _replace(self._lines, "".join(_lines_until(self._lines, step)).encode())
+            write_bytes_atomically(self._lines, "".join(_lines_until(self._lines, step)).encode())
         for path in self._directory.glob("events.out.tfevents.*"):
-            _replace(path, b"".join(_events_until(path, step)))
+            write_bytes_atomically(path, b"".join(_events_until(path, step)))
 
     def close(self) -> None:
         """Closes the event file; a later write opens another."""
@@ -95,12 +96,6 @@ def _events_until(path: Path, step: int) -> Iterator[bytes]:
         if Event.FromString(data[place + 12 : end - 4]).step <= step:
             yield data[place:end]
         place = end
-
-
-def _replace(path: Path, data: bytes) -> None:
-    whole = path.with_name(f".{path.name}.tmp")
-    whole.write_bytes(data)
-    os.replace(whole, path)
 
 
 def _gif(video: np.ndarray, fps: int) -> bytes:

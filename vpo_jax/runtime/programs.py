@@ -20,7 +20,7 @@ class Program:
 
     Attributes:
       name: as in plans and benchmarks.
-      function: jitted.
+      function: what `jax.jit` returns.
       arguments: batch -> the function's arguments for it, as `jax.ShapeDtypeStruct`s.
       roles: of each argument.
       mesh: which of a job's meshes it is computed on: "update", "rollout" or "score".
@@ -34,7 +34,7 @@ class Program:
     """
 
     name: str
-    function: Callable[..., Any]
+    function: Any
     arguments: Callable[[int], tuple[Tree, ...]]
     roles: tuple[Role, ...]
     mesh: Literal["update", "rollout", "score"]

@@ -47,12 +47,6 @@ def cast_floating(tree: Tree, dtype: Any) -> Tree:
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def all_finite(tree: Tree) -> jax.Array:
-    """Whether every floating leaf is finite: one bool array."""
-    checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.stack(checks).all() if checks else jnp.array(True)
-
-
 def select(predicate: jax.Array, new: Tree, old: Tree) -> Tree:
     """`new` where the scalar predicate holds, else `old`, bitwise."""
     return jax.tree.map(lambda a, b: jnp.where(predicate, a, b), new, old)

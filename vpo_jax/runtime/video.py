@@ -1,4 +1,4 @@
-"""Video files: mp4, animated WebP and GIF out; mp4, GIF, WebP and npy in."""
+"""Video files: mp4 and animated WebP out; mp4, GIF, WebP and npy in."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from PIL import Image
 from vpo_jax.runtime.errors import UserError
 
 SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".webp", ".npy")
-# Smaller clips are shown enlarged: players blur them, and a 32 pixel video is a stamp on a screen.
+# Smaller videos are shown enlarged: players blur them, and a 32 pixel video is a stamp on a screen.
 LEAST_SIZE = 128
 
 
@@ -44,14 +44,14 @@ def write_webp(path: str | Path, video: np.ndarray, fps: int = 8) -> None:
     _write(path, webp_bytes(video, fps))
 
 
-def write_gif(path: str | Path, video: np.ndarray, fps: int = 8) -> None:
-    """Animated GIF, 256 colours a frame, from uint8 [F, H, W, 3]; small videos are enlarged."""
-    _write(path, _animation(enlarge(_checked(video)), "GIF", fps))
-
-
 def webp_bytes(video: np.ndarray, fps: int = 8) -> bytes:
     """What `write_webp` writes."""
-    return _animation(enlarge(_checked(video)), "WEBP", fps, lossless=True, method=4)
+    frames = [Image.fromarray(frame) for frame in enlarge(_checked(video))]
+    data = io.BytesIO()
+    # Milliseconds a frame, 0 loops for ever.
+    looped = {"save_all": True, "append_images": frames[1:], "duration": round(1000 / fps), "loop": 0}
+    frames[0].save(data, "WEBP", lossless=True, method=4, **looped)
+    return data.getvalue()
 
 
 def read_video(path: str | Path) -> np.ndarray:
@@ -97,14 +97,6 @@ def _from_array(path: Path, video: np.ndarray) -> np.ndarray:
     if np.issubdtype(video.dtype, np.floating) and np.nanmin(video) >= 0 and np.nanmax(video) <= 1:
         return np.round(video * 255).astype(np.uint8)
     raise UserError(f"{path}: {video.dtype} is not a video; save uint8, or floats between 0 and 1")
-
-
-def _animation(video: np.ndarray, kind: str, fps: int, **options: object) -> bytes:
-    frames = [Image.fromarray(frame) for frame in video]
-    data = io.BytesIO()
-    # Milliseconds a frame, 0 loops for ever.
-    frames[0].save(data, kind, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0, **options)
-    return data.getvalue()
 
 
 def _checked(video: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ import jax
 
 from vpo_jax.runtime.buckets import local_folder
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.files import write_json
 from vpo_jax.runtime.processes import agree, is_main
 
 # On resume these may differ; train.steps may also, upwards.
@@ -46,7 +47,7 @@ class Workdir:
 
     @property
     def samples(self) -> Path:
-        """Videos to look at."""
+        """Sampled videos."""
         return self.path / "samples"
 
     @property
@@ -171,13 +172,6 @@ def writing(path: Path) -> Iterator[None]:
                 f"--workdir: the disk of {path} is full; free some space, and the same command continues"
             ) from error
         raise UserError(f"--workdir: {path} cannot be written ({error.strerror}); choose another one") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader, or a kill, never meets half a file."""
-    whole = path.with_name(f".{path.name}.tmp")
-    whole.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(whole, path)
 
 
 def environment() -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The analytic judge: measures a clip of the embedded world against its caption, without any learning.
+"""The analytic judge: measures a video of the embedded world against its caption, without any learning.
 
-It trains nothing, labels nothing and steers nothing; it looks at finished videos. Each frame is split into
-background and object by colour, the object is followed through the clip, and the three shapes are fitted to its
-outline. `python -m vpo_jax.shapes.judge` prints the constants of clean clips that stand below.
+It is used for neither training, nor labels, nor selection: it measures finished videos. Each frame is split into
+background and object by colour, the object is followed through the video, and the three shapes are fitted to its
+outline. `python -m vpo_jax.shapes.judge` prints the constants of clean videos that stand below.
 """
 
 import functools
@@ -20,8 +20,8 @@ HIGHER_IS_BETTER = {"speed": True, "shape": True, "sharpness": True} | dict.from
     ("flicker", "jitter", "direction", "color", "size"), False
 )
 
-# Mean of the measures, and mean and standard deviation of their graded form, on clean clips of training captions,
-# by `python -m vpo_jax.shapes.judge` (2,016 clips, seed 0). They fix the scale of `overall` and never change.
+# Mean of the measures, and mean and standard deviation of their graded form, on clean videos of training captions,
+# by `python -m vpo_jax.shapes.judge` (2,016 videos, seed 0). They fix the scale of `overall` and never change.
 CLEAN_MEAN: dict[str, float] = {
     "flicker": 0.003379,
     "jitter": 0.07272,
@@ -58,7 +58,7 @@ _RADII = np.geomspace(3.0, 10.0, 25)
 _SOFTNESS = (1.2, 2.4, 4.0)  # width of a template's edge, pixels
 _SHIFTS = (-0.4, 0.0, 0.4)
 _PERIMETER = np.array([2 * np.pi, 8.0, 2 + 2 * np.sqrt(5.0)])  # of the three shapes, in radii
-_CHUNK = 32  # clips measured in one compiled call
+_CHUNK = 32  # videos measured in one compiled call
 
 
 def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -149,7 +149,7 @@ def _measure_one(
     speed = jnp.linalg.norm(velocity)
     heading = jnp.asarray(world.MOTION_VECTORS) @ velocity  # [4]
     angle = jnp.arccos(jnp.clip(heading[attributes.motion] / (speed + 1e-6), -1.0, 1.0))
-    # Below 0.4 pixels a frame a direction means less and less, and a clip that stands still has none.
+    # Below 0.4 pixels a frame a direction means less and less, and a video that stands still has none.
     certain = jnp.clip(speed / 0.4, 0.0, 1.0)
 
     rows, shapes, radii = templates
@@ -219,7 +219,7 @@ def _run(videos: np.ndarray, captions: Sequence[str]) -> tuple[dict[str, np.ndar
     rows = np.array(parsed, np.int32)
     parts = []
     for start in range(0, len(videos), _CHUNK):
-        # The last chunk is filled up with its own first clip: one compiled shape for any number of clips.
+        # The last chunk is filled up with its own first video: one compiled shape for any number of videos.
         take = np.arange(start, start + _CHUNK)
         take = np.where(take < len(videos), take, start)
         part = _compiled()(videos[take], world.Attributes(*rows[take].T))
@@ -231,7 +231,7 @@ def _run(videos: np.ndarray, captions: Sequence[str]) -> tuple[dict[str, np.ndar
 
 
 def measure(videos: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
-    """The eight measures of clips against their captions: uint8 [B, F, 32, 32, 3] -> {name: float32 [B]}.
+    """The eight measures of videos against their captions: uint8 [B, F, 32, 32, 3] -> {name: float32 [B]}.
 
     flicker    mean change of the background's level between neighbouring frames, in [0, 1]; lower is better
     jitter     root mean square distance of the object from its own straight path, pixels; lower is better
@@ -251,13 +251,13 @@ def measure(videos: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray
 def matches(videos: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
     """Whether color, shape, size, direction and background are the captioned ones: {name: bool [B]}.
 
-    Each is the nearest of the values that the world knows; a clip that stands still has no direction.
+    Each is the nearest of the values that the world knows; a video that stands still has no direction.
     """
     return _run(videos, captions)[1]
 
 
 def noise_level(videos: np.ndarray) -> np.ndarray:
-    """Standard deviation of fine grain in the flatter half of each clip, in [0, 1]: uint8 -> float32 [B].
+    """Standard deviation of fine grain in the flatter half of each video, in [0, 1]: uint8 -> float32 [B].
 
     Not one of the eight measures; it is what a score of visual quality is compared with besides sharpness.
     """
@@ -270,10 +270,10 @@ def noise_level(videos: np.ndarray) -> np.ndarray:
 
 
 def graded(measures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The measures with higher better everywhere, and no reward for more than a clean clip has.
+    """The measures with higher better everywhere, and no reward for more than a clean video has.
 
     Errors e become -log(e + clean mean), so that the whole range from clean to hopeless spans about ten standard
-    deviations of the clean clips for every measure; speed and sharpness count up to the clean mean.
+    deviations of the clean videos for every measure; speed and sharpness count up to the clean mean.
     """
     result = {}
     for name in MEASURES:
@@ -287,31 +287,31 @@ def graded(measures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def in_clean_deviations(measures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`graded` as deviations from the clean clips' mean in units of their standard deviation: {name: float32 [B]}.
+    """`graded` as deviations from the clean videos' mean in units of their standard deviation: {name: float32 [B]}.
 
-    Zero is a clean clip's average, and higher is better.
+    Zero is a clean video's average, and higher is better.
     """
     return {name: (x - GRADED_MEAN[name]) / GRADED_STD[name] for name, x in graded(measures).items()}
 
 
 def overall(measures: Mapping[str, np.ndarray]) -> np.ndarray:
-    """One number a clip, higher is better: the mean of the eight graded measures in clean deviations, [B]."""
+    """One number a video, higher is better: the mean of the eight graded measures in clean deviations, [B]."""
     return np.mean(list(in_clean_deviations(measures).values()), axis=0)
 
 
-def measure_clean_clips(count: int = 2016, seed: int = 0) -> dict[str, np.ndarray]:
-    """The measures of clean clips of training captions: {name: float32 [count]}."""
+def measure_clean_videos(count: int = 2016, seed: int = 0) -> dict[str, np.ndarray]:
+    """The measures of clean videos of training captions: {name: float32 [count]}."""
     indices = np.resize(world.caption_indices("train"), count)
-    clips = world.render_clips(jax.random.key(seed), indices, 0.0)
+    videos = world.render_videos(jax.random.key(seed), indices, 0.0)
     names = [world.make_caption(world.ALL_ATTRIBUTES[index]) for index in indices]
-    return measure(np.asarray(world.to_uint8(clips.frames)), names)
+    return measure(np.asarray(world.to_uint8(videos.frames)), names)
 
 
 def _print_constants() -> None:
     def line(label: str, values: Mapping[str, np.ndarray], statistic: Callable[[np.ndarray], float]) -> None:
         print(label, "=", {name: float(f"{statistic(x):.4g}") for name, x in values.items()})
 
-    measures = measure_clean_clips()
+    measures = measure_clean_videos()
     CLEAN_MEAN.update({name: float(f"{x.mean():.4g}") for name, x in measures.items()})
     line("CLEAN_MEAN", measures, np.mean)
     line("GRADED_MEAN", graded(measures), np.mean)

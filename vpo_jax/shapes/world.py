@@ -1,6 +1,6 @@
-"""The embedded world: short clips of one coloured shape that moves, with degradations of known strength.
+"""The embedded world: short videos of one coloured shape that moves, with degradations of known strength.
 
-Everything is pure `jax.numpy`, written for one clip: `jax.vmap` makes batches and `jax.jit` makes them fast.
+Everything is pure `jax.numpy`, written for one video: `jax.vmap` makes batches and `jax.jit` makes them fast.
 A caption names five attributes; the 480 of them are split once and for all into prompts to train on, to tune
 on and to report on. Coordinates are pixels, x to the right, y downwards, with the frame spanning [0, 32].
 """
@@ -47,8 +47,8 @@ NOISE_STD = 0.14  # of the range of values
 MORPH_GROWTH = 0.35  # log of the largest size over the middle one
 MORPH_COLOR = 0.6  # share of the way to another colour
 
-# The base model's training mixture: how often each degradation is one of a degraded clip's, and its largest
-# strength there. Frozen clips would teach a base that stands still, noise would waste its autoencoder.
+# The base model's training mixture: how often each degradation is one of a degraded video's, and its largest
+# strength there. Frozen videos would teach a base that stands still, noise would waste its autoencoder.
 _MIXTURE_WEIGHTS = np.array([0.30, 0.30, 0.16, 0.06, 0.06, 0.12], np.float32)
 _MIXTURE_LARGEST = np.array([1.0, 1.0, 1.0, 0.4, 0.6, 1.0], np.float32)
 _MIXTURE_COUNT = np.array([0.35, 0.40, 0.25], np.float32)  # one, two or three degradations
@@ -65,7 +65,7 @@ class Attributes(NamedTuple):
 
 
 class Degradation(NamedTuple):
-    """Strengths in [0, 1], zero for a clean clip."""
+    """Strengths in [0, 1], zero for a clean video."""
 
     flicker: Number = 0.0
     jitter: Number = 0.0
@@ -76,11 +76,11 @@ class Degradation(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """One clean clip: what a caption leaves open."""
+    """One clean video: what a caption leaves open."""
 
     attributes: Attributes
     radius: jax.Array  # pixels
-    center: jax.Array  # [2], place at mid-clip
+    center: jax.Array  # [2], place in the middle of the video
     velocity: jax.Array  # [2], pixels a frame
     color: jax.Array  # [3]
     background: jax.Array  # [3]
@@ -154,7 +154,7 @@ def captions(split: str) -> list[str]:
 
 
 def sample_scene(key: jax.Array, attributes: Attributes) -> Scene:
-    """A clean clip's natural variation: size, place, speed, heading and tints, as in `Scene`."""
+    """A clean video's natural variation: size, place, speed, heading and tints, as in `Scene`."""
     keys = jax.random.split(key, 8)
     low, high = jnp.asarray(RADIUS_RANGES)[attributes.size]
     radius = jax.random.uniform(keys[0], minval=low, maxval=high)
@@ -227,7 +227,7 @@ def expose(frames: jax.Array, change: jax.Array) -> jax.Array:
 
 
 class Track(NamedTuple):
-    """What each frame of a clip shows, before blur, noise and whatever comes later."""
+    """What each frame of a video shows, before blur, noise and whatever comes later."""
 
     centers: jax.Array  # [F, 2], pixels
     radii: jax.Array  # [F], pixels
@@ -236,7 +236,7 @@ class Track(NamedTuple):
 
 
 def follow(scene: Scene, degradation: Degradation, key: jax.Array) -> Track:
-    """What the frames of one clip show; `key` draws what the strengths leave to chance."""
+    """What the frames of one video show; `key` draws what the strengths leave to chance."""
     shake_key, jitter_key, exposure_key, flicker_key, _, morph_key = jax.random.split(key, 6)
     time = jnp.arange(NUM_FRAMES, dtype=jnp.float32) - (NUM_FRAMES - 1) / 2
 
@@ -260,7 +260,7 @@ def follow(scene: Scene, degradation: Degradation, key: jax.Array) -> Track:
 
 
 def render(scene: Scene, degradation: Degradation, key: jax.Array) -> jax.Array:
-    """Frames of one clip, float32 [F, H, W, 3] in [0, 1]; `key` draws what the strengths leave to chance."""
+    """Frames of one video, float32 [F, H, W, 3] in [0, 1]; `key` draws what the strengths leave to chance."""
     track, noise_key = follow(scene, degradation, key), jax.random.split(key, 6)[4]
     axis = jnp.arange(SIZE, dtype=jnp.float32) + 0.5
     grid = jnp.stack(jnp.meshgrid(axis, axis, indexing="xy"), axis=-1)  # [H, W, 2]
@@ -281,8 +281,8 @@ def to_uint8(frames: jax.Array) -> jax.Array:
     return jnp.round(jnp.clip(frames, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
-class Clips(NamedTuple):
-    """A batch of rendered clips with everything that made them."""
+class Videos(NamedTuple):
+    """A batch of rendered videos with everything that made them."""
 
     frames: jax.Array  # float32 [B, F, H, W, 3] in [0, 1]
     scenes: Scene
@@ -290,31 +290,31 @@ class Clips(NamedTuple):
 
 
 @jax.jit
-def render_clips(key: jax.Array, indices: jax.Array, probability: float | jax.Array = 0.5) -> Clips:
-    """Clips of the captions with these rows of ALL_ATTRIBUTES, each degraded with `probability`.
+def render_videos(key: jax.Array, indices: jax.Array, probability: float | jax.Array = 0.5) -> Videos:
+    """Videos of the captions with these rows of ALL_ATTRIBUTES, each degraded with `probability`.
 
-    indices int32 [B]. Clip i depends on (key, i, indices[i]) alone, whatever the size of the batch.
+    indices int32 [B]. Video i depends on (key, i, indices[i]) alone, whatever the size of the batch.
     """
 
-    def one(index: jax.Array, row: jax.Array) -> Clips:
+    def one(index: jax.Array, row: jax.Array) -> Videos:
         scene_key, degradation_key, render_key = jax.random.split(jax.random.fold_in(key, index), 3)
         scene = sample_scene(scene_key, Attributes(*jnp.asarray(ALL_ATTRIBUTES)[row]))
         degradation = sample_degradation(degradation_key, probability)
-        return Clips(render(scene, degradation, render_key), scene, degradation)
+        return Videos(render(scene, degradation, render_key), scene, degradation)
 
     return jax.vmap(one)(jnp.arange(indices.shape[0]), indices)
 
 
 @jax.jit
-def render_crossings(key: jax.Array, indices: jax.Array) -> Clips:
-    """Clean clips that cross the middle of the frame straight and at one speed; arguments as `render_clips`."""
+def render_crossings(key: jax.Array, indices: jax.Array) -> Videos:
+    """Clean videos that cross the middle of the frame straight and at one speed; arguments as `render_videos`."""
 
-    def one(index: jax.Array, row: jax.Array) -> Clips:
+    def one(index: jax.Array, row: jax.Array) -> Videos:
         scene_key, render_key = jax.random.split(jax.random.fold_in(key, index))
         scene = sample_scene(scene_key, Attributes(*jnp.asarray(ALL_ATTRIBUTES)[row]))
         along = jnp.asarray(MOTION_VECTORS)[scene.attributes.motion]
         scene = scene._replace(center=jnp.full(2, SIZE / 2), velocity=sum(SPEED_RANGE) / 2 * along)
         degradation = jax.tree.map(jnp.asarray, Degradation())
-        return Clips(render(scene, degradation, render_key), scene, degradation)
+        return Videos(render(scene, degradation, render_key), scene, degradation)
 
     return jax.vmap(one)(jnp.arange(indices.shape[0]), indices)

@@ -82,7 +82,7 @@ def make_programs(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), jax.eval_shape(encode.function, *encode.arguments(1))
     )
     sampler = make_sampler(pipeline.scheduler_config, rollout.num_inference_steps, rollout.sampler or None, rollout.eta)
-    algorithm = ALGORITHMS[config.algorithm.name](
+    algorithm = ALGORITHMS[config.algorithm.name].make(
         Setting(
             config=config,
             denoise=policy.denoise,
@@ -121,7 +121,7 @@ def make_programs(
             return abstract(reward.params), shown, abstract(reward.prepare(prompts))
 
         return Program(f"score {reward.name}", score_function(reward, places, micro), of_score,
-                       ("parameters", "batch", "batch"), "score", videos, micro, "rollout.microbatch",
+                       ("parameters", "batch", "whole"), "score", videos, micro, "rollout.microbatch",
                        rollout.candidates)  # fmt: skip
 
     return Programs(
@@ -141,11 +141,11 @@ def make_programs(
 
 def _encode_program(pipeline: Pipeline, prompts: int) -> Program:
     def encode(params: Tree, ids: jax.Array) -> Tree:
-        return jax.tree.map(lambda x: constrain(x, BATCH), pipeline.encode_text(params, ids))
+        return jax.tree.map(lambda x: constrain(x, BATCH), pipeline.family.encode_text(params, ids))
 
     def arguments(batch: int) -> tuple[Tree, ...]:
-        ids = jax.ShapeDtypeStruct((batch, pipeline.text_length), jnp.int32)
-        return abstract(pipeline.params["text_encoder"]), ids
+        ids = jax.ShapeDtypeStruct((batch, pipeline.family.text_length), jnp.int32)
+        return abstract(pipeline.text_params), ids
 
     return Program("encode", jax.jit(encode), arguments, ("parameters", "batch"), "update", prompts)
 
@@ -157,13 +157,13 @@ def decode_program(
     indices = tuple(frames)
 
     def of_chunk(params: Tree, chunk: jax.Array) -> jax.Array:
-        return constrain(pipeline.to_uint8(pipeline.decode(params, chunk, indices)), BATCH)
+        return constrain(pipeline.to_uint8(pipeline.family.decode(params, chunk, indices)), BATCH)
 
     def decode(params: Tree, batch: jax.Array) -> jax.Array:
         return in_microbatches(lambda chunk: of_chunk(params, chunk), batch, microbatch)
 
     def arguments(batch: int) -> tuple[Tree, ...]:
-        return abstract(pipeline.params["vae"]), abstract_rows(latents, batch)
+        return abstract(pipeline.decoder_params), abstract_rows(latents, batch)
 
     roles: tuple[Role, ...] = ("parameters", "batch")
     return Program("decode", jax.jit(decode), arguments, roles, "score", videos, microbatch, "rollout.microbatch")

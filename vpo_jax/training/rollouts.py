@@ -13,7 +13,7 @@ import numpy as np
 from vpo_jax.algorithms.protocol import Algorithm, Denoise, Frozen, Rollout
 from vpo_jax.algorithms.state import TrainState
 from vpo_jax.data.index import PromptIndex
-from vpo_jax.diffusion.guidance import guide
+from vpo_jax.diffusion.guidance import guided
 from vpo_jax.diffusion.samplers import Sampler, sample
 from vpo_jax.diffusion.trajectory import Trajectory, sample_trajectory
 from vpo_jax.rewards.scoring import bring
@@ -59,33 +59,19 @@ def make_rollout(
         split = jax.vmap(jax.random.split)(keys)  # [B, 2]
         noise = jax.vmap(lambda key: jax.random.normal(key, latent_shape, jnp.float32))(split[:, 0])
         noise = constrain(noise, VIDEO)
-        if guidance_scale <= 1.0:
-            guided = lambda latents, timestep: denoise(  # noqa: E731
-                frozen, trainable, latents, jnp.full(latents.shape[0], timestep), text
-            )
-        else:
-            both_text = jax.tree.map(_side_by_side, negative, text)
 
-            def guided(latents: jax.Array, timestep: jax.Array) -> jax.Array:
-                twice = constrain(jnp.repeat(latents, 2, axis=0), VIDEO)
-                both = denoise(frozen, trainable, twice, jnp.full(twice.shape[0], timestep), both_text)
-                both = both.reshape(-1, 2, *latents.shape[1:])
-                return guide(both[:, 0], both[:, 1], guidance_scale, guidance_rescale)
+        def predict(latents: jax.Array, timestep: jax.Array, text: Tree) -> jax.Array:
+            return denoise(frozen, trainable, latents, jnp.full(latents.shape[0], timestep), text)
 
+        predict_guided = guided(predict, text, negative, guidance_scale, guidance_rescale)
         if keep_trajectory:
-            return sample_trajectory(sampler, guided, noise, split[:, 1])
-        return constrain(sample(sampler, guided, noise, split[:, 1]), VIDEO)
+            return sample_trajectory(sampler, predict_guided, noise, split[:, 1])
+        return constrain(sample(sampler, predict_guided, noise, split[:, 1]), VIDEO)
 
     def rollout(frozen: Tree, trainable: Tree, text: Tree, negative: Tree, keys: jax.Array) -> jax.Array | Trajectory:
         return in_microbatches(lambda chunk: of_chunk(frozen, trainable, negative, chunk), (text, keys), microbatch)
 
     return jax.jit(rollout)
-
-
-def _side_by_side(negative: jax.Array, text: jax.Array) -> jax.Array:
-    """The negative encoding [...] before each of [B, ...]: [2B, ...]; a device that holds a video holds both."""
-    both = jnp.stack([jnp.broadcast_to(negative, text.shape), text], axis=1)
-    return constrain(both.reshape(-1, *text.shape[1:]), BATCH)
 
 
 class Candidates(NamedTuple):

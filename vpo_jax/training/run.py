@@ -68,7 +68,8 @@ class Run:
         self.state: TrainState = None  # type: ignore[assignment]  # until `restore`
         self._store = CheckpointStore(workdir.checkpoints, config.checkpoint.keep)
         self._writer = MetricsWriter(workdir.path, config.log.tensorboard, silent=not is_main())
-        self._progress, self._bar = progress, None
+        self._progress = progress
+        self._bar: Progress | None = None
         self._clock = Stopwatch()
         self._late: Line | None = None
         self._step = 0  # the number of the step that is under way, from 1
@@ -111,7 +112,8 @@ class Run:
                 if kind is not None and issubclass(kind, Interrupted):
                     self._save()
             finally:
-                self._bar.__exit__(kind, error, traceback)
+                if self._bar is not None:
+                    self._bar.__exit__(kind, error, traceback)
 
     def begin(self, evaluator: Evaluator) -> None:
         """Evaluates the initial policy where the run has not yet."""
@@ -200,11 +202,12 @@ class Run:
             return
         line, self._late = self._late, None
         with self._clock.phase("update"):  # on an accelerator most of an update passes here
-            values = mean_of(line.metrics) | line.measured
+            values = mean_of(line.metrics) | dict(line.measured)
         times = self._clock.lap()
         values |= times | {"time/videos_per_second": self._videos / times["time/step"]}
         self._writer.write(line.step, values)
-        self._bar.update(line.step, values)
+        if self._bar is not None:
+            self._bar.update(line.step, values)
         if values["loss/non_finite"] > 0.0 or values["reward/all_non_finite"] > 0.0:
             self._fail(line, values)
 

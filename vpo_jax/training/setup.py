@@ -9,12 +9,13 @@ import jax
 
 from vpo_jax.algorithms.protocol import Algorithm, Frozen
 from vpo_jax.algorithms.state import TrainState, infer_state_shardings, init_state
+from vpo_jax.diffusion.trajectory import Trajectory
 from vpo_jax.pipeline import Pipeline
 from vpo_jax.rewards.combine import dimension_names
 from vpo_jax.rewards.scoring import Scores, Weights, bring
 from vpo_jax.runtime.mesh import Meshes, infer_shardings, replicated
 from vpo_jax.runtime.processes import place
-from vpo_jax.training.check import check_meshes
+from vpo_jax.training.check import check_context, check_meshes
 from vpo_jax.training.evaluator import Evaluator
 from vpo_jax.training.optimizer import make_optimizer
 from vpo_jax.training.policy import Policy, make_policy
@@ -71,6 +72,7 @@ def make_setup(
       UserError: sizes that do not fit each other or the mesh, a scorer that may only judge.
     """
     check_meshes(config, meshes)
+    check_context(meshes, pipeline.latent_shape(*(config.rollout[k] for k in ("num_frames", "height", "width")))[0])
     rules = pipeline.family.sharding_rules
     policy = make_policy(config, pipeline.family, pipeline.trainable, initial)
     programs = make_programs(config, pipeline, policy, rewards, meshes.update)
@@ -81,7 +83,7 @@ def make_setup(
     # Policy, reference and initial policy share one frozen backbone. The copies on the host are not needed any more.
     backbone, start = placed(policy.frozen, meshes.update), placed(policy.initial, meshes.update)
     policy = dataclasses.replace(policy, frozen=backbone, initial=start)
-    text_params = placed(pipeline.params["text_encoder"], meshes.update)
+    text_params = placed(pipeline.text_params, meshes.update)
     encode = TextEncoding(programs.encode.function, text_params, pipeline.tokenize, config.train.prompts_per_step)
     # Two prompts at least: with a step's prompts they are one program.
     plain = [config.rollout.negative_prompt, ""] * config.train.prompts_per_step
@@ -122,7 +124,7 @@ def _scoring(
     rules: Any,
 ) -> tuple[Callable[[Candidates], jax.Array], Callable[[Tree, Sequence[str], jax.Array], jax.Array]]:
     """What scores a step's candidates, and what makes whole videos for evaluations."""
-    vae = pipeline.params["vae"]
+    vae = pipeline.decoder_params
     looks = meshes.update if meshes.apart else meshes.score  # scorers apart are busy with candidates
     to_look = place(vae, infer_shardings(vae, looks, rules))
     to_score = place(vae, infer_shardings(vae, meshes.score, rules)) if meshes.apart else to_look
@@ -143,7 +145,7 @@ def _scoring(
 
     def generate(trainable: Tree, prompts: Sequence[str], keys: jax.Array) -> jax.Array:
         found = rollouts.sample(trainable, encode(prompts), keys)
-        latents = found.latents[:, -1] if programs.algorithm.keeps_trajectories else found
+        latents = found.latents[:, -1] if isinstance(found, Trajectory) else found
         with jax.set_mesh(looks):
             return decode_all(to_look, bring(latents, looks))
 

@@ -18,7 +18,7 @@ class TextEncoding:
 
     def __init__(
         self,
-        encode: Callable[[Tree, jax.Array], Tree],
+        encode: Callable[[Tree, np.ndarray], Tree],
         params: Tree,
         tokenize: Callable[[Sequence[str]], np.ndarray],
         batch: int,

@@ -32,7 +32,7 @@ def choose(rewards, finite=None, motion=None, margin=0.5, tolerance=0.5, pairs="
 
 
 def winner_and_loser(choice, p=0):
-    return int(choice.index[p, 0]), int(choice.index[p, 1])
+    return int(choice.chosen[p, 0]), int(choice.chosen[p, 1])
 
 
 def dropped(choice):
@@ -60,7 +60,7 @@ def test_a_sample_is_never_paired_with_itself():
     rng = np.random.default_rng(0)
     rewards = rng.integers(0, 3, (500, 4)).astype(np.float32)
     choice = choose(rewards, rng.random((500, 4)) > 0.3, margin=0.0)
-    winner, loser = np.asarray(choice.index).T
+    winner, loser = np.asarray(choice.chosen).T
     assert np.all((winner != loser)[np.asarray(choice.mask)])
 
 
@@ -124,12 +124,12 @@ def test_what_is_kept_and_what_is_dropped_is_all_that_was_considered(pairs, gate
     choice = choose(rewards, finite, motion, margin=0.8, tolerance=0.1, pairs=pairs, top_k=2)
     assert sum(dropped(choice).values()) + kept(choice, pairs) == 300 * considered(pairs, 6, 2)
     assert set(dropped(choice)) == set(DROP_REASONS) - (set() if gated else {"motion"})
-    assert choice.index.shape == (300, group_size(pairs, 6, 2)) == choice.learnt.shape == choice.rewards.shape
+    assert choice.chosen.shape == (300, group_size(pairs, 6, 2)) == choice.learnt.shape == choice.rewards.shape
     # Nobody is preferred who is not learnt from, and a prompt counts where something is preferred.
     both = np.asarray(choice.learnt[:, :, None] & choice.learnt[:, None, :])
     assert not (np.asarray(choice.preferred) & ~both).any()
     np.testing.assert_array_equal(choice.mask, np.asarray(choice.preferred).any(axis=(1, 2)))
-    seen = np.take_along_axis(finite, np.asarray(choice.index), 1)
+    seen = np.take_along_axis(finite, np.asarray(choice.chosen), 1)
     assert not (np.asarray(choice.learnt) & ~seen).any()
     gap = np.asarray(choice.rewards[:, :, None] - choice.rewards[:, None, :])
     assert (gap[np.asarray(choice.preferred)] > 0.0).all()
@@ -146,7 +146,7 @@ def test_the_best_against_the_worst_is_top_1(gated):
 
 def test_top_k_learns_from_the_k_best_against_the_k_worst():
     choice = choose([[0.0, 5.0, 1.0, 4.0, 2.0, 3.0]], pairs="top_k", top_k=2)
-    np.testing.assert_array_equal(choice.index[0], [1, 3, 0, 2])
+    np.testing.assert_array_equal(choice.chosen[0], [1, 3, 0, 2])
     expected = np.zeros((4, 4), bool)
     expected[:2, 2:] = True
     np.testing.assert_array_equal(choice.preferred[0], expected)
@@ -156,7 +156,7 @@ def test_top_k_of_fewer_finite_candidates_pairs_nobody_with_itself_and_no_worse_
     rng = np.random.default_rng(4)
     rewards, finite = rng.normal(size=(300, 6)), rng.random((300, 6)) > 0.5
     choice = choose(rewards, finite, margin=0.0, pairs="top_k", top_k=3)
-    index, preferred = np.asarray(choice.index), np.asarray(choice.preferred)
+    index, preferred = np.asarray(choice.chosen), np.asarray(choice.preferred)
     p, i, j = np.nonzero(preferred)
     assert (index[p, i] != index[p, j]).all() and (rewards[p, index[p, i]] > rewards[p, index[p, j]]).all()
     assert finite[p, index[p, i]].all() and finite[p, index[p, j]].all()
@@ -179,7 +179,7 @@ def test_equal_rewards_teach_nothing_and_are_ties(pairs):
 @pytest.mark.parametrize("pairs", PAIRS)
 def test_one_candidate_that_is_not_finite_leaves_the_others_to_learn_from(pairs):
     choice = choose([[3.0, 2.0, 1.0, 0.0]], [[False, True, True, True]], pairs=pairs, top_k=2)
-    learnt = set(np.asarray(choice.index[0])[np.asarray(choice.learnt[0])].tolist())
+    learnt = set(np.asarray(choice.chosen[0])[np.asarray(choice.learnt[0])].tolist())
     assert choice.mask[0] and learnt == ({1, 3} if pairs == "best_worst" else {1, 2, 3})
     assert np.isfinite(np.asarray(choice.rewards)).all()
     # Every pair of it is counted; a group lives on without it. The second best of three is the second worst too.
@@ -236,7 +236,7 @@ def test_a_group_holds_its_candidates_latents_its_slot_and_the_step_that_made_it
     groups, choice, latents = groups_of(7, pairs=pairs)
     for p in range(3):
         for k in range(group_size(pairs, 4, 2)):
-            np.testing.assert_array_equal(groups.latents[p, k], latents[p, choice.index[p, k]])
+            np.testing.assert_array_equal(groups.latents[p, k], latents[p, choice.chosen[p, k]])
     np.testing.assert_array_equal(groups.slot, [0, 1, 2])
     np.testing.assert_array_equal(groups.step, 7)
     shapes = abstract_groups(3, group_size(pairs, 4, 2), jax.ShapeDtypeStruct(LATENT, jnp.float32), groups.text[0])

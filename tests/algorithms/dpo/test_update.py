@@ -15,13 +15,14 @@ from vpo_jax.algorithms.dpo.selection import PAIRS, Groups
 from vpo_jax.algorithms.dpo.update import Weighed, make_draw, make_errors, make_gradients, make_weigh
 from vpo_jax.algorithms.protocol import Frozen, Setting
 from vpo_jax.algorithms.state import init_state
+from vpo_jax.families.protocol import Text
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.training.optimizer import make_optimizer
 from vpo_jax.training.policy import make_policy
 
 LN2 = np.float32(np.log(2.0))
-EMPTY = jnp.zeros((6, 8))
+EMPTY = Text(jnp.zeros((6, 8)))
 SHAPE = (4, 4, 4, 4)
 
 
@@ -37,7 +38,7 @@ def groups_like(mask=(True,) * 4, step=0, size=2, seed=0):
     rewards = np.stack([np.linspace(1.0, 2.0, n), -np.ones(n)], axis=1) if size == 2 else rng.normal(size=(n, size))
     return Groups(
         latents=jnp.asarray(latents),
-        text=jnp.asarray(text, jnp.float32),
+        text=Text(jnp.asarray(text, jnp.float32)),
         rewards=jnp.asarray(rewards, jnp.float32),
         preferred=jnp.asarray(rewards[:, :, None] > rewards[:, None, :]),
         learnt=jnp.ones((n, size), bool),
@@ -51,14 +52,9 @@ def policy_of(config, pipeline):
     return make_policy(config, pipeline.family, pipeline.trainable)
 
 
-def process_of(pipeline):
-    return pipeline.process
-
-
 def levels(pipeline, timesteps):
     """(signal, noise) at timesteps, broadcast over latents."""
-    process, timesteps = process_of(pipeline), np.asarray(timesteps)
-    return (np.asarray(table)[timesteps][..., None, None, None, None] for table in (process.signal, process.noise))
+    return (np.asarray(table)[..., None, None, None, None] for table in pipeline.process.levels(jnp.asarray(timesteps)))
 
 
 class Built(NamedTuple):
@@ -76,12 +72,12 @@ def build(config, pipeline, groups, denoise=None):
         config=config,
         denoise=denoise or policy.denoise,
         denoise_float32=denoise or policy.in_float32().denoise,
-        process=process_of(pipeline),
+        process=pipeline.process,
         sampler=None,
         optimizer=optimizer,
         rewards=[],
         latents=jax.ShapeDtypeStruct(SHAPE, jnp.float32),
-        text=jax.ShapeDtypeStruct(EMPTY.shape, EMPTY.dtype),
+        text=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), EMPTY),
         frozen=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen),
         rules=pipeline.family.sharding_rules,
     )
@@ -147,7 +143,7 @@ def unet3d():
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_candidates_of_a_group_share_noise_and_timestep(pipeline, size):
     groups = groups_like(size=size)
-    noised = make_draw(process_of(pipeline), 0, 2)(groups, EMPTY, 0, 1)
+    noised = make_draw(pipeline.process, 0, 2)(groups, EMPTY, 0, 1)
     timesteps = np.asarray(noised.timesteps).reshape(4, size)
     assert (timesteps == timesteps[:, :1]).all()
     signal, sigma = levels(pipeline, timesteps)
@@ -162,8 +158,8 @@ def test_the_candidates_of_a_group_share_noise_and_timestep(pipeline, size):
 @pytest.mark.parametrize("size", [2, 4])
 def test_caption_dropout_falls_on_the_candidates_of_a_group_alike(pipeline, size):
     groups = groups_like((True,) * 64, size=size)
-    noised = make_draw(process_of(pipeline), 0, 2, 0.5)(groups, EMPTY, 0, 0)
-    text = np.asarray(noised.text).reshape(64, size, *EMPTY.shape)
+    noised = make_draw(pipeline.process, 0, 2, 0.5)(groups, EMPTY, 0, 0)
+    text = np.asarray(noised.text.hidden).reshape(64, size, 6, 8)
     dropped = (text[:, 0] == 0).all(axis=(1, 2))
     assert 10 < dropped.sum() < 54
     seen = []
@@ -176,25 +172,25 @@ def test_caption_dropout_falls_on_the_candidates_of_a_group_alike(pipeline, size
         make_errors(denoise)({}, {}, noised)
     (text, timesteps) = seen[0]
     for k in range(1, size):
-        np.testing.assert_array_equal(text[0::size], text[k::size])
+        np.testing.assert_array_equal(text.hidden[0::size], text.hidden[k::size])
         np.testing.assert_array_equal(timesteps[0::size], timesteps[k::size])
 
 
 def test_groups_are_noised_within_the_share_of_the_schedule_that_is_given(pipeline):
-    groups, process = groups_like((True,) * 64), process_of(pipeline)
+    groups, process = groups_like((True,) * 64), pipeline.process
     number = process.num_train_timesteps
-    drawn = make_draw(process, 0, 2, timesteps=(0.25, 0.5))(groups, EMPTY, 0, 0).timesteps
+    drawn = make_draw(process, 0, 2, share=(0.25, 0.5))(groups, EMPTY, 0, 0).timesteps
     assert drawn.min() >= 0.25 * number and drawn.max() < 0.5 * number and len(np.unique(drawn)) > 10
     whole = make_draw(process, 0, 2)(groups, EMPTY, 0, 0).timesteps
     assert whole.min() < 0.25 * number and whole.max() >= 0.5 * number
     for low, only in ((0.5, round(0.5 * number)), (1.0 - 1e-9, number - 1)):
-        one = make_draw(process, 0, 2, timesteps=(low, low + 1e-9))(groups, EMPTY, 0, 0).timesteps
+        one = make_draw(process, 0, 2, share=(low, low + 1e-9))(groups, EMPTY, 0, 0).timesteps
         np.testing.assert_array_equal(one, only)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_groups_noise_depends_on_its_own_slot_and_time_and_on_nothing_else(pipeline, size):
-    groups, draw = groups_like(size=size), make_draw(process_of(pipeline), 0, 2)
+    groups, draw = groups_like(size=size), make_draw(pipeline.process, 0, 2)
     whole = draw(groups, EMPTY, 3, 1)
     part = draw(jax.tree.map(lambda x: x[2:], groups), EMPTY, 3, 1)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2 * size :], b), whole, part)
@@ -204,13 +200,13 @@ def test_a_groups_noise_depends_on_its_own_slot_and_time_and_on_nothing_else(pip
 
 def test_an_old_and_a_new_group_of_one_slot_meet_different_noise(pipeline):
     old, new = groups_like(step=4), groups_like(step=5)
-    draw = make_draw(process_of(pipeline), 0, 2)
+    draw = make_draw(pipeline.process, 0, 2)
     assert not np.array_equal(draw(old, EMPTY, 5, 0).latents, draw(new, EMPTY, 5, 0).latents)
 
 
 def test_noised_videos_are_what_the_schedule_says(pipeline):
     groups = groups_like()
-    noised = make_draw(process_of(pipeline), 5, 2)(groups, EMPTY, 0, 0)
+    noised = make_draw(pipeline.process, 5, 2)(groups, EMPTY, 0, 0)
     at_time, at_noise = jax.random.split(stream_key(5, "noise", 0, 2, 0))
     t = int(jax.random.randint(at_time, (), 0, 100))
     eps = jax.random.normal(at_noise, SHAPE)
@@ -281,7 +277,7 @@ def test_adapters_folded_into_kernels_predict_and_learn_the_same(configure, pipe
         policy = policy_of(configure(lora__fold=fold), pipeline)
         adapters = jax.tree.map(lambda x: x + 0.05, policy.initial)
         latents = jax.random.normal(jax.random.key(0), (2, 4, 4, 4, 4))
-        text = jax.random.normal(jax.random.key(1), (2, 6, 8))
+        text = Text(jax.random.normal(jax.random.key(1), (2, 6, 8)))
 
         def loss(adapters, policy=policy, latents=latents, text=text):
             prediction = policy.denoise(policy.frozen, adapters, latents, jnp.array([3, 70]), text)

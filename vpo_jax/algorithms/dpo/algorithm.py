@@ -23,14 +23,14 @@ from vpo_jax.algorithms.dpo.selection import (
     push,
     steps_kept,
 )
-from vpo_jax.algorithms.dpo.update import Noised, Weighed, make_draw, make_errors, make_gradients, make_weigh
+from vpo_jax.algorithms.dpo.update import Noised, make_draw, make_errors, make_gradients, make_weigh
 from vpo_jax.algorithms.protocol import Frozen, Metrics, Rollout, Setting
 from vpo_jax.algorithms.rewards import make_combiner
 from vpo_jax.algorithms.state import TrainState, infer_state_shardings, init_state
 from vpo_jax.rewards.combine import Dimensions, RewardStatistics, dimension_names
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import batch_sharding, replicated
-from vpo_jax.runtime.programs import Program
+from vpo_jax.runtime.programs import Program, Role
 
 Tree = Any
 
@@ -124,19 +124,22 @@ class DPO:
 
         def of_update(videos: int) -> tuple[Tree, ...]:
             at = noised(videos)
-            each, scalar = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((videos // size, size), ()))
-            weighed = Weighed(each, each, scalar, scalar, jax.ShapeDtypeStruct((), jnp.bool_), scalar)
+            groups = abstract_groups(videos // size, size, setting.latents, setting.text)
+            error = jax.ShapeDtypeStruct((videos,), jnp.float32)
+            residuals = None if self._safeguard_mu is None else at.latents
+            weighed, _ = jax.eval_shape(self.weigh, groups, error, error, residuals)
             return frozen.backbone, frozen.initial, at.latents if self._anchored else None, at, weighed
 
         def update(backbone: Tree, policy: Tree, *inputs: Tree) -> tuple[Tree, Tree]:
             return gradients(backbone, policy, *inputs)
 
         videos, updates = train.prompts_per_step * (self._kept + 1) * size, train.updates_per_step
-        parameters, passes = ("parameters", "parameters"), 4 if train.remat else 3
+        passes = 4 if train.remat else 3
+        roles: tuple[Role, ...] = ("parameters", "parameters", "batch")
         return (
-            Program("errors", self.errors, of_errors, (*parameters, "batch"), "update", videos, microbatch,
+            Program("errors", self.errors, of_errors, roles, "update", videos, microbatch,
                     "train.microbatch", size, predicted * updates),
-            Program("update", jax.jit(update), of_update, (*parameters, "batch", "batch", "batch"), "update", videos,
+            Program("update", jax.jit(update), of_update, (*roles, "batch", "batch"), "update", videos,
                     microbatch, "train.microbatch", size, updates, passes, trains=True),
         )  # fmt: skip
 
@@ -278,7 +281,7 @@ def make_select(
         for reason, count in choice.dropped.items():
             metrics[f"pair/dropped_{reason}"] = (count.astype(jnp.float32), one)
         if found.motion is not None:
-            metrics["pair/motion"] = mean_gap(jnp.take_along_axis(found.motion, choice.index, axis=1))
+            metrics["pair/motion"] = mean_gap(jnp.take_along_axis(found.motion, choice.chosen, axis=1))
         return statistics, own._replace(watched=watched, buffer=push(own.buffer, groups, step)), metrics
 
     return select

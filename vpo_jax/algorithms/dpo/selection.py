@@ -19,7 +19,7 @@ class Choice(NamedTuple):
     """What is learnt from each prompt's candidates.
 
     Attributes:
-      index: int32 [P, K], the candidates that are learnt from, if `learnt` says so.
+      chosen: int32 [P, K], the candidates that are learnt from, if `learnt` says so.
       rewards: float32 [P, K], in units of the combined reward; 0 for a candidate that is not finite.
       preferred: bool [P, K, K], [p, i, j] whether i is preferred to j and the pair counts.
       learnt: bool [P, K], whether the candidate takes part.
@@ -27,7 +27,7 @@ class Choice(NamedTuple):
       dropped: reason -> int32 count of pairs; every dropped pair counts under the first reason that holds.
     """
 
-    index: jax.Array
+    chosen: jax.Array
     rewards: jax.Array
     preferred: jax.Array
     learnt: jax.Array
@@ -176,9 +176,9 @@ def gather(choice: Choice, latents: jax.Array, text: Tree, step: jax.Array) -> G
     """
     prompts = jnp.arange(latents.shape[0], dtype=jnp.int32)
     expand = (slice(None), slice(None), *(None,) * (latents.ndim - 2))
-    chosen = jnp.take_along_axis(latents, choice.index[expand], axis=1)
+    found = jnp.take_along_axis(latents, choice.chosen[expand], axis=1)
     return Groups(
-        latents=jnp.where(choice.learnt[expand], chosen, 0.0),
+        latents=jnp.where(choice.learnt[expand], found, 0.0),
         text=text,
         rewards=choice.rewards,
         preferred=choice.preferred,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from vpo_jax.algorithms.dpo import losses
 from vpo_jax.algorithms.dpo.selection import Groups
 from vpo_jax.algorithms.protocol import Denoise, Metrics
-from vpo_jax.diffusion.schedules import Schedule, add_noise, training_target
+from vpo_jax.diffusion.process import Process
 from vpo_jax.runtime.batches import in_microbatches, join_batch, split_batch
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import VIDEO, constrain
@@ -41,11 +41,11 @@ class Noised(NamedTuple):
 
 
 def make_draw(
-    schedule: Schedule,
+    process: Process,
     seed: int,
     updates_per_step: int,
     caption_dropout: float = 0.0,
-    timesteps: tuple[float, float] = (0.0, 1.0),
+    share: tuple[float, float] = (0.0, 1.0),
 ) -> Callable[[Groups, Tree, Any, Any], Noised]:
     """`draw(groups, empty_text, step, update) -> Noised`, jitted.
 
@@ -53,23 +53,19 @@ def make_draw(
     so neither another batch nor another mesh nor a restart changes it.
 
     Args:
-      schedule: of the noise.
+      process: of the noise.
       seed: of the run.
       updates_per_step: draws that a step makes.
       caption_dropout: share of the draws in which a group has no caption.
-      timesteps: from which share of the schedule, 0 clean and 1 noise, to which a group is noised.
+      share: from which share of the schedule, 0 clean and 1 noise, to which a group is noised.
     """
-    number = schedule.num_train_timesteps
-    low = min(round(timesteps[0] * number), number - 1)
-    high = max(round(timesteps[1] * number), low + 1)
-
     def draw(groups: Groups, empty_text: Tree, step: jax.Array, update: jax.Array) -> Noised:
         size, shape = groups.latents.shape[1], groups.latents.shape[2:]
 
         def of_group(birth: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             since = (step - birth) * updates_per_step + update
             at_time, at_noise = jax.random.split(stream_key(seed, "noise", birth, slot, since))
-            timestep = jax.random.randint(at_time, (), low, high)
+            timestep = process.draw_timesteps(at_time, *share)
             noise = jax.random.normal(at_noise, shape, jnp.float32)
             drop = jax.random.bernoulli(stream_key(seed, "dropout", birth, slot, since), caption_dropout)
             return timestep, noise, drop
@@ -86,12 +82,12 @@ def make_draw(
             return x.reshape(-1, *x.shape[2:])
 
         def of_each(function: Callable[..., jax.Array]) -> jax.Array:
-            by_candidate = [function(schedule, groups.latents[:, k], noise, timesteps) for k in range(size)]
+            by_candidate = [function(groups.latents[:, k], noise, timesteps) for k in range(size)]
             return constrain(flat(jnp.stack(by_candidate, axis=1)), VIDEO)
 
         return Noised(
-            latents=of_each(add_noise),
-            target=of_each(training_target),
+            latents=of_each(process.add_noise),
+            target=of_each(process.target),
             timesteps=jnp.repeat(timesteps, size),
             text=jax.tree.map(lambda x: jnp.repeat(x, size, axis=0), text),
         )

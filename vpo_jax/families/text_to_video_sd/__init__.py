@@ -1,0 +1,1 @@
+"""diffusers' TextToVideoSDPipeline: ModelScope, zeroscope, VideoCrafter2 and the shipped model."""

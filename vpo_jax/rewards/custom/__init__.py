@@ -1,0 +1,5 @@
+"""A person's own reward, named as MODULE:ATTRIBUTE."""
+
+from vpo_jax.rewards.custom.loading import TIMEOUT, load
+
+__all__ = ["TIMEOUT", "load"]
