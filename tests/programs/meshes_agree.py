@@ -5,14 +5,18 @@ import sys
 
 import jax
 import numpy as np
-from vpo_jax.training.stages import Stages
-from vpo_jax.training.step import make_gradients
+from jax.flatten_util import ravel_pytree
 
 from tests.training import conftest as tiny
+from vpo_jax.algorithms.dpo.update import make_gradients
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
-from vpo_jax.runtime.mesh import Meshes, make_mesh, make_meshes
+from vpo_jax.rewards.scoring import bring
+from vpo_jax.runtime.mesh import Meshes, infer_shardings, make_mesh, make_meshes
+from vpo_jax.runtime.processes import place
+from vpo_jax.training.programs import decode_program
+from vpo_jax.training.setup import make_setup
 
-# Every kind of layer of the real denoiser: what the axes cut differs from one to the next.
+# Every kind of layer of the real denoiser: what the axes shard differs from one to the next.
 UNET = UNet3DConditionModel(
     UNet3DConfig.from_dict(
         {
@@ -29,71 +33,106 @@ UNET = UNet3DConditionModel(
         }
     )
 )
+PROMPTS = [tiny.PROMPTS[i % 5] for i in range(8)]
 
 
-def step(meshes, rank, chunk, unet):
+def decode_every_frame(config, pipeline, programs, meshes, latents):
+    """uint8 [B, F, H, W, 3], where scorers read only some frames."""
+    vae, frames = pipeline.decoder_params, range(programs.num_frames)
+    params = place(vae, infer_shardings(vae, meshes.score, pipeline.family.sharding_rules))
+    decode = decode_program(pipeline, frames, programs.latents, len(latents), config.rollout.microbatch)
+    with jax.set_mesh(meshes.score):
+        return decode.function(params, bring(latents, meshes.score))
+
+
+def make_step(meshes, rank, chunk, unet, pairs):
+    """(arrays of one step, how many leaves of the state are sharded, devices that hold the latents)."""
     meshes = meshes if isinstance(meshes, Meshes) else Meshes.of(meshes)
-    config = tiny.make_config(lora__rank=rank, rollout__microbatch=4 * chunk, train__microbatch=chunk)
+    config = tiny.make_config(
+        lora__rank=rank, rollout__microbatch=4 * chunk, train__microbatch=chunk, preference__pairs=pairs,
+        data__shuffle=False,
+    )  # fmt: skip
+    pipeline = tiny.make_pipeline(unet)
     with jax.set_mesh(meshes.update):
-        stages = Stages(config, tiny.make_pipeline(unet), [tiny.ToyReward()], meshes)
-        state = stages.fresh_state()
-        prompts = [tiny.PROMPTS[i % 5] for i in range(8)]
-        text = stages.encode(prompts)
-        latents = stages.sample(state.policy, text, 0)
-        videos = stages._decode_all(stages._vae_params, latents)
-        scores = stages.score(latents, prompts)
-        state, _metrics = stages.pair(state, latents, text, scores)
-        pairs, update = state.buffer, stages._update
-        noised = update.draw(pairs, stages.empty_text, 0, 0)
-        theta, _ = update.errors(stages.frozen, state.policy, noised)
-        phi, first = update.errors(stages.frozen, state.reference, noised)
-        coefficients, loss, _ = update.weigh(pairs, theta, phi)
-        gradients = jax.jit(make_gradients(stages.policy.denoise, config.train.microbatch))
-        gradient, _ = gradients(stages.frozen, state.policy, first, noised, coefficients, pairs.mask)
-        state, _ = stages.update(state, 0, False)
+        setup = make_setup(config, pipeline, [tiny.ToyReward()], meshes, PROMPTS)
+        state, dpo, frozen = setup.fresh_state(), setup.algorithm, setup.frozen
+        candidates = setup.rollouts.next(state, 0)
+        assert candidates.prompts == PROMPTS
+        latents = candidates.rollout.latents
+        videos = decode_every_frame(config, pipeline, setup.programs, meshes, latents)
+        scores = setup.score(candidates)
+        state, _ = dpo.select(state, candidates.rollout, scores)
+        groups = state.algorithm.buffer
+        noised = dpo.draw(groups, frozen.empty_text, 0, 0)
+        theta, _ = dpo.errors(frozen.backbone, state.policy, noised)
+        phi, first = dpo.errors(frozen.backbone, state.reference, noised)
+        weighed, _ = dpo.weigh(groups, theta, phi, None)
+        gradients = jax.jit(make_gradients(setup.policy.denoise, 2 * config.train.microbatch))
+        gradient, _ = gradients(frozen.backbone, state.policy, first, noised, weighed)
+        state, _ = dpo.update(state, frozen, 0)
         sharded = sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves((state.policy, state.optimizer)))
-        latents_spread = len(latents.sharding.device_set)
-        caches = (update.errors._cache_size(), update.descend._cache_size())
-        second, _ = stages.update(state, 1, False)
-        assert caches == (update.errors._cache_size(), update.descend._cache_size()) == (1, 1), caches
+        spread = len(latents.sharding.device_set)
+        caches = (dpo.errors._cache_size(), dpo.descend._cache_size())
+        second, _ = dpo.update(state, frozen, 1)
+        assert caches == (dpo.errors._cache_size(), dpo.descend._cache_size()) == (1, 1), caches
         out = {
             "latents": latents,
             "videos": videos,
             "scores": scores,
-            "mask": pairs.mask,
-            "winner": pairs.winner,
-            "loss": loss,
-            "gradient": jax.flatten_util.ravel_pytree(jax.device_get(gradient))[0],
-            "policy": jax.flatten_util.ravel_pytree(jax.device_get(second.policy))[0],
+            "mask": groups.mask,
+            "learnt": groups.learnt,
+            "chosen": groups.latents,
+            "loss": weighed.loss,
+            "gradient": ravel_pytree(jax.device_get(gradient))[0],
+            "policy": ravel_pytree(jax.device_get(second.policy))[0],
         }
-        return jax.device_get(out), sharded, latents_spread
+        return jax.device_get(out), sharded, spread
 
 
-kind = sys.argv[1]
-# Weights cut for the update, gathered once to sample, which cuts frames instead; decoded and scored on a third cut.
-axes = {"data": 4, "fsdp": 2, "context": 1, "tensor": 1, "rollout": "data=4,context=2", "score": "fsdp=4"}
-meshes = {
-    "lora": [("data", make_mesh(8), 0)],
-    "full": [("roles", make_meshes(axes), 0), ("chunks", make_mesh(2, 2, devices=jax.devices()[:4]), 4)],
-    "denoiser": [("together", make_mesh(1, 2, 2, 2), 0)],
-    "axis": [("context", make_mesh(1, 1, 4, devices=jax.devices()[:4]), 0), ("tensor", make_mesh(4, 1, 1, 2), 0)],
-}[kind]
-rank, unet = (0 if kind == "full" else 2), (UNET if kind in ("denoiser", "axis") else None)
-one, _, _ = step(make_mesh(1, devices=jax.devices()[:1]), rank, 0, unet)
-found = {}
-for name, mesh, chunk in meshes:
-    many, sharded, spread = step(mesh, rank, chunk, unet)
-    found[name] = {
-        "sharded": sharded,
-        "spread": spread,
-        "latents": float(np.abs(one["latents"] - many["latents"]).max()),
+def compare(one, many):
+    """Largest differences, and the gradient's relative to its norm."""
+
+    def largest(name):
+        return float(np.abs(one[name] - many[name]).max())
+
+    norm = np.linalg.norm(one["gradient"])
+    return {
+        "latents": largest("latents"),
         "levels": int(np.abs(one["videos"].astype(int) - many["videos"]).max()),
         "changed": float((one["videos"] != many["videos"]).mean()),
-        "scores": float(np.abs(one["scores"] - many["scores"]).max()),
-        "pairs": bool((one["mask"] == many["mask"]).all()),
-        "winner": float(np.abs(one["winner"] - many["winner"]).max()),
-        "gradient": float(np.linalg.norm(one["gradient"] - many["gradient"]) / np.linalg.norm(one["gradient"])),
-        "policy": float(np.abs(one["policy"] - many["policy"]).max()),
+        "scores": largest("scores"),
+        "pairs": bool((one["mask"] == many["mask"]).all() and (one["learnt"] == many["learnt"]).all()),
+        "chosen": largest("chosen"),
+        "gradient": float(np.linalg.norm(one["gradient"] - many["gradient"]) / norm),
+        "policy": largest("policy"),
         "loss": float(many["loss"]),
     }
-print(json.dumps(found))
+
+
+def main(kind):
+    """Prints the differences of each mesh of this kind."""
+    # Weights sharded for the update, gathered once to sample, which shards frames instead; scored on a third mesh.
+    axes = {"data": 4, "fsdp": 2, "context": 1, "tensor": 1, "rollout": "data=4,context=2", "score": "fsdp=4"}
+    chunks = ("chunks", make_mesh(2, 2, devices=jax.devices()[:4]), 4)
+    meshes = {
+        "lora": [("data", make_mesh(8), 0)],
+        "full": [("roles", make_meshes(axes), 0), chunks],
+        "group": [("data", make_mesh(8), 0), chunks],
+        "denoiser": [("together", make_mesh(1, 2, 2, 2), 0)],
+        "axis": [
+            ("context", make_mesh(1, 1, 4, devices=jax.devices()[:4]), 0),
+            ("tensor", make_mesh(4, 1, 1, 2), 0),
+        ],
+    }[kind]
+    rank, unet = (0 if kind == "full" else 2), (UNET if kind in ("denoiser", "axis") else None)
+    pairs = "group" if kind == "group" else "best_worst"
+    one, _, _ = make_step(make_mesh(1, devices=jax.devices()[:1]), rank, 0, unet, pairs)
+    found = {}
+    for name, mesh, chunk in meshes:
+        many, sharded, spread = make_step(mesh, rank, chunk, unet, pairs)
+        found[name] = {"sharded": sharded, "spread": spread, **compare(one, many)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -102,6 +102,11 @@ def test_an_adapter_cannot_start_full_fine_tuning():
         ("reward.videoscore.max_frames", 0, "reward.videoscore.max_frames: 0 is not a whole number from 1 up"),
         ("reward.videoreward.video_fps", 0.0, "reward.videoreward.video_fps: 0.0 is not a number above 0"),
         ("seed", -1, "seed: -1 is not a whole number from 0 up"),
+        ("algorithm.name", "ppo", "algorithm.name: 'ppo' is not one of dpo"),
+        ("preference.pairs", "some", "'some' is not one of best_worst, top_k, all, group, listwise"),
+        ("preference.top_k", 0, "preference.top_k: 0 is not a whole number from 1 up"),
+        ("profile.steps", "3:3", "profile.steps: '3:3' is not FIRST:LAST with 1 <= FIRST < LAST; write 3:5"),
+        ("profile.steps", "all", "profile.steps: 'all' is not FIRST:LAST"),
     ],
 )
 def test_a_value_that_no_run_could_have_is_named_with_the_fix(key, value, message):
@@ -154,3 +159,41 @@ def test_scorers_apart_need_pairs_that_may_be_a_step_old():
         check(config)
     config.preference.max_pair_age = 1
     check(config)
+
+
+@pytest.mark.parametrize("pairs", ["best_worst", "top_k", "all", "group", "listwise"])
+def test_a_group_of_one_candidate_is_refused_for_every_form(pairs):
+    config = changed("preference.pairs", pairs)
+    config.rollout.candidates = 1
+    with pytest.raises(UserError, match=r"rollout\.candidates: 1 is not a whole number from 2 up"):
+        check(config)
+
+
+def test_the_best_and_the_worst_are_different_videos():
+    config = changed("preference.pairs", "top_k")
+    config.rollout.candidates, config.preference.top_k, config.rollout.microbatch = 5, 3, 0
+    with pytest.raises(UserError, match=r"preference\.top_k: 3 best and 3 worst of .*=5 .*at most 2"):
+        check(config)
+    config.preference.top_k = 2
+    check(config)
+    config.preference.pairs, config.preference.top_k = "group", 3  # not read
+    check(config)
+
+
+def test_a_listwise_loss_needs_a_temperature():
+    config = changed("preference.pairs", "listwise")
+    config.preference.label_temperature = 0.0
+    with pytest.raises(UserError, match=r"preference\.label_temperature: .*number above 0"):
+        check(config)
+    config.preference.label_temperature = 0.5
+    check(config)
+
+
+def test_microbatches_divide_the_videos_that_are_learnt_from_and_may_split_a_group():
+    config = changed("preference.pairs", "group")
+    config.train.prompts_per_step, config.rollout.candidates, config.rollout.microbatch = 3, 4, 0
+    config.train.microbatch = 1  # two videos of a group of four
+    check(config)
+    config.train.microbatch = 4
+    with pytest.raises(UserError, match=r"train\.microbatch: 4 does not divide half of the videos .*=6"):
+        check(config)

@@ -1,4 +1,4 @@
-"""One device and eight, cut along any axis, give the same videos, scores, pairs and gradients."""
+"""One device and eight, sharded along any axis, give the same videos, scores, pairs and gradients."""
 
 import json
 
@@ -8,7 +8,7 @@ from tests.running import run_program
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "full", "denoiser", pytest.param("axis", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["lora", "full", "group", "denoiser", pytest.param("axis", marks=pytest.mark.long)])
 def test_one_device_and_eight_give_the_same_videos_scores_pairs_and_gradients(kind):
     done = run_program("meshes_agree.py", kind, devices=8, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -21,7 +21,7 @@ def test_one_device_and_eight_give_the_same_videos_scores_pairs_and_gradients(ki
         assert difference["latents"] < 2e-5, (name, difference)
         assert difference["levels"] <= 1 and difference["changed"] < 0.005, (name, difference)
         assert difference["scores"] < 1e-4, (name, difference)
-        assert difference["pairs"] and difference["winner"] < 2e-5, (name, difference)
+        assert difference["pairs"] and difference["chosen"] < 2e-5, (name, difference)
         # Relative to the gradient's norm, before clipping and Adam.
         assert difference["gradient"] < 1e-4, (name, difference)
         assert difference["loss"] == pytest.approx(0.6931471805599453, abs=1e-7), (name, difference)

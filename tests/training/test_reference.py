@@ -1,12 +1,16 @@
 """When the reference moves, and where to."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vpo_jax.algorithms.state import TrainState, init_curriculum
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.training import reference
+from vpo_jax.training.evaluator import Evaluator
 from vpo_jax.training.reference import make_reference
+from vpo_jax.training.run import Run
 
 POLICY, REFERENCE = {"a": jnp.full(3, 2.0)}, {"a": jnp.zeros(3)}
 
@@ -72,3 +76,32 @@ def test_an_adaptive_reference_moves_when_accuracy_is_high_and_the_held_out_gain
 def test_a_wrong_schedule_is_named_with_the_fix(schedule, every, decay, says):
     with pytest.raises(UserError, match=says):
         make_reference(schedule, every, decay)
+
+
+def test_an_adaptive_reference_copies_the_policy_that_was_evaluated(configure, run, toy_reward, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "HIGH_ACCURACY", 0.0)
+    evaluated, finished = {}, {}
+    evaluate, finish = Evaluator.evaluate, Run.finish
+
+    def watch_evaluate(self, state, record):
+        evaluated[int(state.step)] = jax.device_get((state.policy, state.reference))
+        return evaluate(self, state, record)
+
+    def watch_finish(self, state, *rest):
+        finished[int(state.step)] = jax.device_get((state.policy, state.reference))
+        return finish(self, state, *rest)
+
+    monkeypatch.setattr(Evaluator, "evaluate", watch_evaluate)
+    monkeypatch.setattr(Run, "finish", watch_finish)
+    config = configure(train__steps=4, reference__schedule="adaptive", reference__every=1, eval__every=2)
+    result = run(config, tmp_path, tuning_prompts=["t1", "t2"], held_out=[toy_reward(name="judge")])
+    assert sorted(evaluated) == [2, 4] and sorted(finished) == [1, 2, 3, 4]
+    assert int(result.state.curriculum.refreshes) >= 1
+
+    def is_same(a, b):
+        return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+    # The first evaluation has nothing to fall below: it approves.
+    assert is_same(finished[2][1], evaluated[2][0]) and not is_same(evaluated[2][1], evaluated[2][0])
+    assert is_same(finished[1][1], evaluated[2][1]) and is_same(finished[3][1], finished[2][1])
+    assert not is_same(finished[3][0], finished[2][0])

@@ -132,3 +132,14 @@ def test_weights_of_a_scorer_are_placed_once_or_with_offload_for_every_call(toy_
     assert resident(reward)["kernel"] is resident(reward)["kernel"]
     assert offloaded(reward)["kernel"] is not offloaded(reward)["kernel"]
     np.testing.assert_array_equal(offloaded(reward)["kernel"], reward.params["kernel"])
+
+
+@pytest.mark.parametrize("microbatch", [0, 2])
+def test_a_rollout_that_keeps_its_trajectory_ends_at_the_same_videos(configure, pipeline, microbatch):
+    keys = make_candidate_keys(0, 3, 2)(4)
+    _, plain, text = setup(configure, pipeline, eta=1.0, microbatch=microbatch)
+    _, kept, _ = setup(configure, pipeline, eta=1.0, microbatch=microbatch, keep_trajectory=True)
+    path = kept(text, keys)
+    assert path.latents.shape == (6, 4, *SHAPE) and path.log_probabilities.shape == (6, 3)
+    np.testing.assert_array_equal(path.latents[:, -1], plain(text, keys))
+    assert np.isfinite(path.log_probabilities).all() and (np.asarray(path.log_probabilities[:, :-1]) != 0.0).all()

@@ -15,6 +15,7 @@ from vpo_jax.runtime.trees import flatten
 from vpo_jax.training.evaluator import due
 from vpo_jax.training.policy import lora_config, read_start
 from vpo_jax.training.progress import Progress
+from vpo_jax.training.record import RunRecord
 from vpo_jax.training.run import NonFinite, mean_of
 
 
@@ -54,8 +55,9 @@ EVERYTHING = {
 }
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(configure, run, toy_reward, tmp_path):
-    config = configure(**EVERYTHING)
+@pytest.mark.parametrize("pairs", ["best_worst", pytest.param("group", marks=pytest.mark.slow)])
+def test_a_stopped_run_goes_on_to_the_same_bits(configure, run, toy_reward, tmp_path, pairs):
+    config = configure(preference__pairs=pairs, **EVERYTHING)
     # On the host in every run: a scorer compiled otherwise rounds otherwise.
     never = stopping_reward(toy_reward, Stop(), 0)
     whole = run(config, tmp_path / "whole", rewards=(never,))
@@ -67,7 +69,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(configure, run, toy_reward, tmp_
         resumed = run(config, tmp_path / name, rewards=(never,))
         assert_same_state(resumed.state, whole.state)
         assert lines(tmp_path / name) == lines(tmp_path / "whole")
-    # The reference was refreshed at step 3 only, so it is neither the policy nor the start.
+    # The reference was refreshed at step 3 only, so it is neither the policy nor the initial one.
     assert any(
         not np.array_equal(a, b)
         for a, b in zip(jax.tree.leaves(whole.state.reference), jax.tree.leaves(whole.state.policy), strict=True)
@@ -75,6 +77,24 @@ def test_a_stopped_run_goes_on_to_the_same_bits(configure, run, toy_reward, tmp_
     assert int(whole.state.curriculum.refreshed_at) == 3
     assert int(whole.state.optimizer[-1][0].count) == 8
     assert set(np.asarray(whole.state.algorithm.buffer.step).tolist()) == {2, 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", ["top_k", "all", "group", "listwise"])
+def test_every_form_of_groups_trains_to_its_end(configure, run, tmp_path, pairs):
+    overrides = {"preference__label_temperature": 0.5 if pairs == "listwise" else 0.0, "preference__anchor": 0.5}
+    overrides |= {"preference__winner_safeguard": True, "train__microbatch": 2, "ema__decay": 0.5}
+    config = configure(preference__pairs=pairs, **overrides)
+    result = run(config, tmp_path)
+    written = lines(tmp_path)
+    assert [line["step"] for line in written] == [1, 2, 3] and bool(result.state.finite)
+    considered = {"top_k": 4, "all": 6}.get(pairs, 1) * 8
+    for line in written:
+        assert line["pair/kept"] + sum(v for k, v in line.items() if k.startswith("pair/dropped_")) == considered
+        assert line["loss/applied"] == 1.0 and np.isfinite(line["loss/preference"]) and line["loss/anchor"] >= 0.0
+        assert 0.0 <= line["loss/loser_share"] <= 1.0 and 0.0 <= line["loss/implicit_accuracy"] <= 1.0
+    base, tuned = flatten(run.pipeline().trainable), flatten(result.pipeline.trainable)
+    assert any(not np.array_equal(base[k], tuned[k]) for k in base)
 
 
 def test_raising_the_number_of_steps_continues_the_same_run(configure, run, tmp_path):
@@ -176,6 +196,24 @@ def test_metrics_are_written_one_step_late_but_never_after_their_checkpoint(conf
     )
     run(configure(train__steps=4, checkpoint__every=3), tmp_path)
     assert events == [("line", 1), ("line", 2), ("line", 3), ("save", 3), ("line", 4), ("save", 4)]
+
+
+def test_a_record_survives_json():
+    record = RunRecord("abc", {"rollout": 1.5}, {"toy/visual_quality": [0.25, 1.0]}, ({"eval/gain": 0.0},))
+    record = record.with_evaluation({"eval/gain": 0.5, "held_out/judge/overall": 1e-7})
+    assert RunRecord.from_json(json.loads(json.dumps(record.as_json()))) == record
+    assert len(record.evaluations) == 2
+    fresh = RunRecord("abc")
+    assert RunRecord.from_json(json.loads(json.dumps(fresh.as_json()))) == fresh
+
+
+def test_the_steps_of_profile_steps_are_traced_for_tensorboard(configure, run, tmp_path):
+    run(configure(train__steps=3, profile__steps="2:3"), tmp_path)
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    content = trace.read_bytes()
+    for phase in (b"train", b"rollout", b"score", b"update"):
+        assert phase in content, phase
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
 def test_a_judge_is_refused_as_a_training_scorer(configure, run, toy_reward, tmp_path):

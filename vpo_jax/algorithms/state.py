@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from vpo_jax.diffusion.trajectory import Trajectory
 from vpo_jax.rewards.combine import RewardStatistics, init_statistics
-from vpo_jax.runtime.mesh import PARAMETER_RULES, VIDEO, Rules, infer_shardings, replicated
+from vpo_jax.runtime.mesh import BATCH, PARAMETER_RULES, VIDEO, Rules, infer_shardings, replicated
 
 Tree = Any
 
@@ -120,8 +121,10 @@ def infer_state_shardings(
     by_rules = {
         name: infer_shardings(getattr(state, name), mesh, rules) for name in ("policy", "reference", "ema", "optimizer")
     }
+    # A trajectory's second dimension is denoising steps, and no frames.
+    spec = BATCH if isinstance(state.prefetched, Trajectory) else VIDEO
     return whole._replace(
         **by_rules,
         algorithm=infer_algorithm(state.algorithm, mesh),
-        prefetched=jax.tree.map(lambda _: NamedSharding(mesh, VIDEO), state.prefetched),
+        prefetched=jax.tree.map(lambda _: NamedSharding(mesh, spec), state.prefetched),
     )

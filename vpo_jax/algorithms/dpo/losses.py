@@ -94,11 +94,15 @@ def make_pairwise_loss(beta: float, label_temperature: float = 0.0) -> LossFunct
         def mean(values: jax.Array) -> jax.Array:  # [P, K, K] -> [P]
             return jnp.sum(jnp.where(preferred, values, 0.0), axis=(1, 2)) / number
 
+        # About the largest, so that the mean of equal losses, such as ln 2 at theta = phi, is exactly theirs.
+        loss = preference_loss(logit, label)
+        largest = jnp.max(jnp.where(preferred, loss, -jnp.inf), axis=(1, 2))
+        largest = jnp.where(jnp.any(preferred, axis=(1, 2)), largest, 0.0)
         slope = 0.5 * beta * (label * jax.nn.sigmoid(-logit) - (1.0 - label) * jax.nn.sigmoid(logit))
         slope = jnp.where(preferred, slope, 0.0) / number[:, None, None]
         weight = preferred.astype(jnp.float32) / number[:, None, None]
         return GroupLoss(
-            loss=mean(preference_loss(logit, label)),
+            loss=largest + mean(loss - largest[:, None, None]),
             coefficients=jnp.sum(slope, axis=2) - jnp.sum(slope, axis=1),
             logit=mean(logit),
             accuracy=mean(implicit_accuracy(logit)),
@@ -134,18 +138,19 @@ def make_group_loss(beta: float) -> LossFunction:
 def make_listwise_loss(beta: float, label_temperature: float) -> LossFunction:
     """Cross-entropy of softmax(s) against softmax(r / temperature), over the candidates that are learnt from.
 
-    dL/de_i = (beta/2) (softmax(r / T)_i - softmax(s)_i). At theta = phi it is ln n for n candidates.
+    dL/de_i = (beta/2) (softmax(r / T)_i - softmax(s)_i). Written as log sum exp s - sum of softmax(r / T) s, which is
+    exactly ln n for n candidates at theta = phi.
     """
 
     def listwise(change: jax.Array, rewards: jax.Array, preferred: jax.Array, learnt: jax.Array) -> GroupLoss:
         del preferred
         implicit = -0.5 * beta * change
         wanted = _softmax(rewards / label_temperature, learnt)
-        log_found = jax.nn.log_softmax(jnp.where(learnt, implicit, -jnp.inf), axis=1)
+        total = jax.nn.logsumexp(jnp.where(learnt, implicit, -jnp.inf), axis=1)
         share, better, worse = advantage_shares(rewards, learnt)
         logit = jnp.sum(share * implicit, axis=1)
         return GroupLoss(
-            loss=-jnp.sum(jnp.where(learnt, wanted * log_found, 0.0), axis=1),
+            loss=total - jnp.sum(jnp.where(learnt, wanted * implicit, 0.0), axis=1),
             coefficients=jnp.where(learnt, 0.5 * beta * (wanted - _softmax(implicit, learnt)), 0.0),
             logit=logit,
             accuracy=implicit_accuracy(logit),
