@@ -59,6 +59,7 @@ def make_draw(
       caption_dropout: share of the draws in which a group has no caption.
       share: from which share of the schedule, 0 clean and 1 noise, to which a group is noised.
     """
+
     def draw(groups: Groups, empty_text: Tree, step: jax.Array, update: jax.Array) -> Noised:
         size, shape = groups.latents.shape[1], groups.latents.shape[2:]
 
