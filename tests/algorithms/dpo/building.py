@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.training.conftest import ToyReward
 from vpo_jax.algorithms.dpo.algorithm import DPO, DPOState
 from vpo_jax.algorithms.dpo.selection import Groups
 from vpo_jax.algorithms.dpo.update import Weighed
@@ -66,7 +67,7 @@ def build(config, pipeline, groups, denoise=None):
         process=pipeline.process,
         sampler=None,
         optimizer=optimizer,
-        rewards=[],
+        rewards=[ToyReward()],
         latents=jax.ShapeDtypeStruct(SHAPE, jnp.float32),
         text=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), EMPTY),
         frozen=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen),
