@@ -93,14 +93,16 @@ def test_gradients_agree_on_what_they_share_and_on_no_noise():
     rng = np.random.default_rng(0)
     shared, of_pairs, of_draws = rng.normal(size=5000), rng.normal(size=(6, 1, 5000)), rng.normal(size=(6, 2, 5000))
     lengths = np.arange(1, 13).reshape(6, 2, 1)
-    norm, same, other = timesteps.agreement(shared * lengths)
+    norm, same, other, _ = timesteps.agreement(shared * lengths)
     assert same > 0.999 and other > 0.999 and np.isclose(norm, 6.5 * np.linalg.norm(shared))
-    _, same, other = timesteps.agreement(of_draws)
+    _, same, other, _ = timesteps.agreement(of_draws)
     assert abs(same) < 0.03 and abs(other) < 0.03
-    _, same, other = timesteps.agreement(of_pairs + of_draws)
+    _, same, other, _ = timesteps.agreement(of_pairs + of_draws)
     assert 0.45 < same < 0.55 and abs(other) < 0.03
-    _, same, other = timesteps.agreement(shared + of_pairs + of_draws)
+    _, same, other, _ = timesteps.agreement(shared + of_pairs + of_draws)
     assert 0.6 < same < 0.72 and 0.28 < other < 0.38
+    errors = [timesteps.agreement(shared + rng.normal(size=(6, 2, 5000)))[3] for _ in range(2)]
+    assert all(0.0 < error < 0.05 for error in errors), "between the spread of single cosines and none"
 
 
 def test_bytes_on_a_ring_follow_the_kind_of_collective():

@@ -103,8 +103,9 @@ def reached(start: Path) -> set[Path]:
     return seen
 
 
-def test_diffusion_losses_and_pairs_know_no_flax_however_far_one_follows():
-    pure = [*(PACKAGE / "diffusion").rglob("*.py"), PACKAGE / "training/losses.py", PACKAGE / "training/pairs.py"]
+def test_diffusion_losses_and_selection_know_no_flax_however_far_one_follows():
+    dpo = PACKAGE / "algorithms/dpo"
+    pure = [*(PACKAGE / "diffusion").rglob("*.py"), dpo / "losses.py", dpo / "selection.py"]
     assert len(pure) > 3
     for start in pure:
         for path in reached(start):

@@ -51,9 +51,7 @@ def best_of_n(monkeypatch):
     monkeypatch.setitem(ALGORITHMS, "best_of_n", Entry(toy_algorithm.BestOfN))
 
     def run(folder, **changes):
-        config = make_config(**changes)
-        config.algorithm.name = "best_of_n"  # the check of algorithm.name read the table before
-        return run_training(config, folder)
+        return run_training(make_config(algorithm__name="best_of_n", **changes), folder)
 
     return run
 

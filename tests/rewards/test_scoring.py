@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.toy_scorer import ToyScorer
+from vpo_jax.rewards import scoring
 from vpo_jax.rewards.custom.origin import Origin
 from vpo_jax.rewards.custom.reward import FunctionReward
 from vpo_jax.rewards.loading import load_reward
@@ -115,6 +116,28 @@ def test_a_scorer_on_the_host_gets_a_row_a_prompt_too(weights):
     scores = Scores([toy], weights, 4, range(4))(jnp.asarray(noise(6, 4)), PROMPTS)
     assert toy.traced == [(6, 2)]
     np.testing.assert_array_equal(scores[:, 1], [1] * 3 + [2] * 3)
+
+
+@pytest.mark.parametrize(("prompts", "traced"), [(2, (3, 1)), (3, (3, 3))])
+def test_processes_share_whole_prompts_where_each_gets_as_many(monkeypatch, prompts, traced):
+    toy, videos, parts = ToyScorer(), noise(6), []
+    asked = ["one", "two words", "and three words"][:prompts]
+    expected = toy.score(toy.params, videos, toy.prepare(asked))
+    toy.traced.clear()
+
+    def unshare(rows, number):
+        parts.append(rows)
+        return np.zeros((number, *rows.shape[1:]), np.float32)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(scoring, "unshare", unshare)
+    for process in range(2):
+        monkeypatch.setattr(scoring, "share", lambda rows, process=process: rows[process::2])
+        scoring._on_hosts(toy, (0, 1), toy.params, videos, toy.prepare(asked))
+    monkeypatch.undo()
+    assert toy.traced == [traced] * 2
+    together = np.stack(parts, axis=1).reshape(6, 2)  # as `unshare` joins them
+    np.testing.assert_allclose(together, expected, rtol=1e-6)
 
 
 def test_a_scorer_that_keeps_nothing_of_the_prompts_is_scored_too(weights):

@@ -15,7 +15,7 @@ from vpo_jax.rewards.options import option
 from vpo_jax.rewards.protocol import Reward
 from vpo_jax.rewards.table import SCORERS
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.training import check
+from vpo_jax.training import fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +77,10 @@ def test_a_new_scorer_is_named_among_the_known_ones(folder):
 
 
 def test_a_new_scorers_options_are_checked_in_a_config(folder):
-    fields = {key: field for key, field in check._fields_of_scorers().items() if ".brightness." in key}
-    assert set(fields) == {f"reward.brightness.{key}" for key in ("path", "scale", "notes")}
-    assert fields["reward.brightness.scale"].words == "a number above 0"
+    found = fields._fields_of_scorers()
+    own = {key: field for key, field in found.items() if ".brightness." in key}
+    assert set(own) == {f"reward.brightness.{key}" for key in ("path", "scale", "notes")}
+    assert own["reward.brightness.scale"].words == "a number above 0"
 
 
 def test_a_new_scorer_is_planned_without_its_weights(folder):

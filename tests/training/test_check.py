@@ -80,7 +80,7 @@ def test_an_adapter_cannot_start_full_fine_tuning():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("rollout.candidates", 1, "rollout.candidates: 1 is not a whole number from 2 up (a pair needs two)"),
+        ("rollout.candidates", 1, "rollout.candidates: 1 leaves nothing to prefer; give 2 or more"),
         ("train.steps", 0, "train.steps: 0 is not a whole number from 1 up"),
         ("train.steps", 2.0, "train.steps: 2.0 is not a whole number"),
         ("train.steps", True, "train.steps: True is not a whole number"),
@@ -130,12 +130,12 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named_with_one_that_it_does():
     with pytest.raises(UserError, match=r"train\.microbatch: 4 is not a multiple of 8"):
         check_meshes(changed("train.microbatch", 4), one._replace(update=eight))
     with pytest.raises(
-        UserError, match=r"rollout\.microbatch: 2 is not a multiple of 8, into which mesh\.rollout cuts"
+        UserError, match=r"rollout\.microbatch: 2 is not a multiple of 8, into which mesh\.rollout shards"
     ):
         check_meshes(changed("rollout.microbatch", 2), one._replace(rollout=eight))
     three = AbstractMesh((3, 1, 1, 1), AXES)
     clips = r"train\.prompts_per_step x rollout\.candidates: 64 is not a multiple of 3"
-    with pytest.raises(UserError, match=clips + r", into which mesh\.score cuts it"):
+    with pytest.raises(UserError, match=clips + r", into which mesh\.score shards it"):
         check_meshes(changed("rollout.microbatch", 0), one._replace(score=three))
     apart = changed("rollout.microbatch", 0)
     apart.reward.devices = 3

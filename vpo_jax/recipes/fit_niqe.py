@@ -1,6 +1,6 @@
 """Fits NIQE's two clean models: photograph-like textures, and clean videos of the shapes world.
 
-    python -m vpo_jax.recipes.fit_niqe --output=vpo_jax/rewards/assets/niqe.json
+    python -m vpo_jax.recipes.fit_niqe --output=vpo_jax/rewards/classical/assets/niqe.json
 
 Takes a minute or two on one CPU core, and always writes the same numbers to the last few bits.
 """
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
         }
         models.append({"clean": name, "patches": len(features)} | numbers)
         print(f"{name}: {len(features)} patches", file=sys.stderr)
-    command = "python -m vpo_jax.recipes.fit_niqe --output=vpo_jax/rewards/assets/niqe.json"
+    command = "python -m vpo_jax.recipes.fit_niqe --output=vpo_jax/rewards/classical/assets/niqe.json"
     text = json.dumps({"command": command, "models": models}, separators=(",", ":"))
     write_text_atomically(flags.output, text + "\n")
 

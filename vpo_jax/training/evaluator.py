@@ -11,6 +11,7 @@ import numpy as np
 from vpo_jax.algorithms.protocol import Algorithm, Frozen
 from vpo_jax.algorithms.state import TrainState
 from vpo_jax.evaluation.alarms import Alarm, check_alarms
+from vpo_jax.evaluation.gains import gain, metrics_against_base
 from vpo_jax.rewards.combine import MOTION, dimension_names
 from vpo_jax.rewards.scoring import Scores, Weights
 from vpo_jax.runtime.keys import stream_key
@@ -104,13 +105,13 @@ class Evaluator:
         seen = self.sample(self._frozen.initial)
         scores = {name: values.tolist() for name, values in seen.scores.items()}
         record = dataclasses.replace(record, base_scores=scores)
-        return record.with_evaluation(self.compare(scores, seen)), seen.videos
+        return record.with_evaluation(self._compare(scores, seen)), seen.videos
 
     def evaluate(self, state: TrainState, record: RunRecord) -> Evaluation:
         """The current result against the initial policy."""
         assert record.base_scores is not None
         seen = self.sample(self._result(state))
-        metrics = self.compare(record.base_scores, seen) | self._algorithm.evaluate(state, self._frozen)
+        metrics = self._compare(record.base_scores, seen) | self._algorithm.evaluate(state, self._frozen)
         gained = gain(record.base_scores, seen.scores, self.held_out) if self.held_out else None
         record = record.with_evaluation(metrics)
         alarms = self.alarms(record.evaluations)
@@ -133,15 +134,8 @@ class Evaluator:
         kept = np.concatenate(videos)[: len(self.prompts)] if videos else np.zeros((0,), np.uint8)
         return Seen({name: table[:, column] for column, name in enumerate(names)}, kept)
 
-    def compare(self, base: Mapping[str, Sequence[float]], now: Seen) -> dict[str, float]:
-        """The trained gain, means of now, and each dimension's win rate against the base, ties counted one half."""
-        metrics = {"eval/gain": gain(base, now.scores, self.trained)}
-        for name, values in now.scores.items():
-            room = "held_out" if name in self.held_out else "eval"
-            metrics[f"{room}/{name}"] = float(np.mean(values))
-            difference = values - np.asarray(base[name], np.float32)
-            metrics[f"{room}/win_rate/{name}"] = float(np.mean((difference > 0) + 0.5 * (difference == 0)))
-        return metrics
+    def _compare(self, base: Mapping[str, Sequence[float]], now: Seen) -> dict[str, float]:
+        return metrics_against_base(base, now.scores, self.trained, self.held_out)
 
     def alarms(self, evaluations: Sequence[Mapping[str, float]]) -> tuple[Alarm, ...]:
         """What the newest of these evaluations warns of; the first is the initial policy's."""
@@ -158,15 +152,6 @@ class Evaluator:
 def due(step: int, every: int, last: int) -> bool:
     """Whether something that happens every so many steps, and at the end, happens after `step` steps."""
     return step == last or (every > 0 and step % every == 0)
-
-
-def gain(base: Mapping[str, Sequence[float]], now: Mapping[str, np.ndarray], names: Sequence[str]) -> float:
-    """Mean over dimensions of what was gained on the base, in the base's standard deviations over prompts."""
-    gains = []
-    for name in names:
-        before = np.asarray(base[name], np.float32)
-        gains.append(float(np.mean(now[name] - before)) / (float(before.std()) or 1.0))
-    return float(np.mean(gains))
 
 
 def save_samples(folder: Path, writer: MetricsWriter, step: int, videos: np.ndarray) -> None:

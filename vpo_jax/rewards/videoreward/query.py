@@ -63,8 +63,12 @@ class VideoQueryEncoder(TextEncoder):
                 f"tokenizer.json: {VIDEO_TOKEN} has to be token {video_token_id}, as config.json says; use the "
                 "tokenizer that belongs to this scorer"
             )
-        ids = (tokenizer.token_to_id(token) for token in reward_tokens)
-        self.reward_token_ids = tuple(i for i in ids if i is not None)
+        vocabulary = tokenizer.get_vocab()
+        if missing := [token for token in reward_tokens if token not in vocabulary]:
+            raise UserError(
+                f"tokenizer.json: has no {', '.join(missing)}; use the tokenizer that belongs to this scorer"
+            )
+        self.reward_token_ids = tuple(vocabulary[token] for token in reward_tokens)
         head = list(tokenizer.encode(_CHAT_HEAD).ids)
         self.head_ids = np.array(head, np.int32)
         super().__init__(tokenizer, template, max_prompt_tokens, "back")
