@@ -1,13 +1,19 @@
 """A class that implements the algorithms' protocol and nothing else trains, once it stands in the table."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import AbstractMesh
 
 from tests.algorithms.reinforce import Reinforce
 from vpo_jax.algorithms.protocol import Entry
+from vpo_jax.algorithms.state import infer_state_shardings, init_state
 from vpo_jax.algorithms.table import ALGORITHMS
+from vpo_jax.diffusion.trajectory import Trajectory
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import AXES, BATCH, VIDEO
 from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.signals import Interrupted, Stop
 
@@ -68,3 +74,15 @@ def test_a_sampler_without_fresh_noise_is_refused_before_anything_is_written(rei
     with pytest.raises(UserError, match=r"^rollout\.guidance_scale: .*set it to 1\.0"):
         run(reinforce(rollout__guidance_scale=2.0), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_prefetched_videos_are_sharded_over_frames_and_trajectories_not_over_their_steps():
+    mesh = AbstractMesh((2, 1, 3, 1), AXES)
+    videos = jax.ShapeDtypeStruct((8, 6, 4, 4, 4), jnp.float32)
+    path = Trajectory(jax.ShapeDtypeStruct((8, 5, 6, 4, 4, 4), jnp.float32), jax.ShapeDtypeStruct((8, 4), jnp.float32))
+    state = init_state({}, optax.sgd(0.1), lambda _: {}, 1)
+    for prefetched, spec in ((videos, VIDEO), (path, BATCH)):
+        found = infer_state_shardings(state._replace(prefetched=prefetched), mesh, lambda tree, _: tree).prefetched
+        for sharding, leaf in zip(jax.tree.leaves(found), jax.tree.leaves(prefetched), strict=True):
+            assert sharding.spec == spec
+            sharding.shard_shape(leaf.shape)  # every sharded dimension is divided

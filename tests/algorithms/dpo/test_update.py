@@ -1,7 +1,6 @@
 """One update: what a group shares, what is exact at theta = phi, and what leaves the state alone."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,132 +8,29 @@ import numpy as np
 import optax
 import pytest
 
+from tests.algorithms.dpo.building import (
+    EMPTY,
+    SHAPE,
+    apply,
+    build,
+    constants,
+    form,
+    groups_like,
+    levels,
+    mean,
+    pair_constants,
+    policy_of,
+    unet3d,
+    with_buffer,
+)
 from vpo_jax.algorithms.dpo import losses
-from vpo_jax.algorithms.dpo.algorithm import DPO, DPOState, make_loss
-from vpo_jax.algorithms.dpo.selection import PAIRS, Groups
-from vpo_jax.algorithms.dpo.update import Weighed, make_draw, make_errors, make_gradients, make_weigh
-from vpo_jax.algorithms.protocol import Frozen, Setting
-from vpo_jax.algorithms.state import init_state
+from vpo_jax.algorithms.dpo.algorithm import make_loss
+from vpo_jax.algorithms.dpo.selection import PAIRS
+from vpo_jax.algorithms.dpo.update import make_draw, make_errors, make_gradients, make_weigh
 from vpo_jax.families.protocol import Text
-from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime.keys import stream_key
-from vpo_jax.training.optimizer import make_optimizer
-from vpo_jax.training.policy import make_policy
 
 LN2 = np.float32(np.log(2.0))
-EMPTY = Text(jnp.zeros((6, 8)))
-SHAPE = (4, 4, 4, 4)
-
-
-# ---- Builders ----
-
-
-def groups_like(mask=(True,) * 4, step=0, size=2, seed=0):
-    """Groups of `size` candidates; of two, the first is the winner."""
-    rng = np.random.default_rng(seed)
-    n = len(mask)
-    latents = np.stack(list(rng.normal(size=(size, n, *SHAPE)).astype(np.float32)), axis=1)
-    text = rng.normal(size=(n, 6, 8))
-    rewards = np.stack([np.linspace(1.0, 2.0, n), -np.ones(n)], axis=1) if size == 2 else rng.normal(size=(n, size))
-    return Groups(
-        latents=jnp.asarray(latents),
-        text=Text(jnp.asarray(text, jnp.float32)),
-        rewards=jnp.asarray(rewards, jnp.float32),
-        preferred=jnp.asarray(rewards[:, :, None] > rewards[:, None, :]),
-        learnt=jnp.ones((n, size), bool),
-        mask=jnp.asarray(mask),
-        slot=jnp.arange(n, dtype=jnp.int32),
-        step=jnp.full(n, step, jnp.int32),
-    )
-
-
-def policy_of(config, pipeline):
-    return make_policy(config, pipeline.family, pipeline.trainable)
-
-
-def levels(pipeline, timesteps):
-    """(signal, noise) at timesteps, broadcast over latents."""
-    return (np.asarray(table)[..., None, None, None, None] for table in pipeline.process.levels(jnp.asarray(timesteps)))
-
-
-class Built(NamedTuple):
-    policy: object
-    frozen: Frozen
-    state: object
-    dpo: DPO
-
-
-def build(config, pipeline, groups, denoise=None):
-    """DPO on these groups; `denoise` in place of the policy's."""
-    policy, optimizer = policy_of(config, pipeline), make_optimizer(config.optimizer)
-    frozen = Frozen(policy.frozen, policy.initial, EMPTY)
-    setting = Setting(
-        config=config,
-        denoise=denoise or policy.denoise,
-        denoise_float32=denoise or policy.in_float32().denoise,
-        process=pipeline.process,
-        sampler=None,
-        optimizer=optimizer,
-        rewards=[],
-        latents=jax.ShapeDtypeStruct(SHAPE, jnp.float32),
-        text=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), EMPTY),
-        frozen=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen),
-        rules=pipeline.family.sharding_rules,
-    )
-    dpo = DPO(setting)
-    state = init_state(policy.initial, optimizer, dpo.init, 2, with_ema=config.ema.decay > 0)
-    state = state._replace(algorithm=DPOState(groups, groups, jnp.array(False)))
-    return Built(policy, frozen, state, dpo)
-
-
-def apply(built, state=None, number=0):
-    # A donated buffer must not be one that the test still reads.
-    state = jax.tree.map(lambda x: jnp.array(x, copy=True), built.state if state is None else state)
-    return built.dpo.update(state, built.frozen, number)
-
-
-def with_buffer(state, groups):
-    return state._replace(algorithm=state.algorithm._replace(buffer=groups))
-
-
-def constants(coefficients, mask=None):
-    """What a gradient needs: these constants [P, K] and an even share for every candidate that the mask keeps."""
-    coefficients = jnp.asarray(coefficients, jnp.float32)
-    mask = jnp.ones(len(coefficients), bool) if mask is None else mask
-    shares = jnp.broadcast_to(mask[:, None] / coefficients.shape[1], coefficients.shape)
-    kept = jnp.sum(mask, dtype=jnp.float32)
-    coefficients = jnp.where(mask[:, None], coefficients, 0.0)
-    return Weighed(coefficients, shares, kept, jnp.maximum(1.0, kept), jnp.any(mask), jnp.zeros(()))
-
-
-def pair_constants(winner, loser, mask=None):
-    return constants(jnp.stack([winner, -loser], axis=1), mask)
-
-
-def mean(metrics, name):
-    return float(metrics[name][0] / metrics[name][1])
-
-
-def form(configure, pairs, **overrides):
-    """The config of a form that learns from 4 candidates."""
-    return configure(
-        preference__pairs=pairs, preference__label_temperature=0.5 if pairs == "listwise" else 0.0, **overrides
-    )
-
-
-def unet3d():
-    config = UNet3DConfig.from_dict(
-        {
-            "block_out_channels": [8],
-            "down_block_types": ["CrossAttnDownBlock3D"],
-            "up_block_types": ["CrossAttnUpBlock3D"],
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "cross_attention_dim": 8,
-            "attention_head_dim": 4,
-        }
-    )
-    return UNet3DConditionModel(config)
 
 
 # ---- What is shared inside a group ----
@@ -432,162 +328,3 @@ def test_updates_lower_the_winners_error_against_the_losers(configure, pipeline,
         accuracy.append(mean(metrics, "loss/implicit_accuracy"))
     assert accuracy[0] == 0.5 and np.mean(accuracy[-10:]) > 0.9
     assert float(state.curriculum.pairs) == 120.0
-
-
-def test_the_average_follows_the_policy(configure, pipeline):
-    built = build(configure(ema__decay=0.75), pipeline, groups_like())
-    after, _ = apply(built)
-    expected = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, built.state.ema, after.policy)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), after.ema, expected)
-    assert after.weights() is after.ema
-
-
-@pytest.mark.parametrize("rank", [0, 4])
-def test_an_extrapolated_policy_changes_every_kernel_so_many_times_as_much(configure, pipeline, rank):
-    params = pipeline.trainable
-    policy = policy_of(configure(lora__rank=rank), pipeline)
-    noise = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(policy.initial))))
-    moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), policy.initial)
-    assert policy.extrapolated(policy.initial, moved, 1.0) is moved
-    further = policy.extrapolated(policy.initial, moved, 2.5)
-    once, more = (policy.merged(params, adapters) for adapters in (moved, further))
-    changed = 0
-    for before, a, b in zip(*map(jax.tree.leaves, (params, once, more)), strict=True):
-        np.testing.assert_allclose(b - before, 2.5 * (a - before), atol=1e-5)
-        changed += bool(jnp.any(a != before))
-    assert changed >= (len(jax.tree.leaves(params)) if rank == 0 else len(jax.tree.leaves(moved)) // 2)
-
-
-# ---- Safeguard and anchor ----
-
-
-def test_the_safeguard_scales_the_losers_gradient_and_leaves_values_alone():
-    rng = np.random.default_rng(9)
-    groups = groups_like((True,) * 64)
-    theta = jnp.asarray(rng.uniform(0.5, 1.0, 128), jnp.float32)
-    residuals = jnp.asarray(rng.normal(size=(64, 1, 3, 4)) + rng.normal(size=(64, 2, 3, 4)), jnp.float32)
-
-    def loss_of(change, rewards, preferred, learnt):
-        found = losses.make_pairwise_loss(500.0)(change, rewards, preferred, learnt)
-        return found._replace(coefficients=jnp.broadcast_to(jnp.array([2.0, -3.0]), (64, 2)))
-
-    phi = theta[::-1]
-    plain, without = make_weigh(loss_of)(groups, theta, phi, None)
-    guarded, metrics = make_weigh(loss_of, safeguard_mu=0.9)(groups, theta, phi, residuals.reshape(128, 3, 4))
-    share = losses.safeguard_share(residuals, plain.coefficients, 0.9)
-    assert plain.loss == guarded.loss
-    for name in without:
-        np.testing.assert_array_equal(without[name], metrics[name])
-    np.testing.assert_array_equal(guarded.coefficients[:, 0], 2.0)
-    np.testing.assert_allclose(guarded.coefficients[:, 1], -3.0 * share, rtol=1e-6)
-    np.testing.assert_allclose(mean(metrics, "loss/loser_share"), share.mean(), rtol=1e-5)
-    assert 0.0 < share.min() < 0.5 and share.max() == 1.0
-
-
-@pytest.mark.parametrize("pairs", ["best_worst", "all", "group", "listwise"])
-def test_the_safeguard_is_of_a_group_and_not_of_a_microbatch(configure, pipeline, pairs):
-    size = 2 if pairs == "best_worst" else 4
-    found = []
-    for microbatch in (0, 2, 1):
-        overrides = {"preference__winner_safeguard": True, "preference__anchor": 0.3, "train__microbatch": microbatch}
-        built = build(form(configure, pairs, lora__rank=0, **overrides), pipeline, groups_like(size=size))
-        state = built.state._replace(policy=jax.tree.map(lambda x: x * 1.05, built.state.policy))
-        after, metrics = apply(built, state)
-        change = jax.tree.map(jnp.subtract, after.policy, state.policy)
-        found.append((change, mean(metrics, "loss/loser_share"), mean(metrics, "loss/gradient_norm")))
-    for _, share, norm in found[1:]:
-        assert share == pytest.approx(found[0][1], rel=1e-5) and share < 1.0
-        assert norm == pytest.approx(found[0][2], rel=1e-4)
-
-
-def test_the_anchor_pulls_towards_the_initial_policy(configure, pipeline):
-    groups = groups_like()
-    built = build(configure(lora__rank=0), pipeline, groups)
-    frozen, initial = built.frozen.backbone, built.policy.initial
-    moved = jax.tree.map(lambda x: x * 1.2, initial)
-    noised = built.dpo.draw(groups, EMPTY, 0, 0)
-    nothing = constants(jnp.zeros((4, 2)))
-    _, first = built.dpo.errors(frozen, initial, noised)
-    gradients = jax.jit(make_gradients(built.policy.denoise, anchor=2.0))
-    pull, metrics = gradients(frozen, moved, first, noised, nothing)
-    nearer = jax.tree.map(lambda x, g: x - 1e-3 * g, moved, pull)
-    closer = gradients(frozen, nearer, first, noised, nothing)[1]
-    assert mean(closer, "loss/anchor") < mean(metrics, "loss/anchor")
-    still, metrics = gradients(frozen, initial, first, noised, nothing)
-    assert mean(metrics, "loss/anchor") == 0.0 and float(optax.global_norm(still)) == 0.0
-
-
-def test_the_anchor_is_a_mean_over_the_candidates_that_are_learnt_and_then_over_groups(configure, pipeline):
-    groups = groups_like((True, True, False, True), size=4)
-    learnt = groups.learnt.at[0, 1:3].set(False).at[3, 0].set(False)
-    groups = groups._replace(learnt=learnt, preferred=groups.preferred & learnt[:, :, None] & learnt[:, None, :])
-    built = build(form(configure, "group", lora__rank=0), pipeline, groups)
-    frozen, initial = built.frozen.backbone, built.policy.initial
-    moved = jax.tree.map(lambda x: x * 1.2, initial)
-    noised = built.dpo.draw(groups, EMPTY, 0, 0)
-    (theta, now), (phi, first) = (built.dpo.errors(frozen, tree, noised) for tree in (moved, initial))
-    weighed, _ = built.dpo.weigh(groups, theta, phi, None)
-    shares = np.where(learnt, 1.0 / np.sum(learnt, axis=1, keepdims=True), 0.0)
-    shares[2] = 0.0
-    np.testing.assert_allclose(weighed.shares, shares, rtol=1e-6)
-    distances = np.asarray(losses.squared_error(now, first), np.float64).reshape(4, 4)
-    nothing = weighed._replace(coefficients=jnp.zeros((4, 4)))
-    _, metrics = jax.jit(make_gradients(built.policy.denoise, anchor=2.0))(frozen, moved, first, noised, nothing)
-    np.testing.assert_allclose(mean(metrics, "loss/anchor"), (shares * distances).sum() / 3, rtol=1e-5)
-
-
-@pytest.mark.parametrize("schedule", ["frozen", "refresh"])
-def test_the_anchor_holds_to_the_initial_policy_wherever_the_reference_is(configure, pipeline, schedule):
-    config = configure(preference__anchor=2.0, reference__schedule=schedule, lora__rank=0)
-    built = build(config, pipeline, groups_like())
-    state = built.state
-    if schedule == "refresh":  # a frozen reference never leaves the initial policy
-        state = state._replace(reference=jax.tree.map(lambda x: x * 1.2, built.policy.initial))
-    _, metrics = apply(built, state)
-    # The policy is the initial one: two programs' rounding of the same predictions and no more.
-    assert mean(metrics, "loss/anchor") < 1e-10
-
-
-# ---- Rounding ----
-
-
-@pytest.mark.parametrize("pairs", ["best_worst", "group"])
-def test_rounding_in_u_is_measured_in_bfloat16_and_is_nothing_in_float32(configure, pipeline, pairs):
-    groups = groups_like(size=2 if pairs == "best_worst" else 4)
-    for dtype in ("float32", "bfloat16"):
-        config = form(configure, pairs, model__dtype=dtype, preference__beta=5000.0, lora__rank=0)
-        built = build(config, pipeline, groups)
-        noise = built.dpo.rounding_noise(built.state, built.frozen)
-        assert noise == 0.0 if dtype == "float32" else 1e-4 < noise < 1e3
-    own, built.dpo.errors = built.state.algorithm, None  # not called where errors are taken in float32
-    precise, _ = apply(built, built.state._replace(algorithm=own._replace(precise=jnp.array(True))))
-    assert bool(precise.finite)
-
-
-def test_rounding_that_is_too_large_switches_errors_to_float32_once_and_says_so(configure, pipeline):
-    config = configure(model__dtype="bfloat16", preference__beta=5000.0, lora__rank=0)
-    built = build(config, pipeline, groups_like())
-    built.dpo.rounding_noise = lambda state, frozen: 0.2
-    state, measured, said = built.dpo.calibrate(built.state, built.frozen)
-    assert bool(state.algorithm.precise) and measured == {"loss/u_noise": 0.2} and "errors now in float32" in said
-    again, _, said = built.dpo.calibrate(state, built.frozen)
-    assert bool(again.algorithm.precise) and said == ""
-    built.dpo.rounding_noise = lambda state, frozen: 0.05
-    state, _, said = built.dpo.calibrate(built.state, built.frozen)
-    assert not bool(state.algorithm.precise) and said == ""
-
-
-def test_masters_moments_and_gradients_are_float32_when_computing_in_bfloat16(configure, pipeline):
-    for rank in (0, 2):
-        built = build(configure(model__dtype="bfloat16", lora__rank=rank), pipeline, groups_like())
-        state, _ = apply(built)
-        for leaf in jax.tree.leaves((state.policy, state.reference, state.optimizer)):
-            assert leaf.dtype in (jnp.float32, jnp.int32)
-        assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(built.frozen.backbone))
-
-
-def test_the_first_update_of_a_warm_up_already_moves(configure, pipeline):
-    built = build(configure(optimizer__warmup_steps=5), pipeline, groups_like())
-    after, _ = apply(built)
-    change = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.policy, built.state.policy)
-    assert 0.0 < max(jax.tree.leaves(change)) <= 1e-3 / 5 * 1.01
