@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vpo_jax.diffusion.config import is_flow
-from vpo_jax.diffusion.multistep import Corrector, Sampler, Table, make_coefficients
+from vpo_jax.diffusion.multistep import Corrector, Sampler, make_coefficients
 from vpo_jax.diffusion.process import clean_and_noise_weights
 from vpo_jax.diffusion.schedules import alphas_cumprod
 from vpo_jax.diffusion.timesteps import unipc_flow_timesteps_and_sigmas, unipc_timesteps_and_sigmas
+from vpo_jax.runtime.types import Table
 
 Row = npt.NDArray[np.float64]
 
@@ -67,7 +68,7 @@ def make_unipc(fields: Mapping[str, Any], steps: int) -> Sampler:
         next_of_sample=predicted[:, 0],
         next_of_clean=predicted[:, 1],
         next_of_previous_clean=_columns(predicted[:, 2:]),
-        corrector=Corrector(*_columns(corrected[:, :3]), _columns(corrected[:, 3:])),
+        corrector=Corrector(corrected[:, 0], corrected[:, 1], corrected[:, 2], _columns(corrected[:, 3:])),
     )
     return Sampler(fields["_class_name"], timesteps, 1.0, coefficients, None)
 
