@@ -196,7 +196,9 @@ def resolve(config: Mapping[str, Any], name: str | None = None) -> dict[str, Any
 
 def is_flow(fields: Mapping[str, Any]) -> bool:
     """Whether the fields that `resolve` returns are those of rectified flow; else they preserve variance."""
-    return fields["_class_name"] == "FlowMatchEulerDiscreteScheduler" or bool(fields.get("use_flow_sigmas"))
+    if fields["_class_name"] == "UniPCMultistepScheduler":
+        return bool(fields["use_flow_sigmas"])
+    return bool(fields["_class_name"] == "FlowMatchEulerDiscreteScheduler")
 
 
 def _check_values(fields: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> None:
@@ -263,7 +265,7 @@ def _check_same_process(config: Mapping[str, Any], fields: Mapping[str, Any]) ->
     diffusers' `from_config` does so without a word.
     """
     own, chosen = config.get("_class_name"), fields["_class_name"]
-    if own == chosen:
+    if own in (None, chosen):  # a file without a class is one of the class that reads it
         return
     trained = own == "FlowMatchEulerDiscreteScheduler" or config.get("prediction_type") == "flow_prediction"
     if trained != is_flow(fields):
