@@ -13,6 +13,7 @@ from vpo_jax.models.attention import BACKENDS
 from vpo_jax.rewards.combine import parse_weights
 from vpo_jax.runtime.cli import flatten_config, nearest
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.keys import SEED_BITS
 from vpo_jax.runtime.mesh import Meshes, batch_size, parse_axes
 from vpo_jax.training.policy import make_policy
 
@@ -25,8 +26,8 @@ class Field(NamedTuple):
     words: str
 
 
-def _whole(low: int, high: int = 2**31 - 1, extra: str = "") -> Field:
-    return Field(int, lambda x: low <= x <= high, f"a whole number from {low} up{extra}")
+def _whole(low: int, extra: str = "", bits: int = 31) -> Field:
+    return Field(int, lambda x: low <= x < 2**bits, f"a whole number from {low} up{extra}, below 2**{bits}")
 
 
 def _number(low: float, high: float = math.inf, extra: str = "") -> Field:
@@ -38,6 +39,7 @@ def _one_of(*values: str) -> Field:
     return Field(str, lambda x: x in values, f"one of {', '.join(values)}")
 
 
+_SEED = _whole(0, bits=SEED_BITS)
 _FLAG = Field(bool, lambda x: True, "true or false")
 _TEXT = Field(str, lambda x: True, "text")
 _AXIS = Field(int, lambda x: x == -1 or x >= 1, "a number from 1 up, or -1 for the rest of the devices")
@@ -52,7 +54,7 @@ def _named(what: str) -> Field:
 
 
 FIELDS: Mapping[str, Field] = {
-    "seed": _whole(0),
+    "seed": _SEED,
     "model.path": _named("a diffusers folder, a hub id, or shapes"),
     "model.dtype": _one_of("float32", "bfloat16"),
     "data.prompts": _named("a file of prompts, or shapes:train"),
@@ -124,7 +126,7 @@ FIELDS: Mapping[str, Field] = {
     "eval.every": _EVERY,
     "eval.on_alarm": _one_of("warn", "stop"),
     "eval.prompts": _whole(1),
-    "eval.seed": _whole(0),
+    "eval.seed": _SEED,
     "eval.num_inference_steps": _whole(0, extra=" (0 = rollout's)"),
     "eval.guidance_scale": _number(0, extra=" (0 = rollout's)"),
     "mesh.data": _AXIS,
