@@ -13,15 +13,23 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from vpo_jax.checkpoints.folders import COMPONENTS, PipelineParts, beyond_diffusers, read_pipeline, write_pipeline
+from vpo_jax.checkpoints.folders import (
+    COMPONENTS,
+    PipelineParts,
+    beyond_diffusers,
+    check_target,
+    read_pipeline,
+    write_pipeline,
+)
 from vpo_jax.checkpoints.orbax_store import CheckpointStore
-from vpo_jax.checkpoints.peft import write_adapter
+from vpo_jax.checkpoints.peft import check_adapter_target, write_adapter
 from vpo_jax.checkpoints.videocrafter import read_videocrafter
 from vpo_jax.pipeline import DTYPES, SHIPPED, load_pipeline
 from vpo_jax.report.card import ModelCard, licence_of, read_scores, write_card
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.buckets import local_folder
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.paths import check_output_folder, expand_user
 from vpo_jax.training.check import check
 from vpo_jax.training.policy import make_policy
 
@@ -39,6 +47,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the tensors that are written")
     parser.add_argument("--base", default="", help="diffusers folder with what VideoCrafter2's file lacks: a tokenizer")
     flags = parser.parse(argv)
+    flags.output = str(check_output_folder(flags.output, "--output"))
+    for name in ("from_videocrafter", "base"):
+        setattr(flags, name, expand_user(getattr(flags, name) or "", f"--{name}"))
     if flags.from_videocrafter:
         _refuse(flags, ("step", "weights", "lora_only"), "--from_videocrafter")
         parts, absent = convert_videocrafter(flags.from_videocrafter, flags.output, flags.base, flags.dtype)
@@ -88,6 +99,7 @@ def convert(
     if lora_only and config.lora.rank == 0:
         raise UserError("--lora_only: this run trained every weight (lora.rank=0); leave the flag out")
     weights = weights or ("ema" if averaged else "policy")
+    check_output_folder(output, "--output", check_adapter_target if lora_only else check_target)
     store = CheckpointStore(workdir / "checkpoints", read_only=True)
     step, state, _ = store.read(step, parts=[weights])
     adapters = state[weights]
@@ -138,6 +150,7 @@ def convert_videocrafter(
     Raises:
       UserError: another layout, a broken file, or `output` cannot be written.
     """
+    check_output_folder(output, "--output", check_target)
     parts = read_videocrafter(file)
     if base:
         given = read_pipeline(base)

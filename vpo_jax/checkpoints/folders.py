@@ -22,10 +22,12 @@ import numpy as np
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import from_torch, init_shapes, to_torch
+from vpo_jax.checkpoints.untrusted import check_layers, open_folder, read_defaults
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.paths import user_path
 
 PIPELINE_CLASS = "TextToVideoSDPipeline"
 DEFAULTS_FILE = "vpo_jax.json"
@@ -117,6 +119,7 @@ def read_component(
     config = io.read_json(folder / "config.json")
     _check_class(config, COMPONENTS[name], folder / "config.json")
     state = io.read_weights(folder, COMPONENTS[name].stem)
+    check_layers(config, len(state), str(folder))
     shapes = param_shapes(name, config)
     return config, from_torch(state, shapes, str(folder), dtype, place and place(shapes))
 
@@ -139,7 +142,7 @@ def read_pipeline(path: str | Path, dtype: Any = jnp.float32, place: Place | Non
     for name in COMPONENTS:
         configs[name], params[name] = read_component(root / name, name, dtype, place)
     configs["scheduler"] = io.read_json(root / "scheduler" / "scheduler_config.json")
-    defaults = io.read_json(root / DEFAULTS_FILE) if (root / DEFAULTS_FILE).is_file() else {}
+    defaults = read_defaults(root / DEFAULTS_FILE)
     tokenizer = read_tokenizer(root / "tokenizer", CLIPTextConfig.from_dict(configs["text_encoder"]))
     return PipelineParts(configs, params, tokenizer, defaults)
 
@@ -166,8 +169,8 @@ def write_pipeline(
     Raises:
         UserError: the name is taken by something else, a value does not fit the dtype, or the disk refuses.
     """
-    path = Path(path).resolve()
-    _check_target(path)
+    path = user_path(path, "path").resolve()
+    check_target(path)
     partial = path.parent / f".{path.name}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +208,7 @@ def local_folder(path: str | Path) -> Path:
     Raises:
         UserError: there is no such folder and no such model that can be reached.
     """
-    root = Path(path)
+    root = open_folder(path)
     if root.is_dir():
         return root
     if root.is_file():
@@ -283,12 +286,14 @@ def _check_class(config: Mapping[str, Any], part: Component, file: Path) -> None
     if part.library == "diffusers":
         found = config.get("_class_name", part.class_name)
     else:
-        found = (config.get("architectures") or [part.class_name])[0]
+        named = config.get("architectures") or [part.class_name]
+        found = named[0] if isinstance(named, list) else named
     if found != part.class_name:
         raise UserError(f"{file}: the architecture is {found!r}; only {part.class_name} can be loaded here")
 
 
-def _check_target(path: Path) -> None:
+def check_target(path: Path) -> None:
+    """Raises UserError for a folder that `write_pipeline` would not write over; writes nothing."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: a file is in the way; choose another folder")
     if path.is_dir():

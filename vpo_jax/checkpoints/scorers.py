@@ -15,6 +15,7 @@ from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints import videoreward
 from vpo_jax.checkpoints.keys import from_torch, init_shapes
 from vpo_jax.checkpoints.scorer_folder import write_scorer_folder
+from vpo_jax.checkpoints.untrusted import open_folder
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import cast_floating
@@ -62,11 +63,12 @@ def scorer_class(folder: str | Path) -> str:
     Raises:
         UserError: there is no such folder, or no scorer in it.
     """
-    if not Path(folder).is_dir():
+    folder = open_folder(folder)
+    if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a scorer is a folder with config.json in it")
-    if not (Path(folder) / "config.json").is_file() and (Path(folder) / videoreward.SETTINGS_FILE).is_file():
+    if not (folder / "config.json").is_file() and (folder / videoreward.SETTINGS_FILE).is_file():
         return videoreward.CLASSES[0]
-    config = io.read_json(Path(folder) / "config.json")
+    config = io.read_json(folder / "config.json")
     architectures = config.get("architectures")
     named = architectures[0] if isinstance(architectures, list) and architectures else None
     return str(config.get("_class_name", named))
@@ -78,7 +80,7 @@ def read_scorer(folder: str | Path) -> ScorerParts:
     Raises:
         UserError: a file is missing, damaged, or does not belong to the others.
     """
-    folder = Path(folder)
+    folder = open_folder(folder)
     config = VideoScorerConfig.from_dict(io.read_json(folder / "config.json"))
     where = folder / "tokenizer.json"
     io.read_json(where)

@@ -23,6 +23,7 @@ from tokenizers import AddedToken, Tokenizer
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import from_torch, init_shapes
 from vpo_jax.checkpoints.lora_merge import adapter_scale, merge_lora, unwrapped
+from vpo_jax.checkpoints.untrusted import check_layers, open_folder
 from vpo_jax.checkpoints.videoscore import DTYPES, QUERY_FILE, read_plain_tokenizer, read_query
 from vpo_jax.models.config_fields import require
 from vpo_jax.models.qwen2_vl import Qwen2VLRewardModel
@@ -89,7 +90,7 @@ def read_videoreward(folder: str | Path, dtype: str = "") -> VideoRewardParts:
     Raises:
         UserError: a file is missing, damaged, or does not belong to the others.
     """
-    folder = Path(folder)
+    folder = open_folder(folder)
     if dtype and dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     raw = io.read_json(folder / SETTINGS_FILE)
@@ -120,6 +121,7 @@ def read_videoreward(folder: str | Path, dtype: str = "") -> VideoRewardParts:
     text = dataclasses.replace(config.text, vocab_size=len(state[_EMBEDDING]))
     config = dataclasses.replace(config, text=text)
     tokenizer = _read_tokenizer(_find("tokenizer.json", places).parent, text.vocab_size)
+    check_layers(config.original, len(state), str(weights))
     wanted = DTYPES[dtype or ("bfloat16" if state[_EMBEDDING].dtype == jnp.bfloat16 else "float32")]
     params = from_torch(state, videoreward_shapes(config, settings.outputs), str(weights), wanted)
     return VideoRewardParts(config, params, tokenizer, image_processor, settings, query)

@@ -20,6 +20,7 @@ from vpo_jax.rewards.videoreward import VideoRewardOptions, load_videoreward
 from vpo_jax.rewards.videoscore import VideoScoreOptions, load_videoscore
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import CLIPS, PARAMETER_RULES, constrain, infer_shardings
+from vpo_jax.runtime.paths import expand_user
 from vpo_jax.runtime.processes import place
 
 SHIPPED_SCORER = Path(__file__).resolve().parents[1] / "shapes" / "assets" / "scorer"
@@ -54,6 +55,7 @@ def load_reward(name_or_path: str, settings: Any = None, field: str = "reward.sc
     Raises:
       UserError: nothing that is a scorer, or one that cannot be loaded.
     """
+    name_or_path = expand_user(name_or_path, field)
     if name_or_path in _BY_NAME:
         return _BY_NAME[name_or_path]()
     if name_or_path in _BY_SETTINGS and (settings is not None or not Path(name_or_path).is_dir()):
