@@ -97,8 +97,8 @@ def check(flags: argparse.Namespace) -> None:
     """Raises UserError for a number that makes no sense."""
     for name in ("limit", "samples", "batch", "num_frames", "height", "width", "num_inference_steps"):
         value = getattr(flags, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}: {value} must be 1 or more")
+        if value is not None and not 1 <= value < 2**31:
+            raise UserError(f"--{name}: {value} must be 1 or more, below 2**31")
     if flags.keep < 0:
         raise UserError(f"--keep: {flags.keep} must be 0 or more")
     check_seed(flags.seed, "--seed")

@@ -79,6 +79,8 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
         console.print(f"look at {Path(workdir) / 'report.html'}", soft_wrap=True)
         return None
     check_output_folder(Path(workdir) / "export", "--workdir", check_target)
+    if config.data.text_cache:
+        check_output_folder(config.data.text_cache, "data.text_cache")
     if is_main() and (idle := unused_accelerator()):
         print(f"warning: {idle}", file=sys.stderr)
     meshes = make_meshes(config.mesh, config.reward.devices)

@@ -71,7 +71,7 @@ def test_names_have_no_content_and_folders_and_files_do(model, tmp_path):
     assert contents_of(config_with().to_dict()) == {}
     prompts = tmp_path / "p.txt"
     prompts.write_text("a\n")
-    config = config_with(model_path=str(model), data_prompts=str(prompts), held_scorers="x")
+    config = config_with(model_path=str(model), data_prompts=str(prompts))
     config.held_out.scorers = f"judge,{model}"
     config.reward.videoscore.path = str(model)
     found = contents_of(config.to_dict())

@@ -190,7 +190,7 @@ def test_no_permission_is_a_user_error(tmp_path):
         import os
         from pathlib import Path
         from vpo_jax.runtime.errors import UserError
-        from vpo_jax.runtime.workdir import completed_steps, open_workdir
+        from vpo_jax.runtime.workdir import open_workdir
         if os.getuid() == 0:
             for path in Path({str(tmp_path)!r}).parents[:3]:
                 os.chmod(path, 0o755) if path != Path("/tmp") else None
@@ -213,7 +213,7 @@ def run_python(code):
 def test_one_run_holds_the_directory_until_its_process_dies_by_any_death(tmp_path):
     code = f"""
         import time
-        from vpo_jax.runtime.workdir import completed_steps, open_workdir
+        from vpo_jax.runtime.workdir import open_workdir
         workdir = open_workdir({str(tmp_path)!r}, {CONFIG!r})
         print("held", flush=True)
         time.sleep(60)

@@ -22,7 +22,7 @@ import numpy as np
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import from_torch, init_shapes, to_torch
-from vpo_jax.checkpoints.untrusted import check_layers, open_folder, read_defaults
+from vpo_jax.checkpoints.untrusted import check_layers, load_tokenizer, open_folder, read_defaults
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
@@ -73,6 +73,7 @@ COMPONENTS: dict[str, Component] = {
     "vae": Component("diffusers", io.DIFFUSERS_STEM, AutoencoderKLConfig, AutoencoderKL, _vae_inputs),
     "text_encoder": Component("transformers", io.TRANSFORMERS_STEM, CLIPTextConfig, CLIPTextModel, _text_inputs),
 }
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _WRITTEN = {"model_index.json", "README.md", DEFAULTS_FILE, *COMPONENTS, "tokenizer", "scheduler"}
 
@@ -238,16 +239,11 @@ def read_tokenizer(folder: Path, text_config: CLIPTextConfig) -> Any:
     Raises:
         UserError: files are missing or broken, or it has more tokens than the text encoder.
     """
-    if (folder / "tokenizer.json").is_file():
-        io.read_json(folder / "tokenizer.json")
-    elif not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
         raise UserError(f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt, belong there")
     from transformers import CLIPTokenizer  # it takes seconds to import
 
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: not a CLIPTokenizer ({error}); copy it again") from error
+    tokenizer = load_tokenizer(lambda: CLIPTokenizer.from_pretrained(str(folder)), folder, "CLIPTokenizer")
     for key in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(key, None)  # how it was read; transformers would write it into every copy
     if len(tokenizer) > text_config.vocab_size:
@@ -255,6 +251,9 @@ def read_tokenizer(folder: Path, text_config: CLIPTextConfig) -> Any:
             f"{folder}: {len(tokenizer)} tokens, but text_encoder.vocab_size is {text_config.vocab_size}; "
             "use the tokenizer that belongs to this text encoder"
         )
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, int | float) or not longest >= 1:
+        raise UserError(f"{folder}: model_max_length is {longest!r:.60}, no number of tokens; copy the tokenizer again")
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
     return tokenizer
 

@@ -15,7 +15,7 @@ from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints import videoreward
 from vpo_jax.checkpoints.keys import from_torch, init_shapes
 from vpo_jax.checkpoints.scorer_folder import write_scorer_folder
-from vpo_jax.checkpoints.untrusted import open_folder
+from vpo_jax.checkpoints.untrusted import load_tokenizer, open_folder
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import cast_floating
@@ -84,10 +84,7 @@ def read_scorer(folder: str | Path) -> ScorerParts:
     config = VideoScorerConfig.from_dict(io.read_json(folder / "config.json"))
     where = folder / "tokenizer.json"
     io.read_json(where)
-    try:
-        tokenizer = Tokenizer.from_file(str(where))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{where}: not a tokenizer ({error}); copy it again") from error
+    tokenizer = load_tokenizer(lambda: Tokenizer.from_file(str(where)), folder)
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise UserError(
             f"{where}: {tokenizer.get_vocab_size()} tokens, but config.json has vocab_size {config.vocab_size}; "

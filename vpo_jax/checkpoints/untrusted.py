@@ -1,7 +1,7 @@
 """Folders that somebody else made: what may be opened in them, which of the hub's is meant, and bounds of numbers."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from vpo_jax.runtime.paths import stays_inside, user_path
 
 _READ = (".json", ".txt", ".model", ".jinja", ".safetensors")
 _MOST_ENTRIES = 10_000
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+)  # fmt: skip
 _LEAST_TENSORS = 8  # of a layer of any kind that is known here
 _LARGEST_GUIDANCE = 1000
 _DEFAULTS = {"num_frames": 2**14, "height": 2**14, "width": 2**14, "num_inference_steps": 2**14}
@@ -67,6 +70,27 @@ def _snapshot(folder: Path) -> Path:
     return found[0]
 
 
+def load_tokenizer(load: Callable[[], Any], folder: Path, kind: str = "tokenizer") -> Any:
+    """What `load` reads from a tokenizer's folder, whose JSON files are looked at first.
+
+    Raises:
+        UserError: a file that is too large, too deep, no JSON or names one elsewhere, or anything that `load` raises:
+            the library has no error of its own, and a panic of its compiled part is no Exception.
+    """
+    for file in sorted(folder.glob("*.json")):
+        if file.name in _TOKENIZER_FILES:
+            others = read_json(file).get("fast_tokenizer_files", [])
+            if not isinstance(others, list) or not all(isinstance(name, str) and "/" not in name for name in others):
+                raise UserError(f"{file}: fast_tokenizer_files names a file elsewhere; remove it")
+    try:
+        return load()
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: not a {kind} ({reason:.300}); copy it again") from error
+
+
 def check_layers(config: Mapping[str, Any], tensors: int, where: str) -> None:
     """Raises UserError where a parsed config.json has more layers than a file of so many tensors can hold.
 
@@ -77,7 +101,8 @@ def check_layers(config: Mapping[str, Any], tensors: int, where: str) -> None:
         if isinstance(value, Mapping):
             check_layers(value, tensors, where)
         elif key in LAYERS and isinstance(value, int):
-            layers = value * (len(blocks) if isinstance(blocks, list) else 1)
+            # A block's layers stand twice: on the way down and on the way up.
+            layers = value * (2 * len(blocks) if isinstance(blocks, list) else 1)
             if layers * _LEAST_TENSORS > tensors:
                 raise UserError(
                     f"{where}: {key} is {value}, and the weights have {tensors} tensors, too few for that; use"

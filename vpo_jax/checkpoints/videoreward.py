@@ -98,7 +98,8 @@ def read_videoreward(folder: str | Path, dtype: str = "") -> VideoRewardParts:
     weights = _weights_folder(folder)
     base = _base_folder(weights) if (weights / ADAPTER_FILE).is_file() else None
     places = [weights, weights / "tokenizer", folder, *([] if base is None else [base])]
-    config = Qwen2VLConfig.from_dict(io.read_json(_find_config(places)))
+    model = io.read_json(_find_config(places))
+    config = Qwen2VLConfig.from_dict(model)
     processor = _find("preprocessor_config.json", places)
     image_processor = io.read_json(processor) if processor.is_file() else {}
     query = read_query(folder / QUERY_FILE) if (folder / QUERY_FILE).is_file() else None
@@ -121,7 +122,7 @@ def read_videoreward(folder: str | Path, dtype: str = "") -> VideoRewardParts:
     text = dataclasses.replace(config.text, vocab_size=len(state[_EMBEDDING]))
     config = dataclasses.replace(config, text=text)
     tokenizer = _read_tokenizer(_find("tokenizer.json", places).parent, text.vocab_size)
-    check_layers(config.original, len(state), str(weights))
+    check_layers(model, len(state), str(weights))
     wanted = DTYPES[dtype or ("bfloat16" if state[_EMBEDDING].dtype == jnp.bfloat16 else "float32")]
     params = from_torch(state, videoreward_shapes(config, settings.outputs), str(weights), wanted)
     return VideoRewardParts(config, params, tokenizer, image_processor, settings, query)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import from_torch, init_shapes
 from vpo_jax.checkpoints.scorer_folder import write_scorer_folder
-from vpo_jax.checkpoints.untrusted import check_layers, open_folder
+from vpo_jax.checkpoints.untrusted import check_layers, load_tokenizer, open_folder
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
 from vpo_jax.models.idefics2_config import Idefics2Config
 from vpo_jax.runtime.errors import UserError
@@ -134,10 +134,7 @@ def read_plain_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """
     where = folder / "tokenizer.json"
     io.read_json(where)
-    try:
-        tokenizer = Tokenizer.from_file(str(where))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{where}: not a tokenizer ({error}); copy it again") from error
+    tokenizer = load_tokenizer(lambda: Tokenizer.from_file(str(where)), folder)
     if tokenizer.get_vocab_size() > vocab_size:
         raise UserError(
             f"{where}: {tokenizer.get_vocab_size()} tokens, but config.json has vocab_size {vocab_size}; "

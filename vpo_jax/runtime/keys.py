@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.runtime.errors import UserError
@@ -33,7 +34,7 @@ def seed_key(seed: int, field: str = "seed") -> jax.Array:
         return jax.random.key(seed)
     halves = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
     words = jax.random.key_data(jax.random.key(0)).shape[0]  # 2, or 4 with another generator as the default
-    return jax.random.wrap_key_data(np.tile(halves, words // 2))
+    return jax.random.wrap_key_data(jnp.asarray(np.tile(halves, words // 2)))
 
 
 def stream_key(

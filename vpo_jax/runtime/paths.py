@@ -26,6 +26,8 @@ def user_path(path: str | Path, field: str) -> Path:
         raise UserError(f"{field}: {text}: the home folder is not known; write the whole path") from error
     try:
         expanded.stat()
+    except PermissionError as error:
+        raise UserError(f"{field}: no permission to write {expanded}, or to read it; choose another one") from error
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
             raise UserError(
