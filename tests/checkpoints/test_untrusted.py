@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from vpo_jax.checkpoints.folders import read_pipeline
+from vpo_jax.checkpoints.peft import read_adapter, write_adapter
 from vpo_jax.checkpoints.safetensors_io import read_file
 from vpo_jax.checkpoints.untrusted import open_folder
 from vpo_jax.diffusion.samplers import make_sampler
+from vpo_jax.models.lora import LoRAConfig, init_lora
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.loading import load_reward
 from vpo_jax.runtime.errors import UserError
@@ -400,6 +403,40 @@ def test_a_folder_that_was_tampered_with_loads_or_is_refused_in_words(mutation, 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_300_folders_that_were_tampered_with_load_or_are_refused_in_words(mutation, tmp_path):
     check_mutation(mutation, tmp_path / "f")
+
+
+LORA = LoRAConfig(rank=2, alpha=4.0)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """(folder, its own tree) of adapters of the shipped model."""
+    folder = tmp_path_factory.mktemp("adapter") / "a"
+    adapters = init_lora(jax.random.key(0), load_pipeline(ASSETS / "base").params["unet"], LORA)
+    write_adapter(folder, adapters, LORA, "base")
+    return folder, adapters
+
+
+@given(
+    file=st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]),
+    kind=st.sampled_from(["value", "value", "value", "header", "header", "bytes", "cut", "lfs", "gone"]),
+    seed=st.integers(0, 2**32),
+    new=SCALARS,
+)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_an_adapter_that_was_tampered_with_is_read_or_refused_in_words(file, kind, seed, new, adapter, tmp_path):
+    folder = tmp_path / "f"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(adapter[0], folder)
+    if kind == "header":
+        file = "adapter_model.safetensors"
+    elif kind == "value":
+        file = "adapter_config.json"
+    mutate(folder / file, kind, seed, new)
+    try:
+        read_adapter(folder, adapter[1], LORA)
+    except UserError as error:
+        assert len(str(error)) < 1600
 
 
 def test_the_shipped_folders_load(tmp_path):

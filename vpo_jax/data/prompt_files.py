@@ -16,13 +16,13 @@ from vpo_jax.data.views import Prompts
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.file_kinds import HEAD, foreign_kind
 from vpo_jax.runtime.paths import user_path
+from vpo_jax.runtime.video import SUFFIXES
 
 ENDINGS = (".txt", ".json", ".jsonl", ".csv", ".tsv")
 # Fields that hold a prompt, the first that is there; and fields that name its video. In any case.
 TEXTS = ("prompt", "prompt_en", "caption", "text")
 NAMES = ("video", "video_path", "video_name", "file", "file_name", "filename", "path")
 _LISTS = ("prompts", "captions", "data")  # keys under which a .json may hold its list
-_VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".webp", ".npy")
 _BOM = b"\xef\xbb\xbf"
 _LARGEST = 2**20  # bytes of a prompt's line
 _FIX = f"give a file that ends in one of {', '.join(ENDINGS)}"
@@ -116,7 +116,7 @@ def match_videos(prompts: PromptFile, videos: Sequence[Path], field: str) -> lis
 
 def _stem(path: PurePosixPath | Path) -> str:
     # Only a video's ending is one: the id "v1.5" ends in nothing.
-    return path.stem if path.suffix.lower() in _VIDEOS else path.name
+    return path.stem if path.suffix.lower() in SUFFIXES else path.name
 
 
 def _likeness(named: PurePosixPath, video: Path) -> tuple[bool, int]:
@@ -212,7 +212,7 @@ def _read_json(text: str, where: str) -> PromptFile:
         raise UserError(f"{where} holds a {type(value).__name__}; write a list of texts, or a map from names to texts")
     field = next((_text_field(item) for _, _, item in items if isinstance(item, dict)), TEXTS[0])
     prompts = [_whole(item, at) if isinstance(item, str) else _text_of(item, at, field) for at, _, item in items]
-    if isinstance(value, dict) and prompts and all(prompt.lower().endswith(_VIDEOS) for prompt in prompts):
+    if isinstance(value, dict) and prompts and all(prompt.lower().endswith(SUFFIXES) for prompt in prompts):
         raise UserError(f"{where} maps texts to files; turn it round, from file names to prompts")
     names = [key if key is not None else _name_of(item) for _, key, item in items]
     return PromptFile(prompts, _all_named(names, where))
