@@ -189,7 +189,7 @@ def _find_config(places: list[Path]) -> Path:
 def _weights_folder(folder: Path) -> Path:
     """The folder itself, or its last checkpoint-N where only those have weights."""
     here = [*folder.glob("model*.safetensors*"), *folder.glob(ADAPTER_FILE)]
-    steps = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[-1].isdigit()]
+    steps = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[-1].isdecimal()]
     return folder if here or not steps else max(steps, key=lambda path: int(path.name.split("-")[-1]))
 
 
