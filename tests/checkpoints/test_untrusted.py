@@ -175,12 +175,18 @@ def test_the_line_that_another_variant_is_told_makes_it_load(base):
 
 # Numbers.
 
+NINE_BLOCKS = {
+    "block_out_channels": [32] * 9,
+    "down_block_types": ["DownBlock3D"] * 9,
+    "up_block_types": ["UpBlock3D"] * 9,
+}
+
 
 @pytest.mark.parametrize(
     ("file", "values", "says"),
     [
         ("unet/config.json", {"block_out_channels": [0, 0]}, "unet.block_out_channels"),
-        ("unet/config.json", {"block_out_channels": [32] * 40}, "as many entries as block_out_channels"),
+        ("unet/config.json", NINE_BLOCKS, "unet.block_out_channels: needs 1 to 8 entries"),
         ("unet/config.json", {"layers_per_block": 10**9}, "layers_per_block is 1000000000"),
         ("unet/config.json", {"layers_per_block": 16}, "too few for that"),
         ("unet/config.json", {"cross_attention_dim": 2**40}, "unet.cross_attention_dim"),
