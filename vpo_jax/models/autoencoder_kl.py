@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vpo_jax.models.attention import attention
-from vpo_jax.models.config_fields import read_fields, require, require_int
+from vpo_jax.models.config_fields import MOST_BLOCKS, read_fields, require, require_int, require_positive
 from vpo_jax.models.layers import Conv, Dense, GroupNorm, activation
 from vpo_jax.runtime.types import DType
 
@@ -85,7 +85,10 @@ def _check(config: AutoencoderKLConfig) -> None:
         require(len(types) == blocks, f"vae.{name}", f"needs as many entries as block_out_channels ({blocks})")
         for kind in types:
             require(kind in allowed, f"vae.{name}", f"{kind!r} is not supported; use one of {', '.join(allowed)}")
+    require(0 < blocks <= MOST_BLOCKS, "vae.block_out_channels", f"needs 1 to {MOST_BLOCKS} entries")
+    require_positive("vae", config, ("scaling_factor",))
     for channels in config.block_out_channels:
+        require(channels > 0, "vae.block_out_channels", f"{channels} is no number of channels")
         divides = channels % config.norm_num_groups == 0
         require(divides, "vae.norm_num_groups", f"{config.norm_num_groups} does not divide {channels} channels")
     act_fn = str(config.act_fn).lower()

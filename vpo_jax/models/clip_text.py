@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vpo_jax.models.attention import attention
-from vpo_jax.models.config_fields import BOOKKEEPING, read_fields, require, require_int
+from vpo_jax.models.config_fields import BOOKKEEPING, read_fields, require, require_int, require_positive
 from vpo_jax.models.layers import Dense, LayerNorm, activation
 from vpo_jax.runtime.types import DType
 
@@ -65,9 +65,7 @@ def _check(config: CLIPTextConfig) -> None:
     require(divides, "text_encoder.num_attention_heads", heads)
     act = config.hidden_act
     require(act in _ACTIVATIONS, "text_encoder.hidden_act", f"{act!r} is not one of {', '.join(_ACTIVATIONS)}")
-    eps = config.layer_norm_eps
-    good = isinstance(eps, (int, float)) and eps > 0
-    require(good, "text_encoder.layer_norm_eps", f"must be above zero, found {eps!r}")
+    require_positive("text_encoder", config, ("layer_norm_eps",))
 
 
 class Embedding(nn.Module):
