@@ -8,14 +8,15 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vpo_jax.checkpoints.folders import Configs, PipelineParts, write_pipeline
+from vpo_jax.checkpoints.folders import Configs, PipelineParts, check_target, write_pipeline
 from vpo_jax.checkpoints.orbax_store import CheckpointStore
-from vpo_jax.checkpoints.peft import write_adapter
+from vpo_jax.checkpoints.peft import check_adapter_target, write_adapter
 from vpo_jax.families.protocol import Family, Importer
 from vpo_jax.families.table import FAMILIES, family_of_parts, read_pipeline
 from vpo_jax.pipeline import DTYPES, SHIPPED, load_pipeline
@@ -23,6 +24,7 @@ from vpo_jax.report.card import ModelCard, licence_of, read_scores, write_card
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.buckets import local_folder
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.paths import check_output_folder, expand_user
 from vpo_jax.training.check import check
 from vpo_jax.training.policy import make_policy
 
@@ -42,8 +44,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the tensors that are written")
     parser.add_argument("--base", default="", help="diffusers folder with what --from_FORMAT's file lacks: a tokenizer")
     flags = parser.parse(argv)
+    flags.output = str(check_output_folder(flags.output, "--output"))
+    flags.base = expand_user(flags.base, "--base")
     for name, importer in importers.items():
-        file = getattr(flags, f"from_{name}")
+        file = expand_user(getattr(flags, f"from_{name}") or "", f"--from_{name}")
         if not file:
             continue
         _refuse(flags, ("step", "weights", "lora_only"), f"--from_{name}")
@@ -97,6 +101,7 @@ def convert(
     if lora_only and config.lora.rank == 0:
         raise UserError("--lora_only: this run trained every weight (lora.rank=0); leave the flag out")
     weights = weights or ("ema" if averaged else "policy")
+    check_output_folder(output, "--output", check_adapter_target if lora_only else None)
     store = CheckpointStore(workdir / "checkpoints", read_only=True)
     step, state, _ = store.read(step, parts=[weights])
     adapters = state[weights]
@@ -104,6 +109,8 @@ def convert(
     policy = make_policy(config, pipeline.family, pipeline.trainable, adapters)
     if weights == "ema":
         adapters = policy.extrapolated(policy.initial, adapters, config.ema.extrapolation)
+    if not lora_only:
+        check_output_folder(output, "--output", partial(check_target, layout=pipeline.family.layout))
     if lora_only:
         assert policy.lora is not None
         write_adapter(output, adapters, policy.lora, config.model.path)
@@ -155,6 +162,7 @@ def convert_file(
       UserError: another layout, a broken file, or `output` cannot be written.
     """
     parts = importer.read(Path(file))
+    check_output_folder(output, "--output", partial(check_target, layout=parts.layout))
     if base:
         given = read_pipeline(base)
         parts = dataclasses.replace(

@@ -5,7 +5,6 @@ python -m vpo_jax.evaluate --base=DIR --tuned=DIR [--prompts=FILE] [--scorers=a,
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from vpo_jax.rewards.protocol import Reward
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.keys import check_seed
+from vpo_jax.runtime.paths import check_output_folder, expand_user
 
 PROMPTS = "shapes:held_out"
 FROM_BASE = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")
@@ -31,6 +32,8 @@ def main(argv: Sequence[str]) -> None:
     """Compares what the flags name."""
     flags = parse(argv)
     check(flags)
+    output = check_output_folder(flags.output, "--output")
+    flags.base, flags.tuned = (expand_user(getattr(flags, name), f"--{name}") for name in ("base", "tuned"))
     keep_compiled_programs()
     keep_freed_memory()
     console = Console()
@@ -41,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     if not rewards:
         raise UserError("--scorers: is empty; name at least one scorer, as shapes")
     base, tuned = load_pipeline(flags.base), load_pipeline(flags.tuned)
-    output = folder_for(flags.output)
+    make_folder(output)
     sampling = Sampling(
         seed=flags.seed,
         samples=flags.samples,
@@ -73,7 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.Parser("vpo_jax.evaluate", (__doc__ or "").partition("\n")[0])
     parser.add_argument("--base", required=True, help="diffusers folder that training started from")
     parser.add_argument("--tuned", required=True, help="diffusers folder to compare with it")
-    parser.add_argument("--prompts", default=PROMPTS, help="text file, .jsonl or shapes:SPLIT (default: %(default)s)")
+    parser.add_argument("--prompts", default=PROMPTS, help="file of prompts or shapes:SPLIT (default: %(default)s)")
     parser.add_argument(
         "--scorers", default="", help="comma-separated: names, folders, MODULE:FUNCTION (default: shapes, judge)"
     )
@@ -95,12 +98,11 @@ def check(flags: argparse.Namespace) -> None:
     """Raises UserError for a number that makes no sense."""
     for name in ("limit", "samples", "batch", "num_frames", "height", "width", "num_inference_steps"):
         value = getattr(flags, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}: {value} must be 1 or more")
+        if value is not None and not 1 <= value < 2**31:
+            raise UserError(f"--{name}: {value} must be 1 or more, below 2**31")
     if flags.keep < 0:
         raise UserError(f"--keep: {flags.keep} must be 0 or more")
-    if not 0 <= flags.seed < 2**63:
-        raise UserError(f"--seed: {flags.seed} must be 0 or more and fit in 63 bits")
+    check_seed(flags.seed, "--seed")
 
 
 def chosen(flags: argparse.Namespace, base: Pipeline, name: str) -> Any:
@@ -109,16 +111,12 @@ def chosen(flags: argparse.Namespace, base: Pipeline, name: str) -> Any:
     return base.defaults.get(name) if given is None else given
 
 
-def folder_for(path: str) -> Path:
-    """The output folder, made; raises UserError before any work where nothing can be written into it."""
-    folder = Path(path)
+def make_folder(folder: Path) -> None:
+    """Makes the output folder; raises UserError where the disk refuses."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output: {path} cannot be made a folder: {error.strerror}; choose another") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--output: no permission to write into {path}; choose another folder")
-    return folder
+        raise UserError(f"--output: {folder} cannot be made a folder: {error.strerror}; choose another") from error
 
 
 def roles_of(tuned: str, rewards: Sequence[Reward], scorers: str = "") -> dict[str, str]:

@@ -6,12 +6,14 @@ python -m vpo_jax.main --config=configs/vpo.py[:PRESET] [--config.a.b=c] [--work
 import gc
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
+from vpo_jax.checkpoints.folders import check_target
 from vpo_jax.convert import model_card
 from vpo_jax.data.prompts import load_prompts, set_apart
 from vpo_jax.evaluation.compare import Comparison, Sampling, compare, table, write_json
@@ -24,8 +26,10 @@ from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory, unused_accelerator
 from vpo_jax.runtime.buckets import local_folder
+from vpo_jax.runtime.fingerprint import contents_of, expand_paths
 from vpo_jax.runtime.mesh import make_meshes
 from vpo_jax.runtime.metrics import read_metrics
+from vpo_jax.runtime.paths import check_output_folder
 from vpo_jax.runtime.processes import is_main, join_processes, main_first
 from vpo_jax.runtime.signals import Stop, catch_signals
 from vpo_jax.runtime.workdir import Workdir, completed_steps, open_workdir
@@ -71,10 +75,14 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     join_processes()
     console = console or Console(quiet=not is_main())
     workdir = local_folder(workdir)
-    if completed_steps(workdir, config.to_dict()) == config.train.steps:
+    expand_paths(config)
+    contents = contents_of(config.to_dict())
+    if completed_steps(workdir, config.to_dict(), contents) == config.train.steps:
         console.print(f"complete: {config.train.steps} steps are done in {workdir}", soft_wrap=True)
         console.print(f"look at {Path(workdir) / 'report.html'}", soft_wrap=True)
         return None
+    if config.data.text_cache:
+        check_output_folder(config.data.text_cache, "data.text_cache")
     if is_main() and (idle := unused_accelerator()):
         print(f"warning: {idle}", file=sys.stderr)
     meshes = make_meshes(config.mesh, config.reward.devices)
@@ -89,7 +97,13 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     pipeline = load_pipeline(config.model.path)
     policy = check_inputs(config, pipeline, rewards, judges, meshes)
     adapters = read_start(config, pipeline.family, pipeline.trainable)
-    with open_workdir(workdir, config.to_dict()) as opened, catch_signals() as stop:
+    # What the export takes at the least.
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(pipeline.params))
+    check_output_folder(workdir, "--workdir", needed_bytes=needed)
+    check_output_folder(Path(workdir) / "export", "--workdir", partial(check_target, layout=pipeline.family.layout))
+    with open_workdir(workdir, config.to_dict(), contents) as opened, catch_signals() as stop:
+        if opened.note:
+            console.print(opened.note, soft_wrap=True, highlight=False, markup=False)
         said = describe_start(
             config, pipeline, policy, rewards, judges, meshes, prompts, held_out_prompts, opened.report
         )

@@ -18,6 +18,7 @@ from vpo_jax.diffusion.samplers import make_sampler, sample
 from vpo_jax.families.protocol import Family
 from vpo_jax.families.table import family_of_parts, read_pipeline
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.keys import seed_key
 from vpo_jax.runtime.mesh import VIDEO, constrain, infer_shardings
 
 Tree = Any
@@ -141,7 +142,7 @@ class Pipeline:
           guidance_scale: classifier-free guidance; 1 or less switches it off. Left out: vpo_jax.json's, else 7.5.
           negative_prompt: what guidance leads away from: one, or one a prompt.
           sampler: a diffusers scheduler's name; None takes the checkpoint's own.
-          seed: the initial latents of prompt i are normal(fold_in(key(seed), i)).
+          seed: of 64 bits; the initial latents of prompt i are normal(fold_in(seed_key(seed), i)).
           latents: initial latents [B, f, h, w, C], unit Gaussian, in place of the seed's.
           eta: DDIM's share of fresh noise in a step.
           batch_size: videos at a time; changes nothing but memory and time.
@@ -188,12 +189,13 @@ class Pipeline:
         if latents is not None and latents.shape != (len(prompts), *shape):
             raise UserError(f"latents: shape {list(latents.shape)}, but {[len(prompts), *shape]} is needed")
 
+        key = seed_key(seed)
         batch = min(batch_size, len(prompts))
         run = self._sampler(num_inference_steps, float(guidance_scale), sampler, float(eta), float(guidance_rescale))
         parts = []
         for start in range(0, len(prompts), batch):
             rows = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
-            keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(rows))
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(rows))
             if latents is None:
                 noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
             else:

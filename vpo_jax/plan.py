@@ -23,6 +23,8 @@ from vpo_jax.planning.show import (
 )
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.fingerprint import expand_paths
+from vpo_jax.runtime.paths import check_output_file
 from vpo_jax.runtime.programs import choose_programs
 from vpo_jax.training.check import check, check_meshes
 
@@ -44,6 +46,8 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     parser.add_argument("--stages", default="", help="comma-separated, compiled; none: every stage")
     parser.add_argument("--output", default="", help="also write the plan here, as JSON")
     flags = parser.parse(words)
+    if flags.output:
+        flags.output = check_output_file(flags.output, "--output")
     if not 0 < flags.utilisation <= 1:
         raise UserError(f"--utilisation: {flags.utilisation} is not above 0 and at most 1")
     if not 0 <= flags.price < float("inf"):
@@ -53,6 +57,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     cli.override(config, overrides)
     config.data.prompts = config.data.prompts or "shapes:train"  # what they say costs nothing
     check(config)
+    expand_paths(config)
     apart = config.reward.devices
     if apart and topology is None:
         raise UserError(f"--topology: name one, of which reward.devices={apart} score; or plan with reward.devices=0")

@@ -4,24 +4,24 @@ python -m vpo_jax.score --scorer=NAME_OR_DIR --videos=GLOB [--prompts=FILE] --ou
 """
 
 import csv
-import glob
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vpo_jax.data.prompts import load_prompts
+from vpo_jax.data.prompt_files import match_videos
+from vpo_jax.data.prompts import load_prompt_file
 from vpo_jax.rewards.loading import load_scorer
 from vpo_jax.rewards.scoring import Scorer
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.files import write_text_atomically
-from vpo_jax.runtime.video import read_video
+from vpo_jax.runtime.paths import check_output_file, find_files
+from vpo_jax.runtime.video import SUFFIXES, read_video
 
 FORMATS = (".json", ".jsonl", ".csv")
 BATCH = 32  # videos in memory at a time
@@ -32,19 +32,17 @@ def main(argv: Sequence[str]) -> None:
     parser = cli.Parser("vpo_jax.score", (__doc__ or "").partition("\n")[0])
     parser.add_argument("--scorer", required=True, help="shapes, classical, judge, a folder, or MODULE:FUNCTION")
     parser.add_argument("--videos", required=True, help="pattern of files, quoted; ** goes into folders")
-    parser.add_argument("--prompts", default="", help="a prompt for each video, in the order of their sorted names")
+    parser.add_argument("--prompts", default="", help="a prompt for each video: by file name, or in their order")
     parser.add_argument("--output", required=True, help="a .json, .jsonl or .csv file")
     parser.add_argument(
         "--every_pixel", type=int, default=1, help="keep one pixel of K x K: undoes how small videos are enlarged"
     )
     flags = parser.parse(argv)
-    output = _checked_output(flags.output)
+    output = check_output_file(flags.output, "--output", FORMATS)
     if flags.every_pixel < 1:
         raise UserError(f"--every_pixel: {flags.every_pixel} must be 1 or more")
     paths = find_videos(flags.videos)
-    prompts = load_prompts(flags.prompts, "--prompts") if flags.prompts else [""] * len(paths)
-    if len(prompts) != len(paths):
-        raise UserError(f"--prompts: {len(prompts)} prompts for {len(paths)} videos; give one to each, in their order")
+    prompts = prompts_of(flags.prompts, paths)
     keep_compiled_programs()
     keep_freed_memory()
     scorer = load_scorer(flags.scorer, "--scorer")
@@ -57,11 +55,20 @@ def main(argv: Sequence[str]) -> None:
 
 
 def find_videos(pattern: str) -> list[str]:
-    """Files that the pattern names, sorted."""
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
-    if not paths:
-        raise UserError(f"--videos: no file is named {pattern!r}; quote the pattern and mind where you are")
-    return paths
+    """Video files that the pattern names, in natural order (2.mp4 before 10.mp4)."""
+    paths = find_files(pattern, "--videos")
+    for path in paths:
+        if path.suffix.lower() not in SUFFIXES:
+            raise UserError(f"--videos: {path}: not a video file; give one of {', '.join(SUFFIXES)}")
+    return [str(path) for path in paths]
+
+
+def prompts_of(source: str, paths: Sequence[str]) -> list[str]:
+    """The prompt of each video: by file name where the file gives names, else by position; "" without a file."""
+    if not source:
+        return [""] * len(paths)
+    file = load_prompt_file(source, "--prompts")
+    return match_videos(file, [Path(path) for path in paths], "--prompts")
 
 
 def score_files(
@@ -92,13 +99,13 @@ def score_files(
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """JSON, JSON lines or CSV by the file's ending; whole or not at all."""
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         content = text.getvalue()
-    elif path.suffix == ".jsonl":
+    elif path.suffix.lower() == ".jsonl":
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
         content = json.dumps(list(rows), indent=1, ensure_ascii=False) + "\n"
@@ -106,15 +113,6 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         write_text_atomically(path, content)
     except OSError as error:
         raise UserError(f"--output: {path} cannot be written: {error.strerror}; choose another") from error
-
-
-def _checked_output(name: str) -> Path:
-    path = Path(name)
-    if path.suffix not in FORMATS:
-        raise UserError(f"--output: {name} must end in one of {', '.join(FORMATS)}")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--output: {name} cannot be written; give a file in a folder that you may write into")
-    return path
 
 
 if __name__ == "__main__":

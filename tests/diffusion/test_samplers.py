@@ -21,6 +21,7 @@ TOLERANCE = 1e-5
 SHAPE = (2, 3, 4, 2)
 
 DDIM, DPM, EULER = "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"
+UNIPC, FLOW_EULER = "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
 MODELSCOPE = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -84,7 +85,40 @@ OWN: list[tuple[str, str, dict[str, Any], int]] = [
     (EULER, "log linear", {**MODELSCOPE, "interpolation_type": "log_linear"}, 10),
     (EULER, "ends at sigma_min", {**MODELSCOPE, "final_sigmas_type": "sigma_min"}, 10),
 ]
-CASES = [(name, config, steps, label) for label, config, steps in SHARED for name in (DDIM, DPM, EULER)]
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+ENDS_AT_SIGMA_MIN = {"final_sigmas_type": "sigma_min"}
+OWN += [
+    (UNIPC, "Karras", {**MODELSCOPE, "use_karras_sigmas": True}, 20),
+    (UNIPC, "Karras with bounds", {**COSINE_V, "use_karras_sigmas": True, "sigma_min": 0.02, "sigma_max": 20.0}, 12),
+    (UNIPC, "another solver's names", {**MODELSCOPE, "solver_type": "midpoint"}, 10),
+    (UNIPC, "no corrector at two steps", {**MODELSCOPE, "disable_corrector": [0, 3]}, 8),
+    (UNIPC, "no corrector at all", {**MODELSCOPE, "disable_corrector": list(range(8)), "solver_order": 3}, 8),
+]
+for order in (1, 2, 3):
+    for kind in ("bh1", "bh2"):
+        solver = {"solver_order": order, "solver_type": kind}
+        OWN += [
+            (UNIPC, f"order {order}, {kind}, {prediction}, sigma_min{', full order' * (not lower)}{', eps' * eps}", {
+                **MODELSCOPE, **solver, **ENDS_AT_SIGMA_MIN, "prediction_type": prediction,
+                "lower_order_final": lower, "predict_x0": not eps,
+            }, 9)
+            for prediction in ("epsilon", "v_prediction", "sample")
+            for lower in (True, False)
+            for eps in (True, False)
+        ]  # fmt: skip
+    solver = {"solver_order": order}
+    OWN += [(UNIPC, f"order {order}, {n} steps", {**MODELSCOPE, **solver}, n) for n in (1, 2, 3, 5, 10, 25, 50)]
+    OWN += [
+        (UNIPC, f"flow, order {order}, shift {shift}, {n} steps", {**FLOW, **solver, "flow_shift": float(shift)}, n)
+        for shift in (1, 3, 5, 8)
+        for n in (1, 2, 3, 5, 10, 25, 50)
+    ]
+OWN += [
+    (FLOW_EULER, f"shift {shift}, {n} steps", {"shift": float(shift)}, n)
+    for shift in (1, 3, 5, 8)
+    for n in (1, 2, 3, 5, 10, 25, 50)
+]
+CASES = [(name, config, steps, label) for label, config, steps in SHARED for name in (DDIM, DPM, EULER, UNIPC)]
 CASES += [(name, config, steps, label) for name, label, config, steps in OWN]
 CASES = [case for case in CASES if (case[0], case[3]) != (DDIM, "one step")] + [(DDIM, MODELSCOPE, 2, "two steps")]
 
@@ -103,6 +137,15 @@ def relative_error(ours: Any, theirs: Any, scale: float = 0.0) -> float:
     return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), scale))
 
 
+def initial_sigma(scheduler: Any) -> float:
+    """Of a diffusers scheduler; flows start at unit noise and say nothing of it."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def model_input_of(scheduler: Any, x: Any, timestep: Any) -> Any:
+    return scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+
+
 def fake_denoiser(x: Any, timestep: Any, sin: Any) -> Any:
     return 0.9 * sin(1.3 * x + 0.01 * timestep) + 0.2 * x
 
@@ -112,9 +155,9 @@ def loop_of(sampler: Sampler, latents: np.ndarray) -> Any:
 
 
 def torch_loop_of(scheduler: Any, latents: np.ndarray) -> Any:
-    x = torch.from_numpy(latents) * scheduler.init_noise_sigma
+    x = torch.from_numpy(latents) * initial_sigma(scheduler)
     for timestep in scheduler.timesteps:
-        prediction = fake_denoiser(scheduler.scale_model_input(x, timestep), timestep, torch.sin)
+        prediction = fake_denoiser(model_input_of(scheduler, x, timestep), timestep, torch.sin)
         x = scheduler.step(prediction, timestep, x).prev_sample
     return x
 
@@ -129,13 +172,13 @@ def test_every_step_equals_diffusers(name, config, steps, label):
     scheduler = scheduler_of(name, {"_class_name": name, **config}, steps)
     sampler = make_sampler({"_class_name": name, **config}, steps)
     np.testing.assert_allclose(sampler.timesteps, scheduler.timesteps.numpy(), rtol=1e-6)
-    assert sampler.initial_sigma == pytest.approx(float(scheduler.init_noise_sigma), rel=TOLERANCE)
+    assert sampler.initial_sigma == pytest.approx(initial_sigma(scheduler), rel=TOLERANCE)
 
     latents = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
-    theirs = torch.from_numpy(latents) * scheduler.init_noise_sigma
+    theirs = torch.from_numpy(latents) * initial_sigma(scheduler)
     state = sampler.init(jnp.asarray(latents))
     for i, timestep in enumerate(scheduler.timesteps):
-        model_input = scheduler.scale_model_input(theirs, timestep)
+        model_input = model_input_of(scheduler, theirs, timestep)
         assert relative_error(sampler.model_input(state, i), model_input) <= TOLERANCE
         prediction = fake_denoiser(model_input, timestep, torch.sin)
         # A step that takes 20000 to 10 rounds at 20000's scale, in diffusers above all.
@@ -173,6 +216,33 @@ def euler_in_double_precision(scheduler: Any, latents: np.ndarray) -> np.ndarray
     return x
 
 
+@pytest.mark.parametrize("config", [MODELSCOPE, {**FLOW, "flow_shift": 3.0}], ids=["variance preserving", "flow"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_bh1_equals_diffusers_up_to_the_last_step_and_then_gives_the_clean_sample(config, order):
+    config = {"_class_name": UNIPC, **config, "solver_order": order, "solver_type": "bh1"}
+    scheduler, sampler = scheduler_of(UNIPC, config, 6), make_sampler(config, 6)
+    theirs = torch.from_numpy(np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32))
+    state = sampler.init(jnp.asarray(theirs.numpy()))
+    for i, timestep in enumerate(scheduler.timesteps):
+        prediction = fake_denoiser(theirs, timestep, torch.sin)
+        clean = scheduler.convert_model_output(prediction, sample=theirs) if i == 5 else None
+        theirs = scheduler.step(prediction, timestep, theirs).prev_sample
+        state = sampler.step(state, i, jnp.asarray(prediction.numpy()))
+        if i < 5:
+            assert relative_error(state.sample, theirs) <= TOLERANCE, f"step {i}"
+    # diffusers multiplies an infinite step by 0 there.
+    assert not torch.isfinite(theirs).any()
+    assert relative_error(state.sample, clean) <= TOLERANCE
+
+
+def test_a_step_keeps_only_the_earlier_samples_that_it_reads():
+    for order in (1, 2, 3):
+        sampler = make_sampler({"_class_name": UNIPC, **FLOW, "solver_order": order}, 10)
+        assert len(sampler.init(jnp.ones((1, 2))).previous_clean) == order
+    plain = make_sampler({"_class_name": DDIM}, 10).init(jnp.ones((1, 2)))
+    assert plain.previous_clean == () and plain.previous_sample is None
+
+
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 @pytest.mark.parametrize("config", [MODELSCOPE, {**COSINE_V, "timestep_spacing": "trailing"}, ZERO_SNR, {}])
 def test_ddim_with_eta_equals_diffusers_given_the_same_noise(eta, config):
@@ -189,8 +259,8 @@ def test_ddim_with_eta_equals_diffusers_given_the_same_noise(eta, config):
         state = state._replace(sample=jnp.asarray(theirs.numpy()))
 
 
-@pytest.mark.parametrize("origin", [DDIM, DPM, EULER, "PNDMScheduler", "UniPCMultistepScheduler"])
-@pytest.mark.parametrize("target", [DDIM, DPM, EULER])
+@pytest.mark.parametrize("origin", [DDIM, DPM, EULER, "PNDMScheduler", UNIPC])
+@pytest.mark.parametrize("target", [DDIM, DPM, EULER, UNIPC])
 def test_another_sampler_is_what_from_config_makes(origin, target):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -205,42 +275,14 @@ def test_another_sampler_is_what_from_config_makes(origin, target):
         assert relative_error(loop_of(ours, latents), torch_loop_of(theirs, latents)) <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("name", "config", "steps", "named"),
-    [
-        ("PNDMScheduler", {}, 5, "_class_name"),
-        (None, {}, 5, "_class_name"),
-        (DDIM, {"thresholding": True}, 5, "thresholding"),
-        (DDIM, {"beta_schedule": "sigmoid"}, 5, "beta_schedule"),
-        (DDIM, {"prediction_type": "flow_prediction"}, 5, "prediction_type"),
-        (DDIM, {"timestep_spacing": "log"}, 5, "timestep_spacing"),
-        (DDIM, {"num_train_timesteps": "1000"}, 5, "num_train_timesteps"),
-        (DDIM, {"beta_end": 1.7}, 5, "beta_end"),
-        (DDIM, {"beta_end": "0.02"}, 5, "beta_end"),
-        (DDIM, {"clip_sample": "no"}, 5, "clip_sample"),
-        (DDIM, {"trained_betas": [0.1, 0.2]}, 5, "trained_betas"),
-        (DDIM, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 5, "rescale_betas_zero_snr"),
-        (DDIM, {"steps_offset": 1}, 1000, "steps_offset"),
-        (DDIM, {}, 1001, "num_inference_steps"),
-        (DDIM, {}, 0, "num_inference_steps"),
-        (DPM, {"algorithm_type": "sde-dpmsolver++"}, 5, "algorithm_type"),
-        (DPM, {"solver_order": 3}, 5, "solver_order"),
-        (DPM, {"use_lu_lambdas": True}, 5, "use_lu_lambdas"),
-        (DPM, {"use_flow_sigmas": True}, 5, "use_flow_sigmas"),
-        (DPM, {"variance_type": "learned"}, 5, "variance_type"),
-        (DPM, {"timestep_spacing": "leading"}, 1000, "num_inference_steps"),
-        (EULER, {"timestep_type": "continuous"}, 5, "timestep_type"),
-        (EULER, {"use_beta_sigmas": True}, 5, "use_beta_sigmas"),
-    ],
-)
-def test_what_is_not_honoured_is_refused_by_name(name, config, steps, named):
-    with pytest.raises(UserError, match=named):
-        make_sampler({"_class_name": name, **config}, steps)
-
-
-def test_eta_outside_0_to_1_is_refused():
-    with pytest.raises(UserError, match="eta"):
-        make_sampler({"_class_name": DDIM}, 5, eta=1.5)
+def test_the_flow_samplers_are_each_what_from_config_makes_of_the_other_where_that_is_a_flow():
+    config = dict(diffusers.UniPCMultistepScheduler(**FLOW, flow_shift=3.0).config)
+    theirs = scheduler_of(FLOW_EULER, config, 6)
+    ours = make_sampler({"_class_name": UNIPC, **config}, 6, name=FLOW_EULER)
+    np.testing.assert_allclose(ours.timesteps, theirs.timesteps.numpy(), rtol=1e-6)
+    config = dict(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    with pytest.raises(UserError, match=f"sampler: {UNIPC} does not fit: .* choose {FLOW_EULER}"):
+        make_sampler({"_class_name": FLOW_EULER, **config}, 6, name=UNIPC)
 
 
 def test_fresh_noise_of_a_sample_does_not_depend_on_its_batch():
@@ -271,7 +313,7 @@ def test_the_loop_compiles_once_for_all_its_steps():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("name", [DDIM, DPM, EULER])
+@pytest.mark.parametrize("name", [DDIM, DPM, EULER, UNIPC])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_a_denoiser_that_knows_the_answer_is_followed_to_it(name, spacing):
     config = {**COSINE_V, "prediction_type": "sample", "timestep_spacing": spacing, "set_alpha_to_one": True}

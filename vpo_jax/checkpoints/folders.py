@@ -22,7 +22,9 @@ import numpy as np
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import from_torch, init_shapes, to_torch
+from vpo_jax.checkpoints.untrusted import check_layers, load_tokenizer, open_folder, read_defaults
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.paths import user_path
 
 DEFAULTS_FILE = "vpo_jax.json"
 _DIFFUSERS_VERSION = "0.42.1"  # the release whose form is written
@@ -57,6 +59,9 @@ class Component:
     def class_name(self) -> str:
         """The library's class."""
         return self.module.__name__
+
+
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +126,7 @@ def read_component(
     config = io.read_json(folder / "config.json")
     _check_class(config, component, folder / "config.json")
     state = io.read_weights(folder, component.stem)
+    check_layers(config, len(state), str(folder))
     shapes = param_shapes(component, config)
     return config, from_torch(state, shapes, str(folder), dtype, place and place(shapes))
 
@@ -159,7 +165,7 @@ def read_parts(root: Path, layout: Layout, dtype: Any = jnp.float32, place: Plac
         configs[name], params[name] = read_component(root / name, component, dtype, place)
     configs["scheduler"] = _read_scheduler(root)
     tokenizer = layout.read_tokenizer(root / "tokenizer", configs)
-    return PipelineParts(layout, configs, params, tokenizer, _read_defaults(root))
+    return PipelineParts(layout, configs, params, tokenizer, read_defaults(root / DEFAULTS_FILE))
 
 
 def read_shapes(root: Path, layout: Layout) -> PipelineParts:
@@ -170,7 +176,7 @@ def read_shapes(root: Path, layout: Layout) -> PipelineParts:
     """
     configs = {name: io.read_json(root / name / "config.json") for name in layout.components}
     configs["scheduler"] = _read_scheduler(root)
-    return shapes_of_configs(layout, configs, _read_defaults(root))
+    return shapes_of_configs(layout, configs, read_defaults(root / DEFAULTS_FILE))
 
 
 def shapes_of_configs(layout: Layout, configs: Configs, defaults: Mapping[str, Any] | None = None) -> PipelineParts:
@@ -181,10 +187,6 @@ def shapes_of_configs(layout: Layout, configs: Configs, defaults: Mapping[str, A
 
 def _read_scheduler(root: Path) -> dict[str, Any]:
     return io.read_json(root / "scheduler" / "scheduler_config.json")
-
-
-def _read_defaults(root: Path) -> dict[str, Any]:
-    return io.read_json(root / DEFAULTS_FILE) if (root / DEFAULTS_FILE).is_file() else {}
 
 
 def write_pipeline(
@@ -209,8 +211,8 @@ def write_pipeline(
     Raises:
         UserError: the name is taken by something else, a value does not fit the dtype, or the disk refuses.
     """
-    path = Path(path).resolve()
-    _check_target(path, parts.layout)
+    path = user_path(path, "path").resolve()
+    check_target(path, parts.layout)
     partial = path.parent / f".{path.name}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +240,7 @@ def local_folder(path: str | Path) -> Path:
     Raises:
         UserError: there is no such folder and no such model that can be reached.
     """
-    root = Path(path)
+    root = open_folder(path)
     if root.is_dir():
         return root
     if root.is_file():
@@ -275,16 +277,12 @@ def read_tokenizer(folder: Path, class_name: str, vocabulary: int, longest: int)
     Raises:
         UserError: files are missing or broken, or it has more tokens than the text encoder.
     """
-    if (folder / "tokenizer.json").is_file():
-        io.read_json(folder / "tokenizer.json")
-    elif not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
         raise UserError(f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt, belong there")
     import transformers  # its tokenizers take seconds to import
 
-    try:
-        tokenizer = getattr(transformers, class_name).from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: not a {class_name} ({error}); copy it again") from error
+    load = getattr(transformers, class_name).from_pretrained
+    tokenizer = load_tokenizer(lambda: load(str(folder)), folder, class_name)
     for key in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(key, None)  # how it was read; transformers would write it into every copy
     if len(tokenizer) > vocabulary:
@@ -292,7 +290,10 @@ def read_tokenizer(folder: Path, class_name: str, vocabulary: int, longest: int)
             f"{folder}: {len(tokenizer)} tokens, but text_encoder.vocab_size is {vocabulary}; "
             "use the tokenizer that belongs to this text encoder"
         )
-    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    own = tokenizer.model_max_length
+    if not isinstance(own, int | float) or not own >= 1:
+        raise UserError(f"{folder}: model_max_length is {own!r:.60}, no number of tokens; copy the tokenizer again")
+    tokenizer.model_max_length = min(own, longest)
     return tokenizer
 
 
@@ -326,12 +327,14 @@ def _check_class(config: Mapping[str, Any], part: Component, file: Path) -> None
     if part.library == "diffusers":
         found = config.get("_class_name", part.class_name)
     else:
-        found = (config.get("architectures") or [part.class_name])[0]
+        named = config.get("architectures") or [part.class_name]
+        found = named[0] if isinstance(named, list) else named
     if found != part.class_name:
         raise UserError(f"{file}: the architecture is {found!r}; only {part.class_name} can be loaded here")
 
 
-def _check_target(path: Path, layout: Layout) -> None:
+def check_target(path: Path, layout: Layout) -> None:
+    """Raises UserError for a folder that `write_pipeline` would not write over; writes nothing."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: a file is in the way; choose another folder")
     if path.is_dir():

@@ -24,6 +24,8 @@ _LISTED = 5  # names in an error message before "and N more"
 
 # Names that older releases of diffusers and transformers wrote, and what to call them when the new one is absent.
 _LEGACY: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"(^|\.)_orig_mod\."), r"\1"),  # a part that torch.compile wraps
+    (re.compile(r"^module\."), ""),  # DistributedDataParallel
     (re.compile(r"^text_model\."), ""),
     (re.compile(r"(\battentions\.\d+)\.query\."), r"\1.to_q."),
     (re.compile(r"(\battentions\.\d+)\.key\."), r"\1.to_k."),

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from vpo_jax.checkpoints.peft import PREFIX, refuse_unusual
+from vpo_jax.checkpoints.adapter_config import refuse_unusual
+from vpo_jax.checkpoints.peft import PREFIX
 from vpo_jax.runtime.errors import UserError
 
+_LARGEST = 1e6  # rank or alpha; a larger one is damage
 # PEFT's files leave out the adapter's name; a state dict of a wrapped model has it.
 _DOWN = re.compile(r"\.lora_A(\.default)?\.weight$")
 
@@ -25,8 +27,8 @@ def adapter_scale(config: Mapping[str, Any], where: str) -> float:
     numbers = {}
     for name in ("r", "lora_alpha"):
         value = config.get(name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-            raise UserError(f"{where}: {name} must be a number above zero, found {value!r}; copy the file again")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= _LARGEST:
+            raise UserError(f"{where}: {name} must be a number above zero, found {value!r:.60}; copy the file again")
         numbers[name] = float(value)
     return numbers["lora_alpha"] / numbers["r"] ** (0.5 if config.get("use_rslora") else 1.0)
 

@@ -8,50 +8,49 @@ from typing import Any
 
 import numpy as np
 
+from vpo_jax.checkpoints.adapter_config import refuse_unusual
 from vpo_jax.checkpoints.keys import compare_names
-from vpo_jax.checkpoints.safetensors_io import PICKLES, read_file, read_json, refuse_pickle, write_weights
+from vpo_jax.checkpoints.lora_layouts import CONFIG, find_lora_file, read_lora_file
+from vpo_jax.checkpoints.safetensors_io import read_json, write_weights
+from vpo_jax.checkpoints.untrusted import open_folder
 from vpo_jax.models.lora import LoRAConfig
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.paths import user_path
 from vpo_jax.runtime.trees import flatten, unflatten
 
 PREFIX = "base_model.model."
-# Fields of PEFT that change what an adapter computes, with the only value that is honoured.
-_PLAIN = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none", "lora_bias": False}
-_EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication")
 
 
 def read_adapter(path: str | Path, shapes: Mapping[str, Any], lora: LoRAConfig) -> dict[str, Any]:
-    """The adapters of a PEFT folder, float32, where they are of the rank, alpha and layers that a run is to train.
+    """The adapters of a folder or file, float32, where they are of the rank, alpha and layers that a run is to train.
 
     Args:
-        path: holds adapter_config.json and adapter_model.safetensors.
+        path: a PEFT folder (adapter_config.json, adapter_model.safetensors), or a LoRA's safetensors as diffusers or
+            kohya's scripts write it, or a folder with one such file; see `lora_layouts`.
         shapes: tree of the run's own adapters (arrays or ShapeDtypeStruct), `lora_A` [..., in, r], `lora_B` [r, out].
         lora: the run's rank and alpha.
 
     Raises:
-        UserError: no such folder, a pickle, another kind of adapter, or one of another rank, alpha or other layers.
+        UserError: no such folder, a pickle, another kind of adapter, or one of another rank, alpha or other layers;
+            what of a file cannot be mapped is named.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"lora.path: there is no folder {path}; give a PEFT adapter folder")
-    config = read_json(path / "adapter_config.json")
-    _check_config(config, lora, path / "adapter_config.json")
-    file = path / "adapter_model.safetensors"
-    if not file.is_file():
-        for pickle in sorted(p for p in path.iterdir() if p.suffix in PICKLES):
-            raise refuse_pickle(pickle)
-        raise UserError(f"lora.path: {file} is not there; copy the adapter folder again")
-    found = {key.removeprefix(PREFIX): array for key, array in read_file(file).items()}
-    wanted = {f"{name.replace('/', '.')}.weight": (name, leaf.shape) for name, leaf in flatten(shapes).items()}
-    compare_names(set(wanted), set(found), f"lora.path: {file}", "lora.targets", "name there the layers that it adapts")
+    path = open_folder(path, "lora.path")
+    wanted = {name: tuple(leaf.shape) for name, leaf in flatten(shapes).items()}
+    modules = {name.rpartition("/")[0].replace("/", "."): name.rpartition("/")[0] for name in wanted}
+    file, has_config = find_lora_file(path, "lora.path")
+    if has_config:
+        _check_config(read_json(path / CONFIG), lora, path / CONFIG)
+    tensors, alphas = read_lora_file(file, modules, "lora.path")
+    if has_config and alphas:
+        raise UserError(f"lora.path: {file}: has alphas beside {CONFIG}; keep one of them")
+    if not has_config:
+        _check_factors(tensors, alphas, modules, lora, file)
+    keys = {f"{dotted}/{which}": f"{at}/{which}" for dotted, at in modules.items() for which in ("lora_A", "lora_B")}
+    compare_names(set(keys), set(tensors), f"lora.path: {file}", "lora.targets", "name there the layers that it adapts")
     adapters = {}
-    for key, (name, shape) in wanted.items():
-        array = found[key].astype(np.float32)
-        if name.endswith("lora_A"):
-            array = array.transpose(*range(2, array.ndim), 1, 0)
-        else:
-            array = array.reshape(array.shape[:2]).T
-        if array.shape != tuple(shape):
+    for key, name in keys.items():
+        array = _to_flax(tensors[key].astype(np.float32), len(wanted[name]) if key.endswith("lora_A") else 2)
+        if array.shape != wanted[name]:
             raise UserError(f"lora.path: {file}: {key} does not fit this model's layer; use an adapter of this model")
         if not np.isfinite(array).all():
             raise UserError(f"lora.path: {file}: {key} holds NaN or infinite values; use an undamaged copy")
@@ -59,21 +58,33 @@ def read_adapter(path: str | Path, shapes: Mapping[str, Any], lora: LoRAConfig) 
     return unflatten(adapters)
 
 
-def refuse_unusual(config: Mapping[str, Any], where: str, honoured: Collection[str] = ()) -> None:
-    """Raises UserError, beginning with `where`, for an adapter that is no plain LoRA.
+def _to_flax(array: np.ndarray, rank: int) -> np.ndarray:
+    """[r, in, window...] -> [window..., in, r]; a window of 1 that the layer does not have is taken off."""
+    if array.ndim > rank and array.shape[rank:] == (1,) * (array.ndim - rank):
+        array = array.reshape(array.shape[:rank])
+    return array.transpose(*range(2, array.ndim), 1, 0) if array.ndim >= 2 else array
 
-    Args:
-        config: parsed adapter_config.json.
-        where: file, for the error message.
-        honoured: fields that the caller sees to itself.
-    """
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"{where}: peft_type is {kind!r}; only LORA can be read")
-    odd = [field for field, plain in _PLAIN.items() if config.get(field) not in (None, plain)]
-    for field in odd + [field for field in _EMPTY if config.get(field)]:
-        if field not in honoured:
-            raise UserError(f"{where}: {field}={config[field]!r} is not supported; merge it into the base")
+
+def _check_factors(
+    tensors: Mapping[str, np.ndarray],
+    alphas: Mapping[str, float],
+    modules: Collection[str],
+    lora: LoRAConfig,
+    file: Path,
+) -> None:
+    """Of a file without a config: one rank, one scale, the run's. Without alpha the scale is 1, as its writers say."""
+    for module in modules:
+        factor = tensors.get(f"{module}/lora_A")
+        if factor is None or not factor.ndim:
+            continue  # named with the other missing ones
+        rank = factor.shape[0]
+        alpha = alphas.get(module, alphas.get("", float(rank)))
+        for name, ours, theirs in (("rank", lora.rank, rank), ("alpha", lora.alpha, alpha)):
+            if ours != theirs:
+                raise UserError(
+                    f"lora.path: {file}: {module} has {name} {theirs:g}, but lora.{name} is {ours:g}; "
+                    f"give --config.lora.{name}={theirs:g}"
+                )
 
 
 def _check_config(config: Mapping[str, Any], lora: LoRAConfig, file: Path) -> None:
@@ -84,6 +95,12 @@ def _check_config(config: Mapping[str, Any], lora: LoRAConfig, file: Path) -> No
                 f"lora.path: {file}: {field} is {config.get(field)!r}, but lora.{name} is {ours:g}; "
                 f"give --config.lora.{name}={config.get(field)}"
             )
+
+
+def check_adapter_target(path: Path) -> None:
+    """Raises UserError for what `write_adapter` would not write over; writes nothing."""
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / "adapter_config.json").exists())):
+        raise UserError(f"--output: {path} is there already and is no adapter folder; choose another one")
 
 
 def write_adapter(path: str | Path, adapters: Mapping[str, Any], lora: LoRAConfig, base: str) -> None:
@@ -98,9 +115,8 @@ def write_adapter(path: str | Path, adapters: Mapping[str, Any], lora: LoRAConfi
     Raises:
         UserError: the name is taken, or the disk refuses.
     """
-    path = Path(path).resolve()
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / "adapter_config.json").exists())):
-        raise UserError(f"--output: {path} is there already and is no adapter folder; choose another one")
+    path = user_path(path, "--output").resolve()
+    check_adapter_target(path)
     tensors, modules = {}, []
     for name, leaf in flatten(adapters).items():
         module, _, which = name.rpartition("/")

@@ -11,11 +11,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.file_kinds import HEAD, known_stand_in
 
 # What the two libraries call the file of a model's weights.
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+
+_WRAPPERS = ("_orig_mod.", "module.")
+_LARGEST_HEADER = 16 << 20  # bytes; 100,000 tensors have less
 
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
@@ -27,7 +31,7 @@ _DTYPES = {
 def read_weights(folder: Path, stem: str) -> dict[str, np.ndarray]:
     """Every tensor of `folder`, by name, mapped from disk rather than read.
 
-    Looks for `stem.safetensors`, then its sharded form, then the same two as fp16 variants.
+    Looks for `stem.safetensors`, then its sharded form, then the same two as fp32, bf16 and fp16 variants.
 
     Raises:
         UserError: no safetensors there (a pickle is named with the line that converts it), a shard that the
@@ -36,6 +40,9 @@ def read_weights(folder: Path, stem: str) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for file in _weight_files(folder, stem):
         tensors.update(read_file(file))
+    # torch.compile and DistributedDataParallel wrap a model, and its state dict then says so in every name.
+    while tensors and (prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in tensors)), "")):
+        tensors = {key.removeprefix(prefix): array for key, array in tensors.items()}
     return tensors
 
 
@@ -47,19 +54,35 @@ def read_file(file: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: the file is cut short or is not safetensors.
     """
-    try:
-        # It checks the header against the file's length, so that the offsets below can be trusted.
-        with safe_open(file, framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged or cut short ({error}); copy or download it again") from error
-    with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(header_bytes))
+    header, start = _read_header(file)
     header.pop("__metadata__", None)
-    start = 8 + header_bytes
     data = np.memmap(file, np.uint8, "r", start) if file.stat().st_size > start else np.zeros(0, np.uint8)
     return {name: _view(data, spec, f"{file}: {name}") for name, spec in header.items()}
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """The texts that a safetensors file carries beside its tensors; raises as `read_file`."""
+    metadata = _read_header(file)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The parsed header, and where the tensors begin."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(HEAD)
+            if kind := known_stand_in(file, head):
+                raise UserError(f"{file}: is {kind}")
+            header_bytes = int.from_bytes(head[:8], "little")
+            if header_bytes > min(_LARGEST_HEADER, file.stat().st_size):
+                raise UserError(f"{file}: damaged or cut short (a header of {header_bytes} bytes); copy it again")
+            # It checks the header against the file's length, so that the offsets can be trusted.
+            with safe_open(file, framework="numpy"):
+                pass
+            stream.seek(8)
+            return json.loads(stream.read(header_bytes)), 8 + header_bytes
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: damaged or cut short ({error}); copy or download it again") from error
 
 
 def write_weights(folder: Path, stem: str, state: Mapping[str, np.ndarray], max_shard_bytes: int = 5 * 10**9) -> None:
@@ -96,14 +119,28 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: the file is absent, unreadable, not JSON, or not an object.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as stream:
+            text = stream.read(_largest_json(file) + 1)
+        if kind := known_stand_in(file, text[:HEAD]):
+            raise UserError(f"{file}: is {kind}")
+        if len(text) > _largest_json(file):
+            raise UserError(f"{file}: is larger than {_largest_json(file) >> 20} MB, as no such file is; copy it again")
+        value = json.loads(text.decode("utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file; the folder is not complete, copy it again") from error
+        gone = "a dangling link" if file.is_symlink() else "no such file"
+        raise UserError(f"{file}: {gone}; the folder is not complete, copy it again") from error
+    except RecursionError as error:
+        raise UserError(f"{file}: nested too deep; copy or download it again") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error}); copy or download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: holds a {type(value).__name__} where a JSON object belongs; copy it again")
     return value
+
+
+def _largest_json(file: Path) -> int:
+    """Bytes: a parsed file takes some twenty times as many."""
+    return 40 << 20 if file.name == "tokenizer.json" else 16 << 20 if file.name.endswith(".index.json") else 4 << 20
 
 
 def refuse_pickle(file: Path) -> UserError:
@@ -118,7 +155,7 @@ def refuse_pickle(file: Path) -> UserError:
 def _weight_files(folder: Path, stem: str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; the model is not complete, copy it again")
-    for variant in ("", ".fp16"):
+    for variant in ("", ".fp32", ".bf16", ".fp16"):
         single = folder / f"{stem}{variant}.safetensors"
         if single.is_file():
             return [single]
@@ -133,6 +170,11 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     for file in sorted(folder.iterdir()):
         if file.suffix in PICKLES:
             raise refuse_pickle(file)
+    plain = folder / f"{stem}.safetensors"
+    if plain.is_symlink():
+        raise UserError(f"{plain}: a dangling link; copy the model with what its links point to: cp -rL")
+    for file in sorted(folder.glob(f"{stem}.*.safetensors")):
+        raise UserError(f"{folder}: has the variant {file.name} only; to load it: mv {file} {plain}")
     raise UserError(f"{folder}: no weights; {stem}.safetensors belongs there")
 
 
@@ -140,6 +182,11 @@ def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index}: has no weight_map from tensors to files; copy or download it again")
+    for name in weight_map.values():
+        if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
+            raise UserError(
+                f"{index}: names the shard {name!r:.100}, which is no file of its folder; download it again"
+            )
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -151,7 +198,10 @@ def _view(data: np.ndarray, spec: Mapping[str, Any], where: str) -> np.ndarray:
     if spec["dtype"] not in _DTYPES:
         raise UserError(f"{where}: dtype {spec['dtype']} is not supported; save it in float16, bfloat16 or float32")
     begin, end = spec["data_offsets"]
-    return np.asarray(data[begin:end]).view(_DTYPES[spec["dtype"]]).reshape(spec["shape"])
+    try:
+        return np.asarray(data[begin:end]).view(_DTYPES[spec["dtype"]]).reshape(spec["shape"])
+    except (ValueError, OverflowError, TypeError) as error:
+        raise UserError(f"{where}: no shape of an array ({error}); copy or download the file again") from error
 
 
 def _write_file(file: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import to_torch
+from vpo_jax.checkpoints.untrusted import load_tokenizer
 from vpo_jax.runtime.errors import UserError
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -49,10 +50,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """
     where = folder / "tokenizer.json"
     io.read_json(where)
-    try:
-        tokenizer = Tokenizer.from_file(str(where))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{where}: not a tokenizer ({error}); copy it again") from error
+    tokenizer = load_tokenizer(lambda: Tokenizer.from_file(str(where)), folder)
     if tokenizer.get_vocab_size() > vocab_size:
         raise UserError(
             f"{where}: {tokenizer.get_vocab_size()} tokens, but config.json has vocab_size {vocab_size}; "

@@ -3,39 +3,72 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from vpo_jax.data.sources import Prompts, read_file, read_hub, read_tfds
+from vpo_jax.data.prompt_files import PromptFile, read_prompt_file
+from vpo_jax.data.sources import read_hub, read_tfds
+from vpo_jax.data.views import Prompts
 from vpo_jax.runtime.errors import UserError
 
 SPLITS = ("train", "tune", "held_out")
 _MOST_HELD_OUT = 10_000
+_MOST_LOOKED_AT = 10_000
 
 
 def load_prompts(source: str, field: str = "data.prompts") -> Sequence[str]:
-    """Prompts in the order in which they stand.
+    """Prompts in the order in which they stand; see `load_prompt_file`."""
+    return load_prompt_file(source, field).prompts
+
+
+def load_prompt_file(source: str, field: str = "data.prompts") -> PromptFile:
+    """Prompts in the order in which they stand, with the names of their videos where the source gives names.
 
     Args:
-      source: "shapes:train", "shapes:tune" or "shapes:held_out"; "tfds:FOLDER[:SPLIT]"; "hub:OWNER/NAME/FILE"; a
-        .jsonl file of objects with a "prompt"; or a text file, one prompt a line.
+      source: "shapes:train", "shapes:tune" or "shapes:held_out"; "tfds:FOLDER[:SPLIT]"; "hub:OWNER/NAME/FILE"; or a
+        .txt, .json, .jsonl, .csv or .tsv file as `prompt_files` reads it.
       field: the config key to name in errors.
 
     Raises:
-      UserError: nothing there, nothing in it, or something else than prompts; see `sources`.
+      UserError: nothing there, nothing in it, or something else than prompts; see `sources` and `prompt_files`.
     """
     kind, colon, rest = source.partition(":")
     read = {"shapes:": _captions, "tfds:": read_tfds, "hub:": read_hub}.get(kind + colon)
-    return read(rest, field) if read is not None else read_file(Path(source), field)
+    return read(rest, field) if read is not None else read_prompt_file(source, field)
 
 
-def _captions(split: str, field: str) -> list[str]:
+def _captions(split: str, field: str) -> PromptFile:
     from vpo_jax.shapes.world import captions
 
     if split not in SPLITS:
         raise UserError(f"{field}: the shapes world has no split {split!r}; choose one of {', '.join(SPLITS)}")
-    return list(captions(split))
+    return PromptFile(list(captions(split)))
+
+
+class Longer(NamedTuple):
+    """How many of the prompts that were looked at are longer than the text encoder reads."""
+
+    number: int
+    looked_at: int
+
+
+def longer_than(
+    prompts: Sequence[str], tokenize: Callable[[list[str]], Sequence[Sequence[int]]], length: int
+) -> Longer:
+    """Counts prompts whose words beyond `length` tokens are cut off.
+
+    Args:
+      prompts: of very many, 10,000 spread evenly over the list are looked at.
+      tokenize: texts -> token ids of each, special tokens included, neither padded nor cut.
+      length: tokens that the text encoder reads, special tokens included.
+    """
+    places = np.unique(np.linspace(0, len(prompts) - 1, min(len(prompts), _MOST_LOOKED_AT)).astype(np.int64))
+    number = 0
+    for start in range(0, len(places), 1024):
+        texts = [prompts[int(place)] for place in places[start : start + 1024]]
+        number += sum(len(ids) > length for ids in tokenize(texts))
+    return Longer(number, len(places))
 
 
 def set_apart(prompts: Sequence[str]) -> tuple[Sequence[str], list[str]]:

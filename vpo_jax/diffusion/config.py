@@ -138,6 +138,7 @@ _MUST_BE_OFF = (
     "stochastic_sampling",
 )
 _NUMBERS = ("beta_start", "beta_end", "scale_b", "clip_sample_range", "lambda_min_clipped", "flow_shift", "shift")
+_MOST_TIMESTEPS = 100_000
 _BOOLEANS = (
     "use_scale",
     "rescale_betas_zero_snr",
@@ -175,7 +176,8 @@ def resolve(config: Mapping[str, Any], name: str | None = None) -> dict[str, Any
             "rollout.sampler in a training's config, --sampler of vpo_jax.evaluate or sampler= of a pipeline's call, "
             f"one of {supported}"
         )
-    left_to_defaults = set(config.get("_use_default_values") or ())
+    unset = config.get("_use_default_values")
+    left_to_defaults = {name for name in unset if isinstance(name, str)} if isinstance(unset, list | tuple) else set()
     fields = {
         key: config[key] if key in config and key not in left_to_defaults else default
         for key, default in DEFAULTS[chosen].items()
@@ -196,7 +198,9 @@ def resolve(config: Mapping[str, Any], name: str | None = None) -> dict[str, Any
 
 def is_flow(fields: Mapping[str, Any]) -> bool:
     """Whether the fields that `resolve` returns are those of rectified flow; else they preserve variance."""
-    return fields["_class_name"] == "FlowMatchEulerDiscreteScheduler" or bool(fields.get("use_flow_sigmas"))
+    if fields["_class_name"] == "UniPCMultistepScheduler":
+        return bool(fields["use_flow_sigmas"])
+    return bool(fields["_class_name"] == "FlowMatchEulerDiscreteScheduler")
 
 
 def _check_values(fields: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> None:
@@ -213,20 +217,24 @@ def _check_values(fields: Mapping[str, Any], choices: Mapping[str, tuple[Any, ..
             raise _refusal(key, value, "must be a number")
         if key in ("flow_shift", "shift") and not value > 0:
             raise _refusal(key, value, "must be above 0")
+        if key in ("beta_start", "beta_end") and not 0 < value < 1:
+            raise _refusal(key, value, "must be above 0 and below 1")
     steps = fields["num_train_timesteps"]
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise _refusal("num_train_timesteps", steps, "must be a positive integer")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= _MOST_TIMESTEPS:
+        raise _refusal("num_train_timesteps", steps, f"must be a positive integer up to {_MOST_TIMESTEPS}")
 
 
 def _check_variance_preserving(fields: Mapping[str, Any]) -> None:
     steps, offset = fields["num_train_timesteps"], fields["steps_offset"]
-    if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0:
-        raise _refusal("steps_offset", offset, "must be an integer of 0 or more")
+    if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset <= steps:
+        raise _refusal("steps_offset", offset, "must be an integer of 0 or more, up to num_train_timesteps")
     if fields["use_scale"] and fields["prediction_type"] == "v_prediction":
         raise _refusal("use_scale", True, "is not supported with prediction_type 'v_prediction'")
     if not fields["scale_b"] > 0:
         raise _refusal("scale_b", fields["scale_b"], "must be above 0")
     betas = fields["trained_betas"]
+    if betas is not None and not (isinstance(betas, list | tuple) and all(_is_share(beta) for beta in betas)):
+        raise _refusal("trained_betas", "a list", "must hold numbers from 0 to 1")
     if betas is not None and len(betas) != steps:
         raise _refusal("trained_betas", f"{len(betas)} values", f"must have num_train_timesteps = {steps} values")
 
@@ -263,7 +271,7 @@ def _check_same_process(config: Mapping[str, Any], fields: Mapping[str, Any]) ->
     diffusers' `from_config` does so without a word.
     """
     own, chosen = config.get("_class_name"), fields["_class_name"]
-    if own == chosen:
+    if own in (None, chosen):  # a file without a class is one of the class that reads it
         return
     trained = own == "FlowMatchEulerDiscreteScheduler" or config.get("prediction_type") == "flow_prediction"
     if trained != is_flow(fields):
@@ -272,6 +280,10 @@ def _check_same_process(config: Mapping[str, Any], fields: Mapping[str, Any]) ->
             f"sampler: {chosen} does not fit: the checkpoint is {kind} model (scheduler_config.json: _class_name "
             f"{own!r}, prediction_type {config.get('prediction_type')!r}); choose {works}"
         )
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _refusal(key: str, value: Any, what: str) -> UserError:

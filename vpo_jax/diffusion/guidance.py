@@ -1,23 +1,23 @@
 """Classifier-free guidance."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vpo_jax.runtime.mesh import BATCH, VIDEO, constrain
+from vpo_jax.runtime.types import Array, Tree
 
 # (latents [B, ...], timestep, text: a tree of [B, ...]) -> prediction, like the latents.
-Predict = Callable[[jax.Array, jax.Array, Any], jax.Array]
+Predict = Callable[[Array, Array, Tree], Array]
 
 
-def classifier_free(unconditional: jax.Array, conditional: jax.Array, scale: float | jax.Array) -> jax.Array:
+def classifier_free(unconditional: Array, conditional: Array, scale: float | Array) -> Array:
     """unconditional + scale (conditional - unconditional) (Ho and Salimans 2022); scale 1 is no guidance."""
     return unconditional + scale * (conditional - unconditional)
 
 
-def rescale(guided: jax.Array, conditional: jax.Array, factor: float | jax.Array) -> jax.Array:
+def rescale(guided: Array, conditional: Array, factor: float | Array) -> Array:
     """Guided prediction [B, ...] pulled back to the conditional one's standard deviation by `factor` in [0, 1].
 
     Lin et al. 2023 (arXiv 2305.08891), section 3.4: large guidance overexposes, more so at zero terminal SNR.
@@ -29,14 +29,14 @@ def rescale(guided: jax.Array, conditional: jax.Array, factor: float | jax.Array
     return factor * matched + (1 - factor) * guided
 
 
-def guide(unconditional: jax.Array, conditional: jax.Array, scale: float, factor: float = 0.0) -> jax.Array:
+def guide(unconditional: Array, conditional: Array, scale: float, factor: float = 0.0) -> Array:
     """Classifier-free guidance by `scale`, rescaled by `factor` where it is above 0; arrays are [B, ...]."""
     guided = classifier_free(unconditional, conditional, scale)
     return rescale(guided, conditional, factor) if factor > 0.0 else guided
 
 
 def guided(
-    predict: Predict, text: Any, negative: Any, scale: float, factor: float = 0.0
+    predict: Predict, text: Tree, negative: Tree, scale: float, factor: float = 0.0
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`(latents [B, F, ...], timestep) -> prediction` of a denoiser under guidance; what a sampler takes.
 

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 
-Table = npt.NDArray[Any]
-Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+from vpo_jax.runtime.types import Array, Key, Table
+
+Denoise = Callable[[Array, Array], Array]
 
 
 class Corrector(NamedTuple):
@@ -61,9 +61,9 @@ class SamplerState(NamedTuple):
       previous_sample: the corrected sample of the step before, likewise; None without a corrector.
     """
 
-    sample: jax.Array
-    previous_clean: tuple[jax.Array, ...] = ()
-    previous_sample: jax.Array | None = None
+    sample: Array
+    previous_clean: tuple[Array, ...] = ()
+    previous_sample: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,19 +95,17 @@ class Sampler:
         """Whether steps draw fresh noise and `step` needs a key."""
         return bool(self.coefficients.fresh_noise.any())
 
-    def init(self, latents: jax.Array) -> SamplerState:
+    def init(self, latents: Array) -> SamplerState:
         """State before the first step, from unit Gaussian latents [B, ...]."""
         sample = self.initial_sigma * latents.astype(jnp.float32)
         previous_clean = tuple(jnp.zeros_like(sample) for _ in range(self.history))
         return SamplerState(sample, previous_clean, None if self.coefficients.corrector is None else sample)
 
-    def model_input(self, state: SamplerState, i: int | jax.Array) -> jax.Array:
+    def model_input(self, state: SamplerState, i: int | Array) -> Array:
         """What the denoiser sees at step i, float32 [B, ...]."""
         return jnp.asarray(self.coefficients.input_scale)[i] * state.sample
 
-    def step(
-        self, state: SamplerState, i: int | jax.Array, prediction: jax.Array, key: jax.Array | None = None
-    ) -> SamplerState:
+    def step(self, state: SamplerState, i: int | Array, prediction: Array, key: Key | None = None) -> SamplerState:
         """State after step i, given the denoiser's prediction [B, ...].
 
         `key`, needed only when `is_stochastic`, is one key, or one for each sample [B]: then a sample's noise does not
@@ -119,9 +117,7 @@ class Sampler:
             raise ValueError("a sampler with eta > 0 needs a key")
         return self.advance(state, i, prediction, _draw(key, i, state.sample))
 
-    def advance(
-        self, state: SamplerState, i: int | jax.Array, prediction: jax.Array, noise: jax.Array | None
-    ) -> SamplerState:
+    def advance(self, state: SamplerState, i: int | Array, prediction: Array, noise: Array | None) -> SamplerState:
         """`step` with the fresh noise [B, ...] given."""
         at: Any = jax.tree.map(lambda table: jnp.asarray(table)[i], self.coefficients)
         sample, prediction = state.sample, prediction.astype(jnp.float32)
@@ -141,7 +137,7 @@ class Sampler:
         previous_clean = (clean, *state.previous_clean)[: len(state.previous_clean)]
         return SamplerState(following, previous_clean, None if at.corrector is None else sample)
 
-    def _correct(self, at: Any, state: SamplerState, clean: jax.Array) -> jax.Array:
+    def _correct(self, at: Any, state: SamplerState, clean: Array) -> Array:
         """The sample once the prediction at it is known, by the corrector's coefficients of one step."""
         corrected = at.of_sample * state.sample + at.of_previous_sample * state.previous_sample + at.of_clean * clean
         for coefficient, previous in zip(at.of_previous_clean, state.previous_clean, strict=False):
@@ -149,14 +145,14 @@ class Sampler:
         return corrected
 
 
-def sample(sampler: Sampler, denoise: Denoise, latents: jax.Array, key: jax.Array | None = None) -> jax.Array:
+def sample(sampler: Sampler, denoise: Denoise, latents: Array, key: Key | None = None) -> Array:
     """Clean latents float32 [B, ...] from unit Gaussian ones: the whole loop as one `lax.scan`.
 
     `denoise(model_input [B, ...], timestep scalar) -> prediction [B, ...]`, guidance included. `key` as in
     `Sampler.step`; the steps fold their index in.
     """
 
-    def body(state: SamplerState, at: tuple[jax.Array, jax.Array]) -> tuple[SamplerState, None]:
+    def body(state: SamplerState, at: tuple[Array, Array]) -> tuple[SamplerState, None]:
         i, timestep = at
         return sampler.step(state, i, denoise(sampler.model_input(state, i), timestep), key), None
 
@@ -164,7 +160,7 @@ def sample(sampler: Sampler, denoise: Denoise, latents: jax.Array, key: jax.Arra
     return jax.lax.scan(body, sampler.init(latents), steps)[0].sample
 
 
-def _draw(key: jax.Array, i: int | jax.Array, like: jax.Array) -> jax.Array:
+def _draw(key: Key, i: int | Array, like: Array) -> Array:
     if key.ndim == 0:
         key = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(like.shape[0]))
     return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), like.shape[1:], jnp.float32))(key)

@@ -15,16 +15,16 @@ import abc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 
 from vpo_jax.diffusion.config import DEFAULTS, is_flow, resolve
-from vpo_jax.diffusion.schedules import FloatTable, alphas_cumprod, signal_scale
+from vpo_jax.diffusion.schedules import alphas_cumprod, signal_scale
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.types import Array, FloatTable, Key, Table
 
 # Classes that are not sampled with, whose levels follow from the same fields with the same defaults as DDIM's.
 _LEVELS_OF_DDIM = (
@@ -37,19 +37,18 @@ _LEVELS_OF_DDIM = (
 )
 DENSITIES = ("logit_normal", "uniform")
 
-Table = npt.NDArray[Any]
-_Levels = TypeVar("_Levels", jax.Array, Table)
+Levels = TypeVar("Levels", Array, Table)
 
 
-class PredictionWeights(NamedTuple):
+class PredictionWeights(NamedTuple, Generic[Levels]):
     """p, q and det = s q - n p; a Python number where the value is the same at every timestep."""
 
-    clean: Any  # p
-    noise: Any  # q
-    determinant: Any
+    clean: Levels | int  # p
+    noise: Levels | int  # q
+    determinant: Levels | int
 
 
-def prediction_weights(prediction_type: str, signal: _Levels, noise: _Levels) -> PredictionWeights:
+def prediction_weights(prediction_type: str, signal: Levels, noise: Levels) -> PredictionWeights[Levels]:
     """The weights of a prediction type at the levels (s, n), arrays of one shape.
 
     v has det = s^2 + n^2, which is 1 as the process preserves variance (`resolve` refuses v with a scaled signal);
@@ -90,26 +89,24 @@ class Process(abc.ABC):
         """T: timesteps lie in [0, T]."""
 
     @abc.abstractmethod
-    def levels(self, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def levels(self, timesteps: Array) -> tuple[Array, Array]:
         """(s, n) float32 at timesteps of any shape."""
 
     @abc.abstractmethod
-    def draw_timesteps(self, key: jax.Array, low: float = 0.0, high: float = 1.0) -> jax.Array:
+    def draw_timesteps(self, key: Key, low: float = 0.0, high: float = 1.0) -> Array:
         """One training timestep, a scalar, from the shares [low, high] of the schedule; 0 is clean and 1 is noise."""
 
-    def add_noise(self, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
+    def add_noise(self, clean: Array, noise: Array, timesteps: Array) -> Array:
         """x_t from x_0 [B, ...], eps [B, ...] and timesteps [B]."""
         signal, sigma = self._levels(timesteps, clean.ndim)
         return signal * clean + sigma * noise
 
-    def target(self, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
+    def target(self, clean: Array, noise: Array, timesteps: Array) -> Array:
         """What the denoiser should predict at x_t: p x_0 + q eps [B, ...]."""
         weights = prediction_weights(self.prediction_type, *self._levels(timesteps, clean.ndim))
         return _combine(weights.noise, noise, weights.clean, clean)
 
-    def to_clean_and_noise(
-        self, prediction: jax.Array, noisy: jax.Array, timesteps: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def to_clean_and_noise(self, prediction: Array, noisy: Array, timesteps: Array) -> tuple[Array, Array]:
         """(x_0, eps) that a prediction at x_t stands for, each [B, ...].
 
         Not finite where the process makes the question meaningless: x_0 of an epsilon prediction at zero terminal SNR.
@@ -124,7 +121,7 @@ class Process(abc.ABC):
             noise = _divide(_combine(signal, prediction, -weights.clean, noisy), weights.determinant)
         return clean, noise
 
-    def _levels(self, timesteps: jax.Array, ndim: int) -> tuple[jax.Array, jax.Array]:
+    def _levels(self, timesteps: Array, ndim: int) -> tuple[Array, Array]:
         """(s, n) at timesteps [B], of `ndim` axes."""
         shape = (-1,) + (1,) * (ndim - 1)
         signal, sigma = self.levels(timesteps)
@@ -157,11 +154,11 @@ class VariancePreserving(Process):
         """sqrt(1 - abar_t), float32 [T]."""
         return np.sqrt(1.0 - self.alphas_cumprod)
 
-    def levels(self, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def levels(self, timesteps: Array) -> tuple[Array, Array]:
         """(s, n) float32 at whole timesteps of any shape."""
         return jnp.asarray(self.signal)[timesteps], jnp.asarray(self.noise)[timesteps]
 
-    def draw_timesteps(self, key: jax.Array, low: float = 0.0, high: float = 1.0) -> jax.Array:
+    def draw_timesteps(self, key: Key, low: float = 0.0, high: float = 1.0) -> Array:
         """int32 scalar, uniform over the whole timesteps in [low T, high T), which hold at least one."""
         number = self.num_train_timesteps
         first = min(round(low * number), number - 1)
@@ -201,12 +198,12 @@ class RectifiedFlow(Process):
         """T: timesteps are real numbers in [0, T]."""
         return self.steps
 
-    def levels(self, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def levels(self, timesteps: Array) -> tuple[Array, Array]:
         """(1 - sigma, sigma) float32 at real timesteps of any shape."""
         sigma = jnp.asarray(timesteps, jnp.float32) / self.steps
         return 1.0 - sigma, sigma
 
-    def draw_timesteps(self, key: jax.Array, low: float = 0.0, high: float = 1.0) -> jax.Array:
+    def draw_timesteps(self, key: Key, low: float = 0.0, high: float = 1.0) -> Array:
         """float32 scalar in [0, T], not rounded: T sigma with u drawn from its density restricted to [low, high].
 
         The restriction is exact: one uniform number goes through the quantile function between the quantiles of
@@ -217,7 +214,7 @@ class RectifiedFlow(Process):
         share = jnp.clip(share, low, high)
         return self.steps * (self.shift * share / (1.0 + (self.shift - 1.0) * share))
 
-    def _logit_normal(self, uniform: jax.Array, low: float, high: float) -> jax.Array:
+    def _logit_normal(self, uniform: Array, low: float, high: float) -> Array:
         """u in [low, high], by the quantile function, from a uniform number in [0, 1)."""
         first, last = ((_logit(share) - self.mean) / self.std for share in (low, high))
         # Above the median the quantile is taken of the mirror image: float32 resolves tails near 0, not near 1.
@@ -252,7 +249,7 @@ def make_process(config: Mapping[str, Any], name: str | None = None) -> Process:
     return VariancePreserving(fields["prediction_type"], alphas_cumprod(fields), signal_scale(fields))
 
 
-def _combine(a: Any, x: jax.Array, b: Any, y: jax.Array) -> jax.Array:
+def _combine(a: Array | int, x: Array, b: Array | int, y: Array) -> Array:
     """a x + b y, where a weight that is the Python number 0, 1 or -1 costs no product."""
     if _is(a, 0):
         return y if _is(b, 1) else b * y
@@ -264,15 +261,15 @@ def _combine(a: Any, x: jax.Array, b: Any, y: jax.Array) -> jax.Array:
     return first - y if _is(b, -1) else first + b * y
 
 
-def _divide(x: jax.Array, by: Any) -> jax.Array:
+def _divide(x: Array, by: Array | int) -> Array:
     return x if _is(by, 1) else x / by
 
 
-def _is(weight: Any, number: int) -> bool:
+def _is(weight: Array | int, number: int) -> bool:
     return isinstance(weight, int) and weight == number
 
 
-def _between(low: float, high: float, share: jax.Array) -> jax.Array:
+def _between(low: float, high: float, share: Array) -> Array:
     return low + (high - low) * share
 
 

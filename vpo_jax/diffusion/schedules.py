@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vpo_jax.runtime.errors import UserError
-
-FloatTable = npt.NDArray[np.float32]
+from vpo_jax.runtime.types import FloatTable
 
 _SCALE_STEPS = 400  # timesteps over which s_t falls from 1 to scale_b: mid_step of lvdm's LatentDiffusion
 

@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vpo_jax.runtime.errors import UserError
-
-Table = npt.NDArray[Any]
+from vpo_jax.runtime.types import Table
 
 
 def ddim_timesteps(fields: Mapping[str, Any], steps: int) -> Table:

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from vpo_jax.models.attention import attention
-from vpo_jax.models.config_fields import read_fields, require, require_int
+from vpo_jax.models.config_fields import MOST_BLOCKS, read_fields, require, require_int, require_positive
 from vpo_jax.models.layers import Conv, Dense, GroupNorm, activation
+from vpo_jax.runtime.types import DType
 
 # diffusers fixes it for every norm of the encoder and the decoder, whatever the config says
 _NORM_EPSILON = 1e-6
@@ -84,7 +85,10 @@ def _check(config: AutoencoderKLConfig) -> None:
         require(len(types) == blocks, f"vae.{name}", f"needs as many entries as block_out_channels ({blocks})")
         for kind in types:
             require(kind in allowed, f"vae.{name}", f"{kind!r} is not supported; use one of {', '.join(allowed)}")
+    require(0 < blocks <= MOST_BLOCKS, "vae.block_out_channels", f"needs 1 to {MOST_BLOCKS} entries")
+    require_positive("vae", config, ("scaling_factor",))
     for channels in config.block_out_channels:
+        require(channels > 0, "vae.block_out_channels", f"{channels} is no number of channels")
         divides = channels % config.norm_num_groups == 0
         require(divides, "vae.norm_num_groups", f"{config.norm_num_groups} does not divide {channels} channels")
     act_fn = str(config.act_fn).lower()
@@ -100,7 +104,7 @@ class Resnet(nn.Module):
 
     features: int
     config: AutoencoderKLConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C] -> [N, H, W, features]
@@ -119,7 +123,7 @@ class PixelAttention(nn.Module):
     """Self-attention over all pixels with one head as wide as the channels."""
 
     config: AutoencoderKLConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C] -> the same
@@ -142,7 +146,7 @@ class Down(nn.Module):
     with_attention: bool
     downsample: bool
     config: AutoencoderKLConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -160,7 +164,7 @@ class Up(nn.Module):
     with_attention: bool
     upsample: bool
     config: AutoencoderKLConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -175,7 +179,7 @@ class Downsample(nn.Module):
     """Half the height and width; the padding is on the far sides only, as the checkpoints were trained."""
 
     features: int
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -187,7 +191,7 @@ class Upsample(nn.Module):
     """Twice the height and width: every pixel repeated, then a 3x3 convolution."""
 
     features: int
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -201,7 +205,7 @@ class Middle(nn.Module):
     """Resnet, attention unless the config leaves it out, resnet."""
 
     config: AutoencoderKLConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -216,7 +220,7 @@ class Encoder(nn.Module):
     """Images to the mean and log variance of their latents, before `quant_conv`."""
 
     config: AutoencoderKLConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:  # [N, H, W, 3] -> [N, h, w, 2 Cz]
@@ -235,7 +239,7 @@ class Decoder(nn.Module):
     """Latents, after `post_quant_conv`, to images."""
 
     config: AutoencoderKLConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, latents: jax.Array) -> jax.Array:  # [N, h, w, Cz] -> [N, H, W, 3]
@@ -254,7 +258,7 @@ class AutoencoderKL(nn.Module):
     """Images to latents and back; `scaling_factor` is not applied here, the pipeline does that."""
 
     config: AutoencoderKLConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     def setup(self) -> None:
         channels = self.config.latent_channels

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from vpo_jax.models.attention import attention
-from vpo_jax.models.config_fields import BOOKKEEPING, read_fields, require, require_int
+from vpo_jax.models.config_fields import BOOKKEEPING, read_fields, require, require_int, require_positive
 from vpo_jax.models.layers import Dense, LayerNorm, activation
+from vpo_jax.runtime.types import DType
 
 _ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh", "silu", "swish", "mish", "relu")
 
@@ -64,9 +65,7 @@ def _check(config: CLIPTextConfig) -> None:
     require(divides, "text_encoder.num_attention_heads", heads)
     act = config.hidden_act
     require(act in _ACTIVATIONS, "text_encoder.hidden_act", f"{act!r} is not one of {', '.join(_ACTIVATIONS)}")
-    eps = config.layer_norm_eps
-    good = isinstance(eps, (int, float)) and eps > 0
-    require(good, "text_encoder.layer_norm_eps", f"must be above zero, found {eps!r}")
+    require_positive("text_encoder", config, ("layer_norm_eps",))
 
 
 class Embedding(nn.Module):
@@ -74,7 +73,7 @@ class Embedding(nn.Module):
 
     size: int
     features: int
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, indices: jax.Array) -> jax.Array:  # [...] -> [..., features]
@@ -86,7 +85,7 @@ class Embeddings(nn.Module):
     """Token and position embeddings, added."""
 
     config: CLIPTextConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, input_ids: jax.Array) -> jax.Array:  # [B, L] -> [B, L, D]
@@ -101,7 +100,7 @@ class SelfAttention(nn.Module):
     """Causal multi-head self-attention."""
 
     config: CLIPTextConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, L, D]
@@ -120,7 +119,7 @@ class FeedForward(nn.Module):
     """Two linear layers and the activation that the config names."""
 
     config: CLIPTextConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, L, D]
@@ -132,7 +131,7 @@ class Layer(nn.Module):
     """One pre-norm transformer layer."""
 
     config: CLIPTextConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, L, D]
@@ -147,7 +146,7 @@ class Encoder(nn.Module):
     """The stack of layers."""
 
     config: CLIPTextConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, L, D]
@@ -160,7 +159,7 @@ class CLIPTextModel(nn.Module):
     """Token ids to the hidden states that condition the denoiser."""
 
     config: CLIPTextConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, input_ids: jax.Array) -> jax.Array:

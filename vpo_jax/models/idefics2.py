@@ -4,8 +4,6 @@ Images go through a SigLIP encoder and a perceiver, which makes a fixed number o
 reads them between the words, and a linear head reads the decoder at the last token.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,13 +12,14 @@ from vpo_jax.models.idefics2_config import Idefics2Config
 from vpo_jax.models.idefics2_vision import Connector, VisionModel
 from vpo_jax.models.layers import Dense
 from vpo_jax.models.mistral import MistralModel, Prefix, fill_in
+from vpo_jax.runtime.types import DType
 
 
 class Idefics2Model(nn.Module):
     """Images and tokens to hidden states."""
 
     config: Idefics2Config
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     def setup(self) -> None:
@@ -60,7 +59,7 @@ class Idefics2ForSequenceClassification(nn.Module):
 
     config: Idefics2Config
     num_labels: int = 5
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     def setup(self) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from vpo_jax.models.config_fields import BOOKKEEPING, read_fields, require, require_int
+from vpo_jax.models.config_fields import BOOKKEEPING, as_object, read_fields, require, require_int
 
 _ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh", "silu", "swish", "mish", "relu")
 _TOP_IGNORED = BOOKKEEPING | {"vocab_size", "image_seq_len", "max_position_embeddings"}
@@ -129,7 +129,8 @@ class Idefics2Config:
 
 def _text(raw: Mapping[str, Any] | None) -> TextConfig:
     # transformers' values for an Idefics2 that says nothing about its text model
-    values: dict[str, Any] = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5} if raw is None else dict(raw)
+    values: dict[str, Any] = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
+    values = values if raw is None else as_object(raw, "text_config")
     kind = values.get("model_type", "mistral")
     require(kind == "mistral", "text_config.model_type", f"{kind!r} is not mistral, the only text model known here")
     rope = values.pop("rope_parameters", None) or {}
@@ -180,7 +181,8 @@ def _check(config: Idefics2Config) -> None:
         "text_config.rope_theta": text.rope_theta,
     }
     for field, value in numbers.items():
-        require(isinstance(value, (int, float)) and value > 0, field, f"must be above zero, found {value!r}")
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e12
+        require(good, field, f"must be above zero, found {value!r:.60}")
 
 
 def _divides(field: str, heads: int, whole: int) -> None:

@@ -1,7 +1,5 @@
 """Idefics2's vision encoder (a SigLIP for any aspect ratio) and its connector to the text, in Flax linen."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ from vpo_jax.models.attention import attention
 from vpo_jax.models.idefics2_config import Idefics2Config, PerceiverConfig, VisionConfig
 from vpo_jax.models.layers import Conv, Dense, GatedFeedForward, LayerNorm, RMSNorm, activation
 from vpo_jax.models.mistral import TokenEmbedding
+from vpo_jax.runtime.types import DType
 
 
 def position_buckets(longest: int, per_side: int) -> np.ndarray:
@@ -30,7 +29,7 @@ class VisionEmbeddings(nn.Module):
     """Patches as vectors, and where they are."""
 
     config: VisionConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: jax.Array, patch_mask: jax.Array | None) -> jax.Array:
@@ -55,7 +54,7 @@ class VisionLayer(nn.Module):
     """One pre-norm transformer layer over the patches of an image."""
 
     config: VisionConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     @nn.compact
@@ -71,7 +70,7 @@ class VisionAttention(nn.Module):
     """Multi-head self-attention, not causal."""
 
     config: VisionConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     @nn.compact
@@ -91,7 +90,7 @@ class VisionFeedForward(nn.Module):
 
     hidden: int
     act: str
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [N, L, C]
@@ -103,7 +102,7 @@ class VisionEncoder(nn.Module):
     """The stack of layers."""
 
     config: VisionConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     @nn.compact
@@ -117,7 +116,7 @@ class VisionModel(nn.Module):
     """Images to one vector a patch."""
 
     config: VisionConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     @nn.compact
@@ -133,7 +132,7 @@ class PerceiverAttention(nn.Module):
     """Attention of the latents to the image and to themselves, without positions."""
 
     config: PerceiverConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     @nn.compact
@@ -156,7 +155,7 @@ class PerceiverLayer(nn.Module):
     """One layer of the resampler."""
 
     config: PerceiverConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     @nn.compact
@@ -176,7 +175,7 @@ class PerceiverResampler(nn.Module):
     """Any number of patches to a fixed number of latents."""
 
     config: PerceiverConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     @nn.compact
@@ -198,7 +197,7 @@ class Connector(nn.Module):
     """From the vision encoder's width to the text's, then to a fixed number of tokens."""
 
     config: Idefics2Config
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     @nn.compact

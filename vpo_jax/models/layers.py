@@ -6,7 +6,6 @@ with dots, is the checkpoint's key. Leaves are `kernel` (input before output, sp
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import frames_are_split
+from vpo_jax.runtime.types import DType
 
 # PyTorch's default for Linear and Conv: uniform within 1 / sqrt(fan_in).
 default_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -40,7 +40,7 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return _ACTIVATIONS[name]
 
 
-def adapter(module: nn.Module, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def adapter(module: nn.Module, dtype: DType) -> tuple[jax.Array, jax.Array]:
     """The module's low-rank pair (A, B) in the computation's dtype."""
     down: jax.Array = module.get_variable("lora", "lora_A")
     up: jax.Array = module.get_variable("lora", "lora_B")
@@ -70,7 +70,7 @@ class Dense(nn.Module):
 
     features: int
     use_bias: bool = True
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     lora_scale: float = 1.0
     kernel_init: Callable[..., jax.Array] = default_kernel_init
 
@@ -106,7 +106,7 @@ class Conv(nn.Module):
     strides: Sequence[int] | None = None
     padding: Sequence[tuple[int, int]] | int = 0
     use_bias: bool = True
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     lora_scale: float = 1.0
     kernel_init: Callable[..., jax.Array] = default_kernel_init
 
@@ -152,7 +152,7 @@ class GroupNorm(nn.Module):
 
     num_groups: int
     epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     batch_axes: int = 1
 
     @nn.compact
@@ -176,7 +176,7 @@ class LayerNorm(nn.Module):
     """Layer normalisation over the last axis; statistics in float32."""
 
     epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -192,7 +192,7 @@ class RMSNorm(nn.Module):
     """Division by the root mean square of the last axis; statistics in float32."""
 
     epsilon: float = 1e-6
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -208,7 +208,7 @@ class GatedFeedForward(nn.Module):
     hidden: int
     features: int
     act: str
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., C] -> [..., features]

@@ -2,15 +2,13 @@
 
 import dataclasses
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import flatten, unflatten
-
-Tree = Any
+from vpo_jax.runtime.types import Tree
 
 
 @dataclasses.dataclass(frozen=True)

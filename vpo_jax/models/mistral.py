@@ -3,7 +3,7 @@
 Qwen2's is the same one with biases on queries, keys and values, and windows in some layers only.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from vpo_jax.models import idefics2_config, qwen2_vl_config
 from vpo_jax.models.attention import attention
 from vpo_jax.models.layers import Dense, GatedFeedForward, RMSNorm
+from vpo_jax.runtime.types import DType
 
 DecoderConfig = idefics2_config.TextConfig | qwen2_vl_config.TextConfig
 
@@ -66,7 +67,7 @@ class SelfAttention(nn.Module):
     """Causal attention in which several query heads share a key and value head."""
 
     config: DecoderConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     @nn.compact
@@ -93,7 +94,7 @@ class Layer(nn.Module):
     """One pre-norm decoder layer."""
 
     config: DecoderConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     @nn.compact
@@ -115,7 +116,7 @@ class TokenEmbedding(nn.Module):
 
     size: int
     features: int
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, indices: jax.Array) -> jax.Array:  # [...] -> [..., features]
@@ -127,7 +128,7 @@ class MistralModel(nn.Module):
     """A decoder over embeddings, so that images can take the place of tokens."""
 
     config: DecoderConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     def setup(self) -> None:

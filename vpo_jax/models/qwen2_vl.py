@@ -4,8 +4,6 @@ A vision encoder makes tokens of pairs of frames, a Qwen2 decoder reads them bet
 reads the decoder at three special words of the question.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,6 +13,7 @@ from vpo_jax.models.layers import Dense
 from vpo_jax.models.mistral import MistralModel, fill_in, rotary_angles
 from vpo_jax.models.qwen2_vl_config import Qwen2VLConfig, TextConfig
 from vpo_jax.models.qwen2_vl_vision import VisionModel
+from vpo_jax.runtime.types import DType
 
 
 def count_positions(token_mask: jax.Array) -> jax.Array:
@@ -60,7 +59,7 @@ class Qwen2VLModel(nn.Module):
     """A video and tokens to hidden states."""
 
     config: Qwen2VLConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     def setup(self) -> None:
@@ -95,7 +94,7 @@ class Qwen2VLRewardModel(nn.Module):
     config: Qwen2VLConfig
     reward_token_ids: tuple[int, ...]
     outputs: int = 1
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     def setup(self) -> None:

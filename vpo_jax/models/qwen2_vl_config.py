@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from vpo_jax.models.config_fields import BOOKKEEPING, read_fields, require, require_int
+from vpo_jax.models.config_fields import BOOKKEEPING, as_object, read_fields, require, require_int
 
 _ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh", "silu", "swish", "mish", "relu")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -122,27 +122,28 @@ class Qwen2VLConfig:
 
 def _vision(raw: Mapping[str, Any]) -> VisionConfig:
     part = "vision_config"
-    values = {_VISION_NAMES.get(key, key): value for key, value in raw.items()}
+    values = {_VISION_NAMES.get(key, key): value for key, value in as_object(raw, part).items()}
     rope = _rope(values.pop("rope_parameters", None), f"{part}.rope_parameters", ("axial",), {"rope_theta"})
     return VisionConfig(**read_fields(VisionConfig, values | rope, part, _VISION_IGNORED))
 
 
 def _text(raw: Mapping[str, Any], part: str) -> TextConfig:
-    values = dict(raw)
+    values = as_object(raw, part)
     outside = f"{part}.mrope_section"
     require("mrope_section" not in values, outside, "is read inside of rope_parameters only; move it there")
     given = {name: values.pop(name, None) for name in ("rope_scaling", "rope_parameters")}
     field = next((name for name in given if given[name]), "rope_parameters")
     rope = _rope(given[field], f"{part}.{field}", ("default", "mrope"), {"rope_theta", "mrope_section"})
-    fields = read_fields(TextConfig, values | rope, part, BOOKKEEPING)
+    # null switches these off or leaves them to the default
+    given = {k: v for k, v in values.items() if v is not None or k in ("sliding_window", "layer_types")}
+    fields = read_fields(TextConfig, given | rope, part, BOOKKEEPING)
     if values.get("num_key_value_heads", 0) is None:
         fields["num_key_value_heads"] = fields.get("num_attention_heads", TextConfig.num_attention_heads)
-    # null switches these off or leaves them to the default
-    return TextConfig(**{k: v for k, v in fields.items() if v is not None or k in ("sliding_window", "layer_types")})
+    return TextConfig(**fields)
 
 
 def _rope(raw: Any, field: str, types: tuple[str, ...], known: set[str]) -> dict[str, Any]:
-    rope = dict(raw or {})
+    rope = as_object(raw or {}, field)
     for name in ("type", "rope_type"):
         kind = rope.pop(name, types[0])
         require(kind in types, field, f"{name} {kind!r} is not {' or '.join(types)}, which is all that is known here")
@@ -203,4 +204,5 @@ def _known_activation(part: str, act: str) -> None:
 
 
 def _positive(field: str, value: Any) -> None:
-    require(isinstance(value, (int, float)) and value > 0, field, f"must be above zero, found {value!r}")
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e12
+    require(good, field, f"must be above zero, found {value!r:.60}")

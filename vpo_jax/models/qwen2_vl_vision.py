@@ -1,7 +1,5 @@
 """Qwen2-VL's vision encoder in Flax linen: patches of two frames, rotary rows and columns, four patches a token."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ from vpo_jax.models.idefics2_vision import VisionFeedForward
 from vpo_jax.models.layers import Conv, Dense, LayerNorm, activation
 from vpo_jax.models.mistral import rotary_angles, rotate
 from vpo_jax.models.qwen2_vl_config import VisionConfig
+from vpo_jax.runtime.types import DType
 
 _EPSILON = 1e-6  # of every norm; no field of the config says it
 
@@ -29,7 +28,7 @@ class PatchEmbed(nn.Module):
     """Patches of `temporal_patch_size` frames as vectors."""
 
     config: VisionConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:  # [N, f, H, W, 3] -> [N, t, h, w, C]
@@ -42,7 +41,7 @@ class VisionAttention(nn.Module):
     """Multi-head self-attention between the patches of one time, not causal; one product makes q, k and v."""
 
     config: VisionConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     @nn.compact
@@ -59,7 +58,7 @@ class VisionBlock(nn.Module):
     """One pre-norm transformer layer."""
 
     config: VisionConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     @nn.compact
@@ -75,7 +74,7 @@ class PatchMerger(nn.Module):
     """Squares of `spatial_merge_size` x `spatial_merge_size` patches to one token of the text's width."""
 
     config: VisionConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [N, h, w, C] -> [N, h / m * w / m, C_text]
@@ -92,7 +91,7 @@ class VisionModel(nn.Module):
     """Videos to tokens of the text; frames of different patches do not see each other."""
 
     config: VisionConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     backend: str = "xla"
 
     @nn.compact

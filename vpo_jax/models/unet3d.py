@@ -21,6 +21,7 @@ from vpo_jax.models.unet3d_layers import (
 )
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import VIDEO, constrain
+from vpo_jax.runtime.types import DType
 
 __all__ = ["UNet3DConditionModel", "UNet3DConfig"]
 
@@ -115,7 +116,7 @@ class UNet3DConditionModel(nn.Module):
     """
 
     config: UNet3DConfig
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     attention_backend: str = "xla"
     remat: bool = False
     lora_scale: float = 1.0

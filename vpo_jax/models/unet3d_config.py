@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vpo_jax.models.config_fields import read_fields, require, require_int
+from vpo_jax.models.config_fields import MOST_BLOCKS, read_fields, require, require_int, require_positive
 from vpo_jax.models.layers import activation
 
 _DOWN_BLOCKS = ("CrossAttnDownBlock3D", "DownBlock3D")
@@ -60,7 +60,10 @@ class UNet3DConfig:
             require(len(types) == stages, f"unet.{name}", f"needs as many entries as block_out_channels ({stages})")
             for block in types:
                 require(block in known, f"unet.{name}", f"{block!r} is not supported; use one of {', '.join(known)}")
+        require_positive("unet", self, ("norm_eps", "mid_block_scale_factor"))
+        require(0 < stages <= MOST_BLOCKS, "unet.block_out_channels", f"needs 1 to {MOST_BLOCKS} entries")
         for channels in self.block_out_channels:
+            require(channels > 0, "unet.block_out_channels", f"{channels} is no number of channels")
             divides = channels % self.norm_num_groups == 0
             require(divides, "unet.norm_num_groups", f"{self.norm_num_groups} does not divide {channels} channels")
         activation(self.act_fn)

@@ -26,6 +26,7 @@ from vpo_jax.models.layers import (
 )
 from vpo_jax.models.unet3d_config import UNet3DConfig
 from vpo_jax.runtime.mesh import CLIPS, VIDEO, constrain
+from vpo_jax.runtime.types import DType
 
 _TRANSFORMER_NORM_EPS = 1e-6  # Transformer2DModel and TransformerTemporalModel
 _TEMPORAL_CONV_EPS = 1e-5  # TemporalConvLayer, whatever norm_eps says
@@ -35,7 +36,7 @@ _TEMPORAL_CONV_EPS = 1e-5  # TemporalConvLayer, whatever norm_eps says
 class Compute:
     """How to compute, as opposed to what: nothing here changes a parameter."""
 
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     attention_backend: str = "xla"
     remat: bool = False
     lora_scale: float = 1.0

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vpo_jax.models.config_fields import read_fields, require
+from vpo_jax.models.config_fields import read_fields, require, require_int
 from vpo_jax.models.layers import Conv, Dense, LayerNorm
 
 ALIGNMENT = "text_to_video_alignment"
@@ -21,6 +21,8 @@ ALIGNMENT = "text_to_video_alignment"
 # Distance in colour, on values from -1 to 1, up to which a pixel counts as background: grain and stains stay below,
 # and the path of what is above follows true speed most closely (rank correlation 0.93; 0.88 without a threshold).
 _BACKGROUND = 0.3
+_LARGEST_SIDE = 4096  # pixels
+_MOST_FRAMES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,19 @@ class VideoScorerConfig:
             require(present, f"scorer.{field.name}", "is missing from config.json; use the scorer's own config.json")
         fits = len(values["ranges"]) == len(values["dimensions"]) and all(len(pair) == 2 for pair in values["ranges"])
         require(fits, "scorer.ranges", "must have one (lowest, highest) pair for each of the dimensions")
-        return VideoScorerConfig(**values)
+        parsed = VideoScorerConfig(**values)
+        sizes = ("num_frames", "image_size", "vocab_size", "max_length", "grain", "maps", "text_width", "hidden")
+        require_int("scorer", parsed, sizes)
+        require(min(parsed.channels) > 0, "scorer.channels", f"{parsed.channels} are no numbers of channels")
+        even = parsed.image_size % 4 == 0 and parsed.image_size <= _LARGEST_SIDE
+        require(even, "scorer.image_size", f"{parsed.image_size} is no multiple of 4 up to {_LARGEST_SIDE}")
+        few = parsed.num_frames <= _MOST_FRAMES and parsed.max_length <= _MOST_FRAMES
+        require(few, "scorer.num_frames", f"and max_length must be at most {_MOST_FRAMES}")
+        names = parsed.dimensions
+        require(0 < len(names) == len(set(names)), "scorer.dimensions", f"must be different names, found {names}")
+        for low, high in parsed.ranges:
+            require(low < high, "scorer.ranges", f"{low} is not below {high}")
+        return parsed
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` reads it back."""

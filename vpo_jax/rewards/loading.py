@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vpo_jax.checkpoints import safetensors_io as io
+from vpo_jax.checkpoints.untrusted import open_folder
 from vpo_jax.rewards import custom
 from vpo_jax.rewards.entry import Entry
 from vpo_jax.rewards.options import config_limits
@@ -12,6 +13,7 @@ from vpo_jax.rewards.protocol import Reward
 from vpo_jax.rewards.scoring import Scorer, make_scorer
 from vpo_jax.rewards.table import SCORERS
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.paths import expand_user
 
 Settings = Any  # a config's `reward`: a ConfigDict, or a dict of it
 
@@ -30,6 +32,7 @@ def load_reward(name_or_path: str, settings: Settings = None, field: str = "rewa
     Raises:
       UserError: nothing that is a scorer, or one that cannot be loaded.
     """
+    name_or_path = expand_user(name_or_path, field)
     entry, is_folder = SCORERS.get(name_or_path), Path(name_or_path).is_dir()
     if entry is not None and entry.make is not None:
         return entry.make()
@@ -101,7 +104,7 @@ def class_of(folder: str | Path) -> str:
     Raises:
       UserError: there is no such folder, or no scorer in it.
     """
-    folder = Path(folder)
+    folder = open_folder(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a scorer is a folder with config.json in it")
     if not (folder / "config.json").is_file():

@@ -1,12 +1,11 @@
 """Batches in microbatches: how a batch is split, computed part by part and joined again."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Tree = Any
+from vpo_jax.runtime.types import Tree
 
 
 def split_batch(tree: Tree, microbatch: int) -> Tree:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.paths import user_path
 
 # Folders may be renamed, and no process believes what it saw a minute ago: several share a workdir.
 MOUNT_FLAGS = (
@@ -28,14 +29,14 @@ _MOUNTS = Path("/proc/self/mounts")
 
 
 def local_folder(path: str | Path, flag: str = "--workdir") -> Path:
-    """The folder that a path names; gs://BUCKET/FOLDER is looked for where the bucket is mounted, or mounted now.
+    """The folder that a path names, with `~` expanded; gs://BUCKET/FOLDER where the bucket is mounted, or mounted now.
 
     Raises UserError, naming `flag`: an address of something else, a bucket without a folder in it, or a gcsfuse that
     is missing or refuses.
     """
     text = str(path)
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        return Path(path)
+        return user_path(path, flag)
     found = _ADDRESS.fullmatch(text)
     if not found:
         raise UserError(f"{flag}: {text} is no directory; give one, or a folder of a bucket as gs://BUCKET/FOLDER")

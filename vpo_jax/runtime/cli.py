@@ -14,6 +14,7 @@ from absl import logging
 
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.files import write_json
+from vpo_jax.runtime.paths import user_path
 from vpo_jax.runtime.signals import Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +50,7 @@ def write_output(name: str, value: Any) -> None:
     if not name:
         return
     try:
-        write_json(name, value)
+        write_json(user_path(name, "--output"), value)
     except OSError as error:
         raise UserError(f"--output: {name} cannot be written: {error.strerror}") from error
 
@@ -106,7 +107,7 @@ def load_config(source: str) -> Any:
     A relative path is looked for here, then in the checkout.
     """
     file, _, preset = source.partition(":")
-    path = next((p for p in (Path(file), ROOT / file) if p.is_file()), None)
+    path = next((p for p in (user_path(file, "--config"), ROOT / file) if p.is_file()), None)
     if path is None:
         raise UserError(f"--config: there is no file {file}; the one that ships is configs/vpo.py")
     spec = importlib.util.spec_from_file_location(path.stem, path)

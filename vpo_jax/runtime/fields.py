@@ -36,7 +36,7 @@ class Field(NamedTuple):
 
 def whole(low: int, extra: str = "", bits: int = 31) -> Field:
     """A whole number from `low` to below 2**bits."""
-    return Field(int, lambda x: low <= x < 2**bits, f"a whole number from {low} up{extra}")
+    return Field(int, lambda x: low <= x < 2**bits, f"a whole number from {low} up{extra}, below 2**{bits}")
 
 
 def number(low: float, high: float = math.inf, extra: str = "") -> Field:

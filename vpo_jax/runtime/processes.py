@@ -17,8 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vpo_jax.runtime.backend import has_tpu
 from vpo_jax.runtime.errors import UserError
-
-Tree = Any
+from vpo_jax.runtime.types import Tree
 
 _GIVEN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # What a scheduler sets in each of several tasks; JAX finds the rest in its other variables.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Tree = Any
+from vpo_jax.runtime.types import DType, Tree
 
 
 def path_of(keypath: tuple[Any, ...]) -> str:
@@ -42,7 +42,7 @@ def bytes_of(tree: Tree) -> int:
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def cast_floating(tree: Tree, dtype: Any) -> Tree:
+def cast_floating(tree: Tree, dtype: DType) -> Tree:
     """Floating leaves cast to `dtype`; the others as they are."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 

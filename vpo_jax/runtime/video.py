@@ -2,19 +2,25 @@
 
 import contextlib
 import io
+import re
+import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.file_kinds import HEAD, known_stand_in
+from vpo_jax.runtime.paths import user_path
 
 SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".webp", ".npy")
 # Smaller videos are shown enlarged: players blur them, and a 32 pixel video is a stamp on a screen.
 LEAST_SIZE = 128
+_PPM = re.compile(rb"P6\n(\d+) (\d+)\n255\n")
 
 
 def enlarge(video: np.ndarray, least: int = LEAST_SIZE) -> np.ndarray:
@@ -55,25 +61,75 @@ def webp_bytes(video: np.ndarray, fps: int = 8) -> bytes:
 
 
 def read_video(path: str | Path) -> np.ndarray:
-    """All frames of a video file, uint8 [F, H, W, 3].
+    """The frames that are in a video file, each once, turned as its metadata says: uint8 [F, H, W, 3].
 
     A .npy file holds uint8 [F, H, W, 3], or floats in [0, 1]. Raises UserError for what is not a readable video.
     """
-    path = Path(path)
+    path = user_path(path, "video")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    with path.open("rb") as file:
+        if kind := known_stand_in(path, file.read(HEAD)):
+            raise UserError(f"{path}: is {kind}")
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: not a video file; give one of {', '.join(SUFFIXES)}")
     try:
         if path.suffix.lower() == ".npy":
             return _from_array(path, np.load(path, allow_pickle=False))
         if path.suffix.lower() in (".gif", ".webp"):
+            _refuse_cut(path)
             with Image.open(path) as image:
                 return np.stack([_frame(image, i) for i in range(getattr(image, "n_frames", 1))])
-        with _ffmpeg():
-            return np.asarray(iio.imread(path, plugin="FFMPEG"))[..., :3]
-    except (OSError, ValueError, EOFError, RuntimeError, IndexError) as error:
-        raise UserError(f"{path}: cannot be read as a video ({str(error).splitlines()[0]})") from error
+        return _decoded(path)
+    except (OSError, ValueError, EOFError, RuntimeError, IndexError, Image.DecompressionBombError) as error:
+        reason = next(iter(str(error).splitlines()), "damaged")
+        raise UserError(f"{path}: cannot be read as a video ({reason})") from error
+
+
+def _refuse_cut(path: Path) -> None:
+    """Pillow reads what is left of an animation whose end is missing."""
+    data = path.read_bytes()
+    whole = data.rstrip(b"\0").endswith(b";")
+    if data[:4] == b"RIFF":
+        whole = len(data) >= int.from_bytes(data[4:8], "little") + 8
+    if not whole:
+        raise OSError("cut short")
+
+
+def _decoded(path: Path) -> np.ndarray:
+    """What ffmpeg decodes: uint8 [F, H, W, 3].
+
+    `passthrough` hands out each decoded frame once; without it ffmpeg repeats and drops frames of a variable rate until
+    the rate is constant. An error in the middle of a file is one here, where ffmpeg would go on with what it has.
+    """
+    source = ["-nostdin", "-loglevel", "error", "-xerror", "-err_detect", "explode", "-i", f"file:{path}"]
+    # PPM frames carry their size, which rotation and a change of size in the stream make hard to foretell.
+    raw = ["-map", "0:v:0", "-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "-"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *source, *raw]
+    with _ffmpeg():
+        done = subprocess.run(command, capture_output=True, check=False)
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    if done.returncode or said:
+        raise OSError(said[-1] if said else f"ffmpeg ended with {done.returncode}")
+    frames = list(_portable_pixmaps(done.stdout))
+    if not frames:
+        raise OSError("it has no frames")
+    if any(frame.shape != frames[0].shape for frame in frames):
+        raise OSError("its frames change their size")
+    return np.stack(frames)
+
+
+def _portable_pixmaps(data: bytes) -> Iterator[np.ndarray]:
+    """Pictures [H, W, 3] of binary PPM files, one behind the other."""
+    place = 0
+    while place < len(data):
+        header = _PPM.match(data, place)
+        if header is None:
+            raise OSError("ffmpeg gave no picture")
+        width, height = int(header[1]), int(header[2])
+        pixels = np.frombuffer(data, np.uint8, width * height * 3, header.end())
+        yield pixels.reshape(height, width, 3)
+        place = header.end() + pixels.size
 
 
 @contextlib.contextmanager

@@ -21,9 +21,21 @@ from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.files import write_json
 from vpo_jax.runtime.processes import agree, is_main
 
-# On resume these may differ; train.steps may also, upwards.
-_FREE = re.compile(r"^mesh\.|\.every$|^log\.|^eval\.on_alarm$|^reward\.timeout$")
+# On resume these may differ; train.steps may also, upwards. They say what is written, or how and where a run is
+# computed, and never what it computes.
+_FREE = re.compile(r"\.every$|^log\.|^profile\.|^eval\.on_alarm$|^checkpoint\.keep$|^reward\.(timeout|offload)$")
+# So do these, but sums may be taken in another order: which numbers then differ in their last digits.
+_ROUNDING = (
+    (re.compile(r"^mesh\."), "videos, scores and losses"),
+    (re.compile(r"^rollout\.microbatch$"), "videos, their scores and losses"),
+    (re.compile(r"^(train\.(microbatch|remat)|lora\.fold)$"), "losses and gradients"),
+    (re.compile(r"^reward\.\w+\.attention$"), "scores"),
+    (re.compile(r"^data\.text_cache$"), "encodings of prompts"),
+)
+_CONTENTS = "contents.json"
 _OURS = ("metrics.jsonl", "checkpoints", "samples", "export", "report.html", "environment.json")
+_FOLDERS = ("checkpoints", "samples", "export", "failure")
+_FILES = ("config.json", "contents.json", "environment.json", "metrics.jsonl", "report.html", "complete")
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL", "JAX_DEFAULT_MATMUL_PRECISION")
 _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy", "safetensors", "transformers",
@@ -34,10 +46,11 @@ _PACKAGES = (
 class Workdir:
     """A run's directory, held by the run's main process until `close` or the process's end."""
 
-    def __init__(self, path: Path, config: dict[str, Any], resumed: bool, lock: int | None) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], resumed: bool, lock: int | None, note: str = "") -> None:
         self.path = path
         self.config = config
         self.resumed = resumed  # a run of this config was here before
+        self.note = note  # what is computed in another way than before, and which numbers that rounds; or ""
         self._lock = lock
 
     @property
@@ -86,7 +99,9 @@ class Workdir:
         self.close()
 
 
-def completed_steps(path: str | Path, config: Mapping[str, Any]) -> int | None:
+def completed_steps(
+    path: str | Path, config: Mapping[str, Any], contents: Mapping[str, str] | None = None
+) -> int | None:
     """Steps of the run that completed in `path`, None where none did; reads only.
 
     Raises UserError for what `open_workdir` would refuse, so that nobody waits for a model to load first.
@@ -101,24 +116,33 @@ def completed_steps(path: str | Path, config: Mapping[str, Any]) -> int | None:
         before = _read_config(path / "config.json")
         if before is None:
             return None
-        _refuse_differences(path, before, json.loads(json.dumps(config)))
+        _refuse_differences(path, before, json.loads(json.dumps(config)), contents or {})
     return _completed(path)
 
 
-def open_workdir(path: str | Path, config: Mapping[str, Any]) -> Workdir:
+def open_workdir(path: str | Path, config: Mapping[str, Any], contents: Mapping[str, str] | None = None) -> Workdir:
     """The run's directory, made where it is missing, locked, with config.json and environment.json in it.
 
     Of several processes the main one does all that, and the others wait for it; all have to see the same directory.
-    `config` is the resolved config as nested dicts. Raises UserError, before anything is written, when the path
-    is no directory, may not be written, is held by another run, or belongs to another config: mesh.*, log.*,
-    *.every, reward.timeout and a higher train.steps are the only differences that a resumed run may have.
+    A resumed run may differ in what says how and where it is computed, or what is written (mesh.*, log.*, *.every,
+    microbatches, remat, offload, attention, text_cache, checkpoint.keep), and in a higher train.steps. A path may be
+    another one where it holds the same.
+
+    Args:
+      path: of the directory.
+      config: the resolved config as nested dicts.
+      contents: of `fingerprint.contents_of`: what the config's paths hold. They are kept in contents.json.
+
+    Raises:
+      UserError: before anything is written, when the path is no directory, may not be written, is held by another
+        run, or belongs to another config or to models and prompts with another content.
     """
     path = local_folder(path)
     resolved: dict[str, Any] = json.loads(json.dumps(config))
     opened, failure = Workdir(path, resolved, False, None), None
     if is_main():
         try:
-            opened = _open(path, resolved)
+            opened = _open(path, resolved, contents or {})
         except UserError as error:
             failure = error
     if agree(failure is not None):
@@ -130,7 +154,7 @@ def open_workdir(path: str | Path, config: Mapping[str, Any]) -> Workdir:
     return opened
 
 
-def _open(path: Path, resolved: dict[str, Any]) -> Workdir:
+def _open(path: Path, resolved: dict[str, Any], contents: Mapping[str, str]) -> Workdir:
     with writing(path):
         _refuse_files(path)
         _refuse_strangers(path)
@@ -139,20 +163,31 @@ def _open(path: Path, resolved: dict[str, Any]) -> Workdir:
     try:
         with writing(path):
             before = _read_config(path / "config.json")
-            if before is not None:
-                _refuse_differences(path, before, resolved)
+            note = "" if before is None else _refuse_differences(path, before, resolved, contents)
+            if before is None or contents:
+                write_json(path / _CONTENTS, {**(_read_config(path / _CONTENTS) or {}), **contents})
             if before != resolved:
                 write_json(path / "config.json", resolved)
             write_json(path / "environment.json", environment())
     except BaseException:
         os.close(lock)
         raise
-    return Workdir(path, resolved, before is not None, lock)
+    return Workdir(path, resolved, before is not None, lock, note)
 
 
 def _refuse_files(path: Path) -> None:
+    """What stands in the way of a run's directory, or of what the run will write into it at its end."""
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir: {path} is a file; give a directory")
+    for name in (*_FOLDERS, *_FILES):
+        entry = path / name
+        if not os.path.lexists(entry):
+            continue
+        if not (entry.is_dir() if name in _FOLDERS else entry.is_file()):
+            kind = "folder" if name in _FOLDERS else "file"
+            raise UserError(f"--workdir: {entry} is no {kind}, and the run writes one there; move it away")
+        if not os.access(entry, os.W_OK):
+            raise UserError(f"--workdir: no permission to write {entry}; choose another one")
 
 
 @contextlib.contextmanager
@@ -246,12 +281,24 @@ def _read_config(path: Path) -> dict[str, Any] | None:
         raise UserError(f"--workdir: {path} is not JSON; put it back or choose another directory") from error
 
 
-def _refuse_differences(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _refuse_differences(
+    path: Path, before: Mapping[str, Any], now: Mapping[str, Any], contents: Mapping[str, str]
+) -> str:
+    """Raises UserError for what makes another run; else which numbers may round differently, or ""."""
     old, new = _flat(before), _flat(now)
-    differences = []
+    held = _read_config(path / _CONTENTS) or {}
+    differences, other, rounded = [], [], []
     for key in sorted(old.keys() | new.keys()):
         was, is_now = old.get(key), new.get(key)
+        if held.get(key) is not None and contents.get(key) is not None:
+            if held[key] != contents[key]:
+                other.append(f"{key}: {is_now} holds something else than {was} did when the run began")
+            continue
         if was == is_now or _FREE.search(key):
+            continue
+        numbers = next((numbers for pattern, numbers in _ROUNDING if pattern.search(key)), None)
+        if numbers is not None:
+            rounded.append(f"{key} was {was!r} and is {is_now!r} ({numbers})")
             continue
         if key == "train.steps" and isinstance(was, int) and isinstance(is_now, int) and is_now > was:
             continue
@@ -261,6 +308,9 @@ def _refuse_differences(path: Path, before: Mapping[str, Any], now: Mapping[str,
             f"--workdir: {path} belongs to another config: {', '.join(differences)};"
             f" choose another directory, or the old values to continue"
         )
+    if other:
+        raise UserError(f"--workdir: {path}: {', '.join(other)}; put that back, or choose another directory")
+    return f"resumed, and from here on some numbers may round differently: {', '.join(rounded)}" if rounded else ""
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ from vpo_jax.algorithms.table import ALGORITHMS
 from vpo_jax.rewards.options import Limits, config_limits
 from vpo_jax.rewards.table import SCORERS
 from vpo_jax.runtime.fields import DECAY, FLAG, POSITIVE, TEXT, Field, above, named, number, one_of, whole
+from vpo_jax.runtime.keys import SEED_BITS
 
 _AXIS = Field(int, lambda x: x == -1 or x >= 1, "a number from 1 up, or -1 for the rest of the devices")
 _SIZE = whole(0, extra=" (0 = what the model was made for)")
@@ -35,7 +36,7 @@ def _fields_of_scorers() -> dict[str, Field]:
 
 
 FIELDS: Mapping[str, Field] = {
-    "seed": whole(0),
+    "seed": whole(0, bits=SEED_BITS),
     "model.path": named("a diffusers folder, a hub id, or shapes"),
     "model.dtype": one_of("float32", "bfloat16"),
     "data.prompts": named("a file of prompts, or shapes:train"),
@@ -89,7 +90,7 @@ FIELDS: Mapping[str, Field] = {
     "eval.every": _EVERY,
     "eval.on_alarm": one_of("warn", "stop"),
     "eval.prompts": whole(1),
-    "eval.seed": whole(0),
+    "eval.seed": whole(0, bits=SEED_BITS),
     "eval.num_inference_steps": whole(0, extra=" (0 = rollout's)"),
     "eval.guidance_scale": number(0, extra=" (0 = rollout's)"),
     "mesh.data": _AXIS,

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from vpo_jax.diffusion.multistep import Sampler, Table, make_coefficients
+from vpo_jax.diffusion.multistep import Sampler, make_coefficients
 from vpo_jax.diffusion.process import clean_and_noise_weights
 from vpo_jax.diffusion.schedules import signal_scale
 from vpo_jax.diffusion.timesteps import ddim_timesteps
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.types import Table
 
 
 def make_ddim(fields: Mapping[str, Any], levels: Table, steps: int, eta: float) -> Sampler:

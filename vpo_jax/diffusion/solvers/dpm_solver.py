@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vpo_jax.diffusion.multistep import Sampler, Table, make_coefficients
+from vpo_jax.diffusion.multistep import Sampler, make_coefficients
 from vpo_jax.diffusion.process import clean_and_noise_weights
 from vpo_jax.diffusion.timesteps import dpm_timesteps_and_sigmas
+from vpo_jax.runtime.types import Table
 
 
 def make_dpm_solver(fields: Mapping[str, Any], levels: Table, steps: int) -> Sampler:

@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vpo_jax.diffusion.config import is_flow
-from vpo_jax.diffusion.multistep import Corrector, Sampler, Table, make_coefficients
+from vpo_jax.diffusion.multistep import Corrector, Sampler, make_coefficients
 from vpo_jax.diffusion.process import clean_and_noise_weights
 from vpo_jax.diffusion.schedules import alphas_cumprod
 from vpo_jax.diffusion.timesteps import unipc_flow_timesteps_and_sigmas, unipc_timesteps_and_sigmas
+from vpo_jax.runtime.types import Table
 
 Row = npt.NDArray[np.float64]
 

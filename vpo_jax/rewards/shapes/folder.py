@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import from_torch, init_shapes
 from vpo_jax.checkpoints.scorer_folder import read_tokenizer, write_scorer_folder
+from vpo_jax.checkpoints.untrusted import open_folder
 from vpo_jax.models.video_scorer import VideoScorer, VideoScorerConfig
 from vpo_jax.rewards.protocol import PyTree
 from vpo_jax.runtime.trees import cast_floating
@@ -59,7 +60,7 @@ def read_scorer(folder: str | Path) -> ScorerParts:
     Raises:
         UserError: a file is missing, damaged, or does not belong to the others.
     """
-    folder = Path(folder)
+    folder = open_folder(folder)
     config = VideoScorerConfig.from_dict(io.read_json(folder / "config.json"))
     tokenizer = read_tokenizer(folder, config.vocab_size)
     tokenizer.enable_truncation(config.max_length)

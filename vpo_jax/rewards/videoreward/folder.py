@@ -24,6 +24,7 @@ from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import from_torch, init_shapes
 from vpo_jax.checkpoints.lora_merge import adapter_scale, merge_lora, unwrapped
 from vpo_jax.checkpoints.scorer_folder import check_dtype, dtype_to_load, read_plain_tokenizer, read_text
+from vpo_jax.checkpoints.untrusted import check_layers, open_folder
 from vpo_jax.models.config_fields import require
 from vpo_jax.models.qwen2_vl import Qwen2VLRewardModel
 from vpo_jax.models.qwen2_vl_config import Qwen2VLConfig
@@ -91,14 +92,15 @@ def read_videoreward(folder: str | Path, dtype: str = "") -> VideoRewardParts:
     Raises:
         UserError: a file is missing, damaged, or does not belong to the others.
     """
-    folder = Path(folder)
+    folder = open_folder(folder)
     check_dtype(dtype)
     raw = io.read_json(folder / SETTINGS_FILE)
     settings = read_settings(raw, folder / SETTINGS_FILE)
     weights = _weights_folder(folder)
     base = _base_folder(weights) if (weights / ADAPTER_FILE).is_file() else None
     places = [weights, weights / "tokenizer", folder, *([] if base is None else [base])]
-    config = Qwen2VLConfig.from_dict(io.read_json(_find_config(places)))
+    model = io.read_json(_find_config(places))
+    config = Qwen2VLConfig.from_dict(model)
     processor = _find("preprocessor_config.json", places)
     image_processor = io.read_json(processor) if processor.is_file() else {}
     query = read_text(folder / QUERY_FILE) if (folder / QUERY_FILE).is_file() else None
@@ -121,6 +123,7 @@ def read_videoreward(folder: str | Path, dtype: str = "") -> VideoRewardParts:
     text = dataclasses.replace(config.text, vocab_size=len(state[_EMBEDDING]))
     config = dataclasses.replace(config, text=text)
     tokenizer = _read_tokenizer(_find("tokenizer.json", places).parent, text.vocab_size)
+    check_layers(model, len(state), str(weights))
     shapes = videoreward_shapes(config, settings.outputs)
     params = from_torch(state, shapes, str(weights), dtype_to_load(dtype, state[_EMBEDDING]))
     return VideoRewardParts(config, params, tokenizer, image_processor, settings, query)
@@ -187,7 +190,7 @@ def _find_config(places: list[Path]) -> Path:
 def _weights_folder(folder: Path) -> Path:
     """The folder itself, or its last checkpoint-N where only those have weights."""
     here = [*folder.glob("model*.safetensors*"), *folder.glob(ADAPTER_FILE)]
-    steps = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[-1].isdigit()]
+    steps = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[-1].isdecimal()]
     return folder if here or not steps else max(steps, key=lambda path: int(path.name.split("-")[-1]))
 
 

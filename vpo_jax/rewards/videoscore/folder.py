@@ -19,6 +19,7 @@ from vpo_jax.checkpoints.scorer_folder import (
     read_text,
     write_scorer_folder,
 )
+from vpo_jax.checkpoints.untrusted import check_layers, open_folder
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
 from vpo_jax.models.idefics2_config import Idefics2Config
 from vpo_jax.rewards.protocol import PyTree
@@ -60,7 +61,7 @@ def read_videoscore(folder: str | Path, num_labels: int, dtype: str = "") -> Vid
     Raises:
         UserError: a file is missing, damaged, or does not belong to the others.
     """
-    folder = Path(folder)
+    folder = open_folder(folder)
     config = Idefics2Config.from_dict(io.read_json(folder / "config.json"))
     tokenizer = read_plain_tokenizer(folder, config.text.vocab_size)
     processor = _image_processor(folder, config)
@@ -73,8 +74,9 @@ def read_videoscore(folder: str | Path, num_labels: int, dtype: str = "") -> Vid
             f"{folder}: has no head ({_HEAD}), so it is a language model and no scorer; "
             f"give the folder that was saved as {CLASSES[0]}"
         )
-    if head.shape[0] != num_labels:
+    if not head.ndim or head.shape[0] != num_labels:
         raise UserError(f"{folder}: {_HEAD} has {head.shape[0]} outputs, a VideoScore has {num_labels}; give another")
+    check_layers(config.original, len(state), str(folder))
     shapes = videoscore_shapes(config, num_labels)
     params = from_torch(state, shapes, str(folder), dtype_to_load(dtype, head))
     return VideoScoreParts(config, params, tokenizer, processor, query)
