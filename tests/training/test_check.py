@@ -139,7 +139,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named_with_one_that_it_does():
         check_meshes(changed("rollout.microbatch", 0), one._replace(score=three))
     apart = changed("rollout.microbatch", 0)
     apart.reward.devices = 3
-    with pytest.raises(UserError, match=clips + r", into which reward\.devices cuts it"):
+    with pytest.raises(UserError, match=clips + r", into which reward\.devices shards it"):
         check_meshes(apart, one._replace(score=three))
 
 
