@@ -89,8 +89,8 @@ class Reinforce:
 
     def update(self, state: TrainState, frozen: Frozen, index: int) -> tuple[TrainState, Metrics]:
         """One step of gradient descent on the step's videos."""
-        some, loss = jnp.any(state.algorithm.advantages != 0.0), jnp.zeros(())
-        trained, metrics = self._descend(Trained.of(state), frozen.backbone, (state.algorithm,), some, loss)
+        memory = state.algorithm
+        trained, metrics = self._descend(Trained.of(state), frozen.backbone, (memory,), jnp.any(memory.advantages))
         return state._replace(**trained._asdict()), metrics
 
     def _gradients(self, backbone: Tree, policy: Tree, memory: Memory) -> tuple[Tree, Metrics]:
@@ -100,7 +100,7 @@ class Reinforce:
             total = jnp.zeros(())
             for i, timestep in enumerate(sampler.timesteps):
                 before, after = memory.latents[:, i], memory.latents[:, i + 1]
-                seen = sampler.model_input(SamplerState(before, None), i)
+                seen = sampler.model_input(SamplerState(before), i)
                 prediction = denoise(backbone, policy, seen, jnp.full(len(before), timestep), memory.text)
                 found = log_probability(sampler, i, before, prediction, after)
                 total -= jnp.mean(memory.advantages * found)

@@ -45,7 +45,7 @@ def test_an_algorithm_of_trajectories_trains_in_the_same_loop(reinforce, run, to
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), result.state.policy, result.policy.initial)
     assert max(jax.tree.leaves(moved)) > 0.0
     memory = result.state.algorithm
-    assert memory.latents.shape == (32, 4, 4, 4, 4, 4)
+    assert memory.latents.shape == (32, config.rollout.num_inference_steps + 1, 4, 4, 4, 4)
     np.testing.assert_allclose(memory.advantages.reshape(8, 4).sum(axis=1), 0.0, atol=1e-5)
 
 
@@ -68,12 +68,12 @@ def test_its_part_of_the_state_survives_a_stop(reinforce, run, toy_reward, tmp_p
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(whole))
 
 
-def test_a_sampler_without_fresh_noise_is_refused_before_anything_is_written(reinforce, run, tmp_path):
+def test_a_sampler_without_fresh_noise_is_refused(reinforce, run, tmp_path):
     with pytest.raises(UserError, match=r"^rollout\.eta: .*set rollout\.sampler=DDIMScheduler and rollout\.eta=1\.0"):
-        run(reinforce(rollout__eta=0.0), tmp_path)
+        run(reinforce(rollout__eta=0.0), tmp_path / "still")
     with pytest.raises(UserError, match=r"^rollout\.guidance_scale: .*set it to 1\.0"):
-        run(reinforce(rollout__guidance_scale=2.0), tmp_path)
-    assert not (tmp_path / "metrics.jsonl").exists()
+        run(reinforce(rollout__guidance_scale=2.0), tmp_path / "guided")
+    assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
 def test_prefetched_videos_are_sharded_over_frames_and_trajectories_not_over_their_steps():

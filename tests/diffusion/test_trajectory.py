@@ -74,7 +74,7 @@ def test_the_gradient_of_a_log_probability_leads_towards_what_was_sampled():
     assert float(total(moved)) > float(total(prediction))
 
     def distance(prediction):
-        return float(jnp.sum((sampler.advance(SamplerState(before, None), 1, prediction, None).sample - after) ** 2))
+        return float(jnp.sum((sampler.advance(SamplerState(before), 1, prediction, None).sample - after) ** 2))
 
     assert distance(moved) < distance(prediction)
 

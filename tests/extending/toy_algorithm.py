@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from vpo_jax.algorithms.descent import Trained, make_descend
@@ -13,6 +14,7 @@ from vpo_jax.algorithms.state import TrainState
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import batch_sharding
 from vpo_jax.runtime.programs import Program, abstract_rows
+from vpo_jax.runtime.transfers import put
 
 Tree = Any
 
@@ -76,9 +78,9 @@ class BestOfN:
     def update(self, state: TrainState, frozen: Frozen, index: int) -> tuple[TrainState, Metrics]:
         """One step towards the best candidates, with fresh noise."""
         best = state.algorithm
-        inputs = best, state.step, jnp.int32(index)
+        inputs = best, state.step, put(np.int32(index))
         # The gradient is finite only where the loss is, so no loss is given.
-        trained, metrics = self._descend(Trained.of(state), frozen.backbone, inputs, jnp.any(best.mask), jnp.float32(0))
+        trained, metrics = self._descend(Trained.of(state), frozen.backbone, inputs, jnp.any(best.mask))
         return state._replace(**trained._asdict()), metrics
 
     def evaluate(self, state: TrainState, frozen: Frozen) -> dict[str, float]:

@@ -139,7 +139,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named_with_one_that_it_does():
         check_meshes(changed("rollout.microbatch", 0), one._replace(score=three))
     apart = changed("rollout.microbatch", 0)
     apart.reward.devices = 3
-    with pytest.raises(UserError, match=clips + r", into which reward\.devices cuts it"):
+    with pytest.raises(UserError, match=clips + r", into which reward\.devices shards it"):
         check_meshes(apart, one._replace(score=three))
 
 
@@ -165,7 +165,7 @@ def test_scorers_apart_need_pairs_that_may_be_a_step_old():
 def test_a_group_of_one_candidate_is_refused_for_every_form(pairs):
     config = changed("preference.pairs", pairs)
     config.rollout.candidates = 1
-    with pytest.raises(UserError, match=r"rollout\.candidates: 1 is not a whole number from 2 up"):
+    with pytest.raises(UserError, match=r"rollout\.candidates: 1 leaves nothing to prefer; give 2 or more"):
         check(config)
 
 

@@ -3,9 +3,11 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vpo_jax.algorithms.dpo.algorithm import DPO
 from vpo_jax.checkpoints.peft import write_adapter
 from vpo_jax.models.lora import init_lora
 from vpo_jax.runtime.errors import UserError
@@ -214,6 +216,20 @@ def test_the_steps_of_profile_steps_are_traced_for_tensorboard(configure, run, t
     for phase in (b"train", b"rollout", b"score", b"update"):
         assert phase in content, phase
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_nothing_is_copied_to_the_devices_inside_the_loop_but_explicitly(configure, run, tmp_path, monkeypatch):
+    update = DPO.update
+
+    def careless(self, state, frozen, index):
+        assert jnp.size(jnp.add(state.step, state.step)) == 1  # what is there already may be computed with
+        backbone = jax.tree.map(np.asarray, frozen.backbone)
+        return update(self, state, frozen._replace(backbone=backbone), index)
+
+    monkeypatch.setattr(DPO, "update", careless)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        run(configure(), tmp_path)
+    assert float(jnp.asarray(np.ones(()))) == 1.0  # and outside it everything is
 
 
 def test_a_judge_is_refused_as_a_training_scorer(configure, run, toy_reward, tmp_path):

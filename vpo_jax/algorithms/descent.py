@@ -38,16 +38,19 @@ def make_descend(
 
     `gradients(frozen, policy, *inputs)` gives the gradient and metrics of its own. The old state is kept bitwise
     where the loss, the gradient or the step is not finite, and where `some` is False, so that there is nothing to learn
-    from: Adam would move on a zero gradient. `trained`'s buffers are given away.
+    from: Adam would move on a zero gradient. A loss of None is one that is finite where its gradient is. `trained`'s
+    buffers are given away.
     """
 
     def descend(
-        trained: Trained, frozen: Tree, inputs: tuple[Tree, ...], some: jax.Array, loss: jax.Array
+        trained: Trained, frozen: Tree, inputs: tuple[Tree, ...], some: jax.Array, loss: jax.Array | None = None
     ) -> tuple[Trained, Metrics]:
         gradient, metrics = gradients(frozen, trained.policy, *inputs)
         norm = optax.global_norm(gradient)
         change, moments = optimizer.update(gradient, trained.optimizer, trained.policy)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(change))
+        finite = jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(change))
+        if loss is not None:
+            finite = jnp.isfinite(loss) & finite
         applied = trained.finite & finite & some
         policy = optax.apply_updates(trained.policy, change)
         ema = trained.ema  # {} where it is off

@@ -71,9 +71,18 @@ class TrainState(NamedTuple):
     prefetched: Tree
     finite: jax.Array
 
+    def advanced(self, prefetched: Tree) -> "TrainState":
+        """The state with one step more completed."""
+        return self._replace(step=_increment(self.step), prefetched=prefetched)
+
     def weights(self) -> Tree:
         """The trainable parameters that people get: the average where there is one, else the policy."""
         return self.ema if jax.tree.leaves(self.ema) else self.policy
+
+
+@jax.jit
+def _increment(number: jax.Array) -> jax.Array:
+    return number + 1
 
 
 def init_state(

@@ -17,6 +17,7 @@ from vpo_jax.rewards.scoring import Scores, Weights
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.metrics import MetricsWriter
 from vpo_jax.runtime.processes import fetch, is_main
+from vpo_jax.runtime.transfers import allowed
 from vpo_jax.runtime.video import write_webp
 from vpo_jax.training.record import RunRecord
 
@@ -110,8 +111,10 @@ class Evaluator:
     def evaluate(self, state: TrainState, record: RunRecord) -> Evaluation:
         """The current result against the initial policy."""
         assert record.base_scores is not None
-        seen = self.sample(self._result(state))
-        metrics = self._compare(record.base_scores, seen) | self._algorithm.evaluate(state, self._frozen)
+        with allowed():
+            seen = self.sample(self._result(state))
+            measured = self._algorithm.evaluate(state, self._frozen)
+        metrics = self._compare(record.base_scores, seen) | measured
         gained = gain(record.base_scores, seen.scores, self.held_out) if self.held_out else None
         record = record.with_evaluation(metrics)
         alarms = self.alarms(record.evaluations)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vpo_jax.algorithms.state import Curriculum, TrainState
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.transfers import allowed
 
 Tree = Any
 SCHEDULES = ("frozen", "refresh", "ema", "adaptive")
@@ -50,7 +51,9 @@ def make_reference(schedule: str, every: int, decay: float) -> Callable[[TrainSt
         due = step % every == 0 if schedule == "refresh" else gain is not None and _due(state, step, every, gain)
         if not due:
             return state
-        return state._replace(reference=_copy(state.policy), curriculum=_refreshed(state.curriculum, step, gain))
+        with allowed():
+            curriculum = _refreshed(state.curriculum, step, gain)
+        return state._replace(reference=_copy(state.policy), curriculum=curriculum)
 
     return update_reference
 

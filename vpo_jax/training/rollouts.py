@@ -21,6 +21,7 @@ from vpo_jax.runtime.batches import in_microbatches
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import BATCH, VIDEO, Meshes, Rules, constrain, infer_shardings, replicated
 from vpo_jax.runtime.processes import move
+from vpo_jax.runtime.transfers import allowed, put
 from vpo_jax.training.text import TextEncoding
 
 Tree = Any
@@ -149,13 +150,20 @@ class Rollouts:
         return move(found, infer_shardings(found, update, (("", spec),)))
 
     def _chosen(self, step: int) -> list[str]:
-        return [self._prompts[i] for i in self._index(step)]
+        with allowed():  # an epoch's permutation
+            indices = self._index(step)
+        return [self._prompts[i] for i in indices]
 
     def _sample(self, policy: Tree, text: Tree, step: int) -> jax.Array | Trajectory:
-        return self.sample(policy, self._repeat(text), self._keys(np.int32(step)))
+        return self.sample(policy, self._repeat(text), self._keys(put(np.int32(step))))
 
     @staticmethod
     def _rolled(text: Tree, found: jax.Array | Trajectory) -> Rollout:
         if isinstance(found, Trajectory):
-            return Rollout(text, found.latents[:, -1], found)
+            return Rollout(text, _last(found.latents), found)
         return Rollout(text, found)
+
+
+@jax.jit
+def _last(path: jax.Array) -> jax.Array:
+    return path[:, -1]

@@ -18,6 +18,7 @@ from vpo_jax.runtime.metrics import MetricsWriter
 from vpo_jax.runtime.processes import fetch, is_main, main_first
 from vpo_jax.runtime.profile import Profiler
 from vpo_jax.runtime.signals import Interrupted, Stop
+from vpo_jax.runtime.transfers import allowed, guarded
 from vpo_jax.runtime.workdir import Workdir, write_json
 from vpo_jax.training.evaluator import Evaluation, Evaluator, due, save_samples
 from vpo_jax.training.progress import Progress
@@ -54,6 +55,8 @@ class Line(NamedTuple):
 class Run:
     """A run in its workdir; a context manager that saves the last finished step when a signal comes.
 
+    Inside it, nothing is copied from the host to the devices but explicitly: see `runtime.transfers`.
+
     Attributes:
       state: after the last finished step.
       record: likewise.
@@ -73,6 +76,7 @@ class Run:
         self._clock = Stopwatch()
         self._late: Line | None = None
         self._step = 0  # the number of the step that is under way, from 1
+        self._guard = contextlib.ExitStack()
         self._profiler = Profiler(workdir.path / "profile", config.profile.steps)
 
     def restore(self, fresh: Any, abstract: TrainState) -> TrainState:
@@ -99,11 +103,13 @@ class Run:
         self._bar = bar.__enter__()
         if began:
             self.say(f"continuing from step {began}")
+        self._guard.enter_context(guarded())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._guard.close()
         with contextlib.closing(self._store), contextlib.closing(self._writer):
             try:
                 self._profiler.stop()
@@ -117,7 +123,8 @@ class Run:
 
     def begin(self, evaluator: Evaluator) -> None:
         """Evaluates the initial policy where the run has not yet."""
-        self.record, videos = evaluator.of_initial(self.record)
+        with allowed():
+            self.record, videos = evaluator.of_initial(self.record)
         if videos is not None:
             self.show(0, videos)
 
@@ -213,15 +220,15 @@ class Run:
 
     def _save(self, metric: float | None = None) -> None:
         self.record = dataclasses.replace(self.record, clock=self._clock.state)
-        self._store.save(int(self.state.step), self.state, self.record.as_json(), metric)
+        with allowed():
+            self._store.save(int(self.state.step), self.state, self.record.as_json(), metric)
 
     def _fail(self, line: Line, values: Mapping[str, float]) -> None:
         """Leaves the last finite state and what met it under failure/step_N, and raises NonFinite."""
         folder = self._workdir.failure / f"step_{line.step}"
         main_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-        store = CheckpointStore(folder / "checkpoints", keep=1)
-        store.save(int(self.state.step), self.state, self.record.as_json())
-        store.close()
+        with allowed(), contextlib.closing(CheckpointStore(folder / "checkpoints", keep=1)) as store:
+            store.save(int(self.state.step), self.state, self.record.as_json())
         report = {
             "step": line.step,
             "seed": self._config.seed,

@@ -9,6 +9,7 @@ import numpy as np
 from vpo_jax.data.text_cache import TextCache, open_text_cache
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import BATCH, constrain
+from vpo_jax.runtime.transfers import put
 
 Tree = Any
 
@@ -31,8 +32,8 @@ class TextEncoding:
     def __call__(self, prompts: Sequence[str]) -> Tree:
         """Of P prompts."""
         if self._cache is not None:
-            return self._place(self._cache(prompts))
-        return self._encode(self._params, self._ids(prompts))
+            return self._place(put(self._cache(prompts)))
+        return self._encode(self._params, put(self._ids(prompts)))
 
     def _ids(self, prompts: Sequence[str]) -> np.ndarray:
         return self._tokenize(list(prompts))

@@ -104,7 +104,7 @@ def train(
                     for index in range(config.train.updates_per_step):
                         state, updated = algorithm.update(state, frozen, index)
                         metrics.append(updated)
-                state = state._replace(step=state.step + 1, prefetched=candidates.prefetched)
+                state = state.advanced(candidates.prefetched)
 
                 # Evaluate, then let the reference follow what was evaluated: the curriculum.
                 evaluation = evaluator.evaluate(state, run.record) if evaluates else None

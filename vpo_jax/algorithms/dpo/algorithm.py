@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -31,6 +32,7 @@ from vpo_jax.rewards.combine import Dimensions, RewardStatistics, dimension_name
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import batch_sharding, replicated
 from vpo_jax.runtime.programs import Program, Role
+from vpo_jax.runtime.transfers import allowed, put
 
 Tree = Any
 
@@ -82,6 +84,7 @@ class DPO:
         select = make_select(config, setting.rewards, choose, preference.pairs in OF_GROUPS)
         self._select = jax.jit(select, out_shardings=shardings and (shardings.statistics, own, shardings.step))
 
+        self._young = jax.jit(lambda buffer, step: drop_older(buffer, step, self._kept).mask)
         microbatch = 2 * train.microbatch  # a pair is two videos
         share = preference.timestep_low, preference.timestep_high
         dropout = preference.caption_dropout
@@ -165,18 +168,21 @@ class DPO:
 
     def calibrate(self, state: TrainState, frozen: Frozen) -> tuple[TrainState, dict[str, float], str]:
         """Measures rounding in u; where it is too large, errors are computed in float32 from then on."""
-        noise = self.rounding_noise(state, frozen)
         own = state.algorithm
-        if noise <= NOISE_LIMIT or self._is_precise(state):
-            return state, {"loss/u_noise": noise}, ""
+        with allowed():
+            noise = self.rounding_noise(state, frozen)
+            if noise <= NOISE_LIMIT or self._is_precise(state):
+                return state, {"loss/u_noise": noise}, ""
+            precise = own.precise | True
         said = f"rounding moves u by {noise:.2g}: errors now in float32"
-        return state._replace(algorithm=own._replace(precise=own.precise | True)), {"loss/u_noise": noise}, said
+        return state._replace(algorithm=own._replace(precise=precise)), {"loss/u_noise": noise}, said
 
     def update(self, state: TrainState, frozen: Frozen, index: int) -> tuple[TrainState, Metrics]:
         """The state after one update with fresh noise on the buffer's groups."""
         errors = self.errors_float32 if self._is_precise(state) else self.errors
-        groups = drop_older(state.algorithm.buffer, state.step, self._kept)
-        noised = self.draw(groups, frozen.empty_text, state.step, index)
+        buffer = state.algorithm.buffer
+        groups = buffer._replace(mask=self._young(buffer, state.step))
+        noised = self.draw(groups, frozen.empty_text, state.step, put(np.int32(index)))
         policy, predictions = errors(frozen.backbone, state.policy, noised)
         reference, of_reference = errors(frozen.backbone, state.reference, noised)
         initial: jax.Array | None = None
