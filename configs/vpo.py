@@ -111,7 +111,7 @@ def _shapes() -> ConfigDict:
     config.lora.alpha = 16.0
     config.lora.path = ""  # a PEFT adapter folder to start from: policy and reference both begin as base + adapter
     config.lora.targets = ""  # comma-separated patterns of module paths; "" = every attention
-    config.lora.fold = False  # into kernels, in every program: faster where small layers all have adapters; float32
+    config.lora.merge = False  # merge adapters into kernels in every program: faster for small layers; float32 only
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-4
@@ -170,7 +170,7 @@ def _embedded(config: ConfigDict) -> None:
     consistency (docs/tuning.md).
     """
     config.lora.targets = "."
-    config.lora.fold = True
+    config.lora.merge = True
     config.optimizer.learning_rate = 4e-4
     config.train.steps = 48
     config.train.prompts_per_step = 8

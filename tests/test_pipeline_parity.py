@@ -169,6 +169,7 @@ def assert_same_video(frames, expected):
         ("modelscope", "DDIMScheduler", GUIDANCE),
         ("modelscope", "DPMSolverMultistepScheduler", GUIDANCE),
         ("modelscope", "EulerDiscreteScheduler", GUIDANCE),
+        ("modelscope", "UniPCMultistepScheduler", GUIDANCE),
         ("v prediction", "DDIMScheduler", 1.0),
     ],
 )
@@ -176,6 +177,24 @@ def test_the_same_folder_and_latents_give_the_same_video(both, schedule, sampler
     theirs, mine, folder = both(schedule)
     expected = torch_video(theirs, folder, sampler, guidance)
     assert_same_video(our_frames(mine, sampler, guidance), expected)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.UniPCMultistepScheduler(beta_schedule="scaled_linear", beta_end=0.012, solver_order=3),
+        diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ],
+    ids=["variance preserving", "flow"],
+)
+def test_a_checkpoint_that_names_unipc_is_loaded_and_sampled_as_in_diffusers(both, tmp_path, scheduler):
+    _, _, folder = both("modelscope")
+    theirs = diffusers.TextToVideoSDPipeline.from_pretrained(folder, scheduler=scheduler)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(tmp_path)
+    mine = ours.load_pipeline(tmp_path)
+    assert mine.schedule.prediction_type == scheduler.config.prediction_type
+    assert_same_video(our_frames(mine, None), torch_video(theirs, tmp_path, "UniPCMultistepScheduler"))
 
 
 def test_what_is_saved_here_makes_the_same_video_in_diffusers(both, tmp_path):

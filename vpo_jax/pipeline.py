@@ -108,6 +108,10 @@ class Pipeline:
         """Token ids int32 [B, L], padded and truncated to the family's length."""
         return self.family.tokenize(self.tokenizer, prompts)
 
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt before it is padded or truncated."""
+        return self.family.count_tokens(self.tokenizer, prompts)
+
     @staticmethod
     def to_uint8(frames: jax.Array) -> jax.Array:
         """Frames in [0, 1] as people see them: uint8, rounded to nearest even."""

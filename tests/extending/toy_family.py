@@ -173,6 +173,10 @@ class ToyFamily:
         rows = [prompt.encode()[:TOKENS].ljust(TOKENS, b"\0") for prompt in prompts]
         return np.array([list(row) for row in rows], np.int32)
 
+    def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        """Bytes of each prompt."""
+        return [len(prompt.encode()) for prompt in prompts]
+
     def encode_text(self, params: Tree, ids: jax.Array) -> Text:
         """Hidden states [B, L, width]; the denoiser attends to padding too."""
         return Text(self.text_encoder.apply({"params": params}, ids))

@@ -74,3 +74,12 @@ def test_a_published_checkpoint_has_sizes_and_a_licence_without_weights():
         frames, height, width = model.video_size()
         assert model.latent_shape()[0] == frames and height % 8 == width % 8 == 0
         assert known_licence(f"someone/{name}") and not known_licence("someone/else")
+
+
+def test_tokens_are_counted_before_any_are_cut_off():
+    pipeline = load_pipeline("shapes")
+    long = "a small red circle moving left on a gray background " * 30
+    few, many = pipeline.count_tokens(["a red circle", long])
+    ids = pipeline.tokenize(["a red circle"])[0]
+    assert few == 5 and len(set(ids[:few].tolist())) == few, "words, and one token before and after them"
+    assert many > pipeline.family.text_length == ids.size

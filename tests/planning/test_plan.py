@@ -11,7 +11,8 @@ from rich.console import Console
 from vpo_jax import plan
 from vpo_jax.planning.chips import CHIPS, parse_topology
 from vpo_jax.planning.compiled import collectives_of, mismatch, missing
-from vpo_jax.planning.fit import abstract_mesh, abstract_meshes, make_plan, measure_programs, propose
+from vpo_jax.planning.cost import Cost
+from vpo_jax.planning.fit import Linear, abstract_mesh, abstract_meshes, make_plan, measure_programs, propose
 from vpo_jax.planning.job import make_job
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
@@ -204,3 +205,8 @@ def test_another_libtpu_than_jax_asks_for_is_said(monkeypatch, version, said):
 
 def test_a_missing_compiler_is_said_with_the_way_to_it():
     assert "GPUs" in missing(parse_topology("gpu:8xh100"))
+
+
+def test_rows_that_share_work_are_paid_for_one_by_one_where_a_device_does_not_hold_them_all():
+    line = Linear(Cost(10.0, 0.0, 0.0), Cost(1.0, 0.0, 0.0), shared=4, alone=Cost(9.0, 0.0, 0.0))
+    assert [line.at(rows).flops for rows in (1, 2, 4, 8)] == [9.0, 18.0, 14.0, 18.0]

@@ -65,7 +65,7 @@ def test_what_may_differ_on_resume_differs(tmp_path, key, value):
         ("rollout.microbatch", 0, 2, "videos, their scores and losses"),
         ("train.microbatch", 0, 1, "losses and gradients"),
         ("train.remat", False, True, "losses and gradients"),
-        ("lora.fold", False, True, "losses and gradients"),
+        ("lora.merge", False, True, "losses and gradients"),
         ("reward.videoscore.attention", "xla", "cudnn", "scores"),
         ("data.text_cache", "", "/cache", "encodings of prompts"),
         ("mesh.fsdp", 1, 2, "videos, scores and losses"),

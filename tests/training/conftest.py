@@ -107,6 +107,9 @@ class ToyFamily:
     def tokenize(self, tokenizer: Any, prompts: Any) -> np.ndarray:
         return np.array([[ord(c) % 31 for c in prompt.ljust(6)[:6]] for prompt in prompts], np.int32)
 
+    def count_tokens(self, tokenizer: Any, prompts: Any) -> list[int]:
+        return [len(prompt) for prompt in prompts]
+
     def encode_text(self, params: Any, ids: Any) -> Text:
         return Text(params["embedding"][ids])
 

@@ -40,14 +40,14 @@ def test_a_preset_of_no_model_wants_a_model_prompts_and_a_scorer_and_nothing_els
 
 
 def test_adapters_are_not_folded_into_kernels_that_would_swallow_them():
-    config = changed("lora.fold", True)
+    config = changed("lora.merge", True)
     check(config)
     config.model.dtype = "bfloat16"
-    with pytest.raises(UserError, match=r"lora\.fold: .*model\.dtype"):
+    with pytest.raises(UserError, match=r"lora\.merge: .*model\.dtype"):
         check(config)
 
     config.model.dtype, config.lora.rank = "float32", 0
-    with pytest.raises(UserError, match=r"lora\.fold: .*no adapters"):
+    with pytest.raises(UserError, match=r"lora\.merge: .*no adapters"):
         check(config)
 
 

@@ -121,7 +121,7 @@ def test_a_run_writes_what_there_is_to_watch(configure, run, toy_reward, tmp_pat
     assert written[0]["loss/u_noise"] == 0.0
     assert "held_out/judge/visual_quality" in written[1] and "held_out/judge/visual_quality" in written[2]
     assert 0.0 <= written[1]["held_out/win_rate/judge/visual_quality"] <= 1.0
-    assert {"eval/toy/dynamic_degree", "policy/winner_error_rises", "policy/distance_to_start"} <= written[1].keys()
+    assert {"eval/toy/dynamic_degree", "policy/winner_error_rises", "policy/distance_to_initial"} <= written[1].keys()
     samples = sorted(path.parent.name for path in (tmp_path / "samples").rglob("*.webp"))
     assert samples == ["step_000000"] * 2 + ["step_000002"] * 2 + ["step_000003"] * 2
     assert result.pipeline.decoder_params is not None

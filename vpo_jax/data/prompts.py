@@ -53,21 +53,19 @@ class Longer(NamedTuple):
     looked_at: int
 
 
-def longer_than(
-    prompts: Sequence[str], tokenize: Callable[[list[str]], Sequence[Sequence[int]]], length: int
-) -> Longer:
+def longer_than(prompts: Sequence[str], count: Callable[[list[str]], Sequence[int]], length: int) -> Longer:
     """Counts prompts whose words beyond `length` tokens are cut off.
 
     Args:
       prompts: of very many, 10,000 spread evenly over the list are looked at.
-      tokenize: texts -> token ids of each, special tokens included, neither padded nor cut.
+      count: texts -> tokens of each, special tokens included, before any are cut off.
       length: tokens that the text encoder reads, special tokens included.
     """
     places = np.unique(np.linspace(0, len(prompts) - 1, min(len(prompts), _MOST_LOOKED_AT)).astype(np.int64))
     number = 0
     for start in range(0, len(places), 1024):
         texts = [prompts[int(place)] for place in places[start : start + 1024]]
-        number += sum(len(ids) > length for ids in tokenize(texts))
+        number += sum(tokens > length for tokens in count(texts))
     return Longer(number, len(places))
 
 

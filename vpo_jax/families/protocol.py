@@ -136,6 +136,10 @@ class Family(Protocol):
         """Token ids int32 [B, L], padded and truncated to `text_length`."""
         ...
 
+    def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt before it is padded or truncated, special tokens included."""
+        ...
+
     def encode_text(self, params: Tree, ids: jax.Array) -> Text:
         """`Text` of token ids [B, L]; `params` as `text_params` returns them."""
         ...

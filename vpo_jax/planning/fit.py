@@ -22,13 +22,23 @@ MOST = 256  # devices that are tried
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """Cost of a program as a straight line: once a call, and for each row of the batch."""
+    """Cost of a program as a straight line: once a call, and for each row of the batch.
+
+    Attributes:
+      once, each: of a batch in which rows that share work lie together.
+      shared: how many rows share work; a batch that does not divide into so many is paid for row by row.
+      alone: of one row by itself.
+    """
 
     once: Cost
     each: Cost
+    shared: int
+    alone: Cost
 
     def at(self, batch: float) -> Cost:
         """Cost of a call with this batch."""
+        if batch % self.shared:
+            return Cost(*(cost * batch for cost in self.alone))
         return Cost(*(a + b * batch for a, b in zip(self.once, self.each, strict=True)))
 
 
@@ -36,11 +46,12 @@ def measure_programs(job: Job) -> dict[str, Linear]:
     """Costs by program, from the real functions at one and two units of rows."""
     lines = {}
     for program in job.programs:
-        unit = program.unit
+        unit = program.unit * program.shared
         one, two = (measure(program.function, *program.arguments(rows)) for rows in (unit, 2 * unit))
+        alone = measure(program.function, *program.arguments(program.unit)) if program.shared > 1 else one
         each = Cost(*(max(0.0, b - a) / unit for a, b in zip(one, two, strict=True)))
         once = Cost(*(max(0.0, a - unit * e) for a, e in zip(one, each, strict=True)))
-        lines[program.name] = Linear(once, each)
+        lines[program.name] = Linear(once, each, program.shared, alone)
     return lines
 
 

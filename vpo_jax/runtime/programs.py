@@ -28,6 +28,7 @@ class Program:
       microbatch: rows at a time; 0 = all.
       microbatch_key: config key that sets it, "" where none does.
       unit: rows that belong together: a batch is a multiple of it.
+      shared: rows that share work where a device holds them all: a prompt's candidates, for which it is read once.
       calls: in a step.
       passes: over the weights in a call, backward ones too.
       trains: whether gradients of the trainable parameters are summed over devices.
@@ -42,6 +43,7 @@ class Program:
     microbatch: int = 0
     microbatch_key: str = ""
     unit: int = 1
+    shared: int = 1
     calls: int = 1
     passes: int = 1
     trains: bool = False

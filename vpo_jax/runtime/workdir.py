@@ -28,7 +28,7 @@ _FREE = re.compile(r"\.every$|^log\.|^profile\.|^eval\.on_alarm$|^checkpoint\.ke
 _ROUNDING = (
     (re.compile(r"^mesh\."), "videos, scores and losses"),
     (re.compile(r"^rollout\.microbatch$"), "videos, their scores and losses"),
-    (re.compile(r"^(train\.(microbatch|remat)|lora\.fold)$"), "losses and gradients"),
+    (re.compile(r"^(train\.(microbatch|remat)|lora\.merge)$"), "losses and gradients"),
     (re.compile(r"^reward\.\w+\.attention$"), "scores"),
     (re.compile(r"^data\.text_cache$"), "encodings of prompts"),
 )

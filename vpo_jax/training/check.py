@@ -35,10 +35,10 @@ def check(config: Mapping[str, Any]) -> None:
     ALGORITHMS[values["algorithm.name"]].check(values)
     if values["lora.path"] and not values["lora.rank"]:
         raise UserError("lora.path: an adapter cannot start full fine-tuning (lora.rank=0); give its rank, or merge it")
-    if values["lora.fold"] and values["model.dtype"] != "float32":
-        raise UserError("lora.fold: a kernel in bfloat16 would swallow small adapters; set model.dtype to float32")
-    if values["lora.fold"] and not values["lora.rank"]:
-        raise UserError("lora.fold: full fine-tuning (lora.rank=0) has no adapters to fold; set lora.fold to False")
+    if values["lora.merge"] and values["model.dtype"] != "float32":
+        raise UserError("lora.merge: a kernel in bfloat16 would swallow small adapters; set model.dtype to float32")
+    if values["lora.merge"] and not values["lora.rank"]:
+        raise UserError("lora.merge: full fine-tuning (lora.rank=0) has no adapters to merge; set lora.merge to False")
     if values["ema.extrapolation"] != 1.0:
         if not values["ema.decay"]:
             raise UserError("ema.extrapolation: there is no average to extrapolate (ema.decay=0); set it to 1.0")

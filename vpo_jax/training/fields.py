@@ -72,7 +72,7 @@ FIELDS: Mapping[str, Field] = {
     "lora.alpha": POSITIVE,
     "lora.targets": TEXT,
     "lora.path": TEXT,
-    "lora.fold": FLAG,
+    "lora.merge": FLAG,
     "optimizer.learning_rate": POSITIVE,
     "optimizer.warmup_steps": whole(0),
     "optimizer.weight_decay": number(0),

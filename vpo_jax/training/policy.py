@@ -118,7 +118,7 @@ def make_policy(config: Any, family: Family, params: Tree, adapters: Tree | None
         return Policy(options, None, {}, cast_floating(params, jnp.float32))
     start = init_lora(stream_key(config.seed, "init"), params, lora) if adapters is None else adapters
     family = family.with_options(dtype=dtype, remat=config.train.remat, lora_scale=lora.scale)
-    return Policy(family, lora, cast_floating(params, dtype), start, config.lora.fold)
+    return Policy(family, lora, cast_floating(params, dtype), start, config.lora.merge)
 
 
 def abstract_policy(config: Any, pipeline: Pipeline) -> Policy:

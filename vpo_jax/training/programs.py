@@ -1,5 +1,6 @@
 """Every compiled function of a step, once: training calls them, plans and benchmarks read them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -117,12 +118,12 @@ def make_programs(
 
         def of_score(batch: int) -> tuple[Tree, ...]:
             shown = jax.ShapeDtypeStruct((batch, len(frames), height, width, 3), jnp.uint8)
-            prompts = ["a prompt"] * max(1, batch // rollout.candidates)
+            prompts = ["a prompt"] * (batch // math.gcd(batch, rollout.candidates))
             return abstract(reward.params), shown, abstract(reward.prepare(prompts))
 
         return Program(f"score {reward.name}", score_function(reward, places, micro), of_score,
                        ("parameters", "batch", "whole"), "score", videos, micro, "rollout.microbatch",
-                       rollout.candidates)  # fmt: skip
+                       shared=rollout.candidates)  # fmt: skip
 
     return Programs(
         encode=encode,

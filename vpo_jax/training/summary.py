@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vpo_jax.data.prompts import longer_than
 from vpo_jax.evaluation.trend import describe_trend, reward_trend
 from vpo_jax.pipeline import Pipeline
 from vpo_jax.rewards.combine import dimension_names, parse_weights
@@ -49,6 +50,11 @@ def describe_start(
 def _prompts(prompts: Sequence[str], pipeline: Pipeline) -> str:
     first = prompts[0] if len(prompts[0]) <= 60 else prompts[0][:57] + "..."
     said = f"{len(prompts)}, the first: {first!r}"
+    length = pipeline.family.text_length
+    longer = longer_than(prompts, pipeline.count_tokens, length)
+    if longer.number:
+        of = "" if longer.looked_at == len(prompts) else f" of {longer.looked_at} looked at"
+        said += f"; {longer.number}{of} have more than {length} tokens and lose their last words"
     return said
 
 

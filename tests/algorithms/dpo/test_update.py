@@ -169,8 +169,8 @@ def test_a_loss_in_one_program_with_the_reference_would_not_be_exact_but_the_gra
 def test_adapters_folded_into_kernels_predict_and_learn_the_same(configure, pipeline):
     """Float32: two orders of summation, to 1e-5 of the scale."""
     found = []
-    for fold in (False, True):
-        policy = policy_of(configure(lora__fold=fold), pipeline)
+    for merge in (False, True):
+        policy = policy_of(configure(lora__merge=merge), pipeline)
         adapters = jax.tree.map(lambda x: x + 0.05, policy.initial)
         latents = jax.random.normal(jax.random.key(0), (2, 4, 4, 4, 4))
         text = Text(jax.random.normal(jax.random.key(1), (2, 6, 8)))

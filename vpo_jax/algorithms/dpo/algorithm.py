@@ -230,7 +230,7 @@ class DPO:
                 losses.masked_sum(risen, watched.mask) / losses.denominator(watched.mask)
             ),
             "policy/watched_pairs": float(watched.mask.sum()),
-            "policy/distance_to_start": float(_distance(state.policy, frozen.initial)),
+            "policy/distance_to_initial": float(_distance(state.policy, frozen.initial)),
             "policy/distance_to_reference": float(_distance(state.policy, state.reference)),
         }
 

@@ -140,6 +140,10 @@ class TextToVideoSD:
         batch = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length)
         return np.asarray(batch["input_ids"], np.int32)
 
+    def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        """See `Family`."""
+        return [len(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
+
     def encode_text(self, params: Tree, ids: jax.Array) -> Text:
         """See `Family`: the last hidden states, all of which the UNet attends to."""
         hidden: Any = self.text_encoder.apply({"params": params}, ids)
