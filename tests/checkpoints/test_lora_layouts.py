@@ -9,7 +9,6 @@ from safetensors.numpy import load_file, save_file
 
 from vpo_jax.checkpoints.adapter_config import refuse_unusual
 from vpo_jax.checkpoints.peft import read_adapter, write_adapter
-from vpo_jax.families.text_to_video_sd.family import LORA_TARGETS
 from vpo_jax.models.lora import LoRAConfig, init_lora
 from vpo_jax.runtime.errors import UserError
 
@@ -164,7 +163,7 @@ def test_an_adapter_of_peft_is_read_where_its_start_left_the_base_alone(written,
     names = ["to_q", "to_k", "to_v", "to_out.0"]
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=names, init_lora_weights=start)
     peft.get_peft_model(TorchUNet.from_pretrained(written / "unet"), config).save_pretrained(tmp_path / "adapter")
-    lora = LoRAConfig(targets=LORA_TARGETS, rank=2, alpha=4.0)
+    lora = LoRAConfig(rank=2, alpha=4.0)
     shapes = init_lora(jax.random.key(0), parts.params["unet"], lora)
     if str(start).startswith(("pissa", "olora")):
         with pytest.raises(UserError, match=rf"init_lora_weights='{start}' is not supported.*merge_and_unload"):

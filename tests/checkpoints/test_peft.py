@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from vpo_jax.checkpoints.peft import read_adapter, write_adapter
-from vpo_jax.families.text_to_video_sd.family import LORA_TARGETS
-from vpo_jax.models.lora import LoRAConfig, init_lora
+from vpo_jax.models.lora import ATTENTION_TARGETS, LoRAConfig, init_lora
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime.errors import UserError
 
@@ -23,7 +22,7 @@ MIXED_TARGETS = (r"\.to_q$", r"resnets\.0\.conv1$", r"temp_convs\.0\.conv2\.3$")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [LORA_TARGETS, MIXED_TARGETS], ids=["attention", "with convolutions"])
+@pytest.mark.parametrize("targets", [ATTENTION_TARGETS, MIXED_TARGETS], ids=["attention", "with convolutions"])
 def test_peft_loads_what_is_written_and_predicts_the_same(written, parts, tmp_path, targets):
     torch = pytest.importorskip("torch", reason="parity against PyTorch needs it")
     peft = pytest.importorskip("peft")
@@ -55,7 +54,7 @@ def test_peft_loads_what_is_written_and_predicts_the_same(written, parts, tmp_pa
 
 
 def test_the_config_says_rank_scale_and_base(parts, tmp_path):
-    lora = LoRAConfig(rank=2, alpha=4.0, targets=LORA_TARGETS)
+    lora = LoRAConfig(rank=2, alpha=4.0, targets=ATTENTION_TARGETS)
     write_adapter(tmp_path / "adapter", init_lora(jax.random.key(0), parts.params["unet"], lora), lora, "base")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2, 4.0, "base")
@@ -63,7 +62,7 @@ def test_the_config_says_rank_scale_and_base(parts, tmp_path):
 
 
 def test_an_adapter_is_replaced_and_anything_else_is_left_alone(parts, tmp_path):
-    lora = LoRAConfig(rank=2, alpha=4.0, targets=LORA_TARGETS)
+    lora = LoRAConfig(rank=2, alpha=4.0, targets=ATTENTION_TARGETS)
     adapters = init_lora(jax.random.key(0), parts.params["unet"], lora)
     for base in ("one", "two"):
         write_adapter(tmp_path / "adapter", adapters, lora, base)
@@ -77,7 +76,7 @@ def test_an_adapter_is_replaced_and_anything_else_is_left_alone(parts, tmp_path)
     shutil.rmtree(tmp_path / "mine")
 
 
-@pytest.mark.parametrize("targets", [LORA_TARGETS, MIXED_TARGETS], ids=["attention", "with convolutions"])
+@pytest.mark.parametrize("targets", [ATTENTION_TARGETS, MIXED_TARGETS], ids=["attention", "with convolutions"])
 def test_an_adapter_folder_is_read_back_to_the_bit(parts, tmp_path, targets):
     lora = LoRAConfig(rank=3, alpha=6.0, targets=targets)
     adapters = random_adapters(parts.params["unet"], lora)
@@ -96,7 +95,7 @@ def test_an_adapter_that_peft_wrote_is_read(written, parts, tmp_path):
         peft.LoraConfig(r=2, lora_alpha=4, target_modules=names, init_lora_weights=False),
     )
     adapted.save_pretrained(tmp_path / "adapter")
-    lora = LoRAConfig(rank=2, alpha=4.0, targets=LORA_TARGETS)
+    lora = LoRAConfig(rank=2, alpha=4.0, targets=ATTENTION_TARGETS)
     shapes = init_lora(jax.random.key(0), parts.params["unet"], lora)
     read = read_adapter(tmp_path / "adapter", shapes, lora)
     place = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -120,13 +119,13 @@ def test_an_adapter_that_peft_wrote_is_read(written, parts, tmp_path):
     ids=str,
 )
 def test_an_adapter_that_does_not_fit_is_refused_by_name(parts, tmp_path, damage, message):
-    lora = LoRAConfig(rank=3, alpha=6.0, targets=LORA_TARGETS)
+    lora = LoRAConfig(rank=3, alpha=6.0, targets=ATTENTION_TARGETS)
     folder = tmp_path / "adapter"
     write_adapter(folder, random_adapters(parts.params["unet"], lora), lora, "base")
     if damage.pop("pickle", False):
         (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     folder = tmp_path / damage.pop("folder", "adapter")
-    wanted = LoRAConfig(damage.pop("rank", 3), damage.pop("alpha", 6.0), damage.pop("targets", LORA_TARGETS))
+    wanted = LoRAConfig(damage.pop("rank", 3), damage.pop("alpha", 6.0), damage.pop("targets", ATTENTION_TARGETS))
     if damage:
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**config, **damage}))

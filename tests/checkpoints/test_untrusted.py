@@ -20,7 +20,6 @@ from vpo_jax.checkpoints.safetensors_io import read_file
 from vpo_jax.checkpoints.untrusted import open_folder
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.families.table import read_pipeline
-from vpo_jax.families.text_to_video_sd.family import LORA_TARGETS
 from vpo_jax.models.lora import LoRAConfig, init_lora
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.loading import load_reward
@@ -412,7 +411,7 @@ def test_300_folders_that_were_tampered_with_load_or_are_refused_in_words(mutati
     check_mutation(mutation, tmp_path / "f")
 
 
-LORA = LoRAConfig(2, 4.0, LORA_TARGETS)
+LORA = LoRAConfig(2, 4.0)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,9 @@ from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import flatten, unflatten
 from vpo_jax.runtime.types import Tree
 
+# Projections of an attention layer, by diffusers' names.
+ATTENTION_TARGETS = (r"\.to_q$", r"\.to_k$", r"\.to_v$", r"\.to_out\.0$")
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
@@ -23,7 +26,7 @@ class LoRAConfig:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...]
+    targets: tuple[str, ...] = ATTENTION_TARGETS
 
     @property
     def scale(self) -> float:

@@ -17,13 +17,12 @@ from vpo_jax.families.text_to_video_sd.published import LICENCES, PUBLISHED
 from vpo_jax.families.text_to_video_sd.videocrafter import read_videocrafter
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from vpo_jax.models.lora import ATTENTION_TARGETS
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import CLIPS, PARAMETER_RULES, Rules, constrain
 
 _NUM_FRAMES = 16  # diffusers' TextToVideoSDPipeline, where nothing else is said
-# The projections of every attention, spatial and temporal: the field's usual choice for video UNets.
-LORA_TARGETS = (r"\.to_q$", r"\.to_k$", r"\.to_v$", r"\.to_out\.0$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,7 @@ class TextToVideoSD:
 
     layout: ClassVar[Layout] = LAYOUT
     sharding_rules: ClassVar[Rules] = PARAMETER_RULES
-    lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
+    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION_TARGETS
     published: ClassVar[Mapping[str, Configs]] = PUBLISHED
     licences: ClassVar[Mapping[str, str]] = LICENCES
     importers: ClassVar[Mapping[str, Importer]] = {
