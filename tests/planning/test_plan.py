@@ -210,3 +210,12 @@ def test_a_missing_compiler_is_said_with_the_way_to_it():
 def test_rows_that_share_work_are_paid_for_one_by_one_where_a_device_does_not_hold_them_all():
     line = Linear(Cost(10.0, 0.0, 0.0), Cost(1.0, 0.0, 0.0), shared=4, alone=Cost(9.0, 0.0, 0.0))
     assert [line.at(rows).flops for rows in (1, 2, 4, 8)] == [9.0, 18.0, 14.0, 18.0]
+
+
+def test_a_step_calls_each_program_as_often_as_training_does(planned):
+    job, _ = planned
+    found = {program.name: (program.calls, program.unit, program.shared) for program in job.programs}
+    updates, candidates = job.config.train.updates_per_step, job.config.rollout.candidates
+    assert found["errors"] == (2 * updates, 2, 1) and found["update"] == (updates, 2, 1)
+    assert found["rollout"] == found["decode"] == found["encode"] == (1, 1, 1)
+    assert all(found[name] == (1, 1, candidates) for name in found if name.startswith("score "))

@@ -40,6 +40,7 @@ class Program:
     roles: tuple[Role, ...]
     mesh: Literal["update", "rollout", "score"]
     batch: int
+    _: dataclasses.KW_ONLY
     microbatch: int = 0
     microbatch_key: str = ""
     unit: int = 1

@@ -122,13 +122,14 @@ def make_programs(
             return abstract(reward.params), shown, abstract(reward.prepare(prompts))
 
         return Program(f"score {reward.name}", score_function(reward, places, micro), of_score,
-                       ("parameters", "batch", "whole"), "score", videos, micro, "rollout.microbatch",
-                       shared=rollout.candidates)  # fmt: skip
+                       ("parameters", "batch", "whole"), "score", videos, microbatch=micro,
+                       microbatch_key="rollout.microbatch", shared=rollout.candidates)  # fmt: skip
 
     return Programs(
         encode=encode,
         rollout=Program("rollout", rolled, of_rollout, ("parameters", "parameters", "batch", "whole", "batch"),
-                        "rollout", videos, micro, "rollout.microbatch", passes=rollout.num_inference_steps),
+                        "rollout", videos, microbatch=micro, microbatch_key="rollout.microbatch",
+                        passes=rollout.num_inference_steps),
         decode=decode_program(pipeline, frames, latents, videos, micro),
         scores=tuple(score_program(reward) for reward in rewards if reward.jittable),
         algorithm=algorithm,
@@ -167,4 +168,5 @@ def decode_program(
         return abstract(pipeline.decoder_params), abstract_rows(latents, batch)
 
     roles: tuple[Role, ...] = ("parameters", "batch")
-    return Program("decode", jax.jit(decode), arguments, roles, "score", videos, microbatch, "rollout.microbatch")
+    return Program("decode", jax.jit(decode), arguments, roles, "score", videos, microbatch=microbatch,
+                   microbatch_key="rollout.microbatch")  # fmt: skip

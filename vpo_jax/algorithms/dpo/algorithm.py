@@ -140,10 +140,11 @@ class DPO:
         passes = 4 if train.remat else 3
         roles: tuple[Role, ...] = ("parameters", "parameters", "batch")
         return (
-            Program("errors", self.errors, of_errors, roles, "update", videos, microbatch,
-                    "train.microbatch", size, predicted * updates),
+            Program("errors", self.errors, of_errors, roles, "update", videos, microbatch=microbatch,
+                    microbatch_key="train.microbatch", unit=size, calls=predicted * updates),
             Program("update", jax.jit(update), of_update, (*roles, "batch", "batch"), "update", videos,
-                    microbatch, "train.microbatch", size, updates, passes, trains=True),
+                    microbatch=microbatch, microbatch_key="train.microbatch", unit=size, calls=updates, passes=passes,
+                    trains=True),
         )  # fmt: skip
 
     def init(self, initial: Tree) -> DPOState:
