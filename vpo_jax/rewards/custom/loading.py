@@ -10,7 +10,7 @@ higher is better:
     my_reward.ranges = ((0.0, 255.0),)    # lowest and highest value that each is meant to take
     my_reward.trains = True               # False: it is used for evaluation only
 
-All three attributes may be missing. Without `dimensions` the function is called once at the start on six small videos,
+All three attributes may be missing. Without `dimensions` the function is called once at loading, on six small videos,
 and what it gives is taken; without `ranges` they are what it gives there (a hundredth of a range is the least
 deviation that counts, so the order of magnitude is enough); without `trains` it trains. A dimension called
 "dynamic_degree" feeds the motion gate.

@@ -139,7 +139,7 @@ class VideoRewardReward:
         frames, vision = videos.shape[1], self.model.config.vision
         if frames % vision.temporal_patch_size:
             raise UserError(
-                f"videos: {frames} frames, and {self.name} looks at {vision.temporal_patch_size} together; "
+                f"videos: {frames} frames, and {self.name} reads {vision.temporal_patch_size} together; "
                 "take those of frame_indices"
             )
         height, width = self.frames.output_size(*videos.shape[2:4])
