@@ -94,8 +94,8 @@ def _shapes() -> ConfigDict:
     config.preference.anchor = 0.0  # weight of the distance to the initial policy's predictions; 0 = off
     config.preference.max_pair_age = 0  # steps; 0 = strictly online
     config.preference.caption_dropout = 0.0
-    config.preference.timestep_low = 0.0  # least timestep in updates, as a share of the schedule; 0 = clean
-    config.preference.timestep_high = 1.0  # largest one; 1 = noise
+    config.preference.timestep_low = 0.0  # lowest timestep of updates, as a share of the schedule; 0 = clean
+    config.preference.timestep_high = 1.0  # highest timestep; 1 = noise
 
     config.reference = ConfigDict()
     config.reference.schedule = "refresh"  # refresh, frozen, ema or adaptive
@@ -109,7 +109,7 @@ def _shapes() -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 16  # 0 = full fine-tuning
     config.lora.alpha = 16.0
-    config.lora.path = ""  # a PEFT adapter folder: the initial policy and the reference are base + adapter
+    config.lora.path = ""  # a PEFT adapter folder: policy and reference start from base + adapter
     config.lora.targets = ""  # comma-separated patterns of module paths; "" = every attention layer
     config.lora.merge = False  # merge adapters into kernels inside programs: faster for small layers; float32 only
 
@@ -147,7 +147,7 @@ def _shapes() -> ConfigDict:
     config.mesh.context = 1
     config.mesh.tensor = 1
     config.mesh.rollout = ""  # axes for sampling on the same devices, as "data=4,context=2"; "" = as above
-    config.mesh.score = ""  # axes for scoring, on the same devices or on reward.devices; "" = as above
+    config.mesh.score = ""  # axes for scoring, likewise, or on reward.devices; others are 1, data the rest
 
     config.profile = ConfigDict()
     config.profile.steps = ""  # "3:5" traces steps 3 and 4 into WORKDIR/profile, for TensorBoard or xprof
@@ -282,7 +282,7 @@ def _zeroscope(config: ConfigDict) -> None:
 
     Its hub folder holds pickled weights; convert them: `python tools/pickle_to_safetensors.py FOLDER` first.
     Hardware: eight chips of 80 GB.
-    Time, calculated and not measured: 43.8 PFLOP a step, calculated as in `modelscope`, so at 40 % of an H100's
+    Time, calculated and not measured: 43.8 PFLOP a step, as in `modelscope`, so at 40 % of an H100's
     790 TFLOP/s 139 s a step on one, 17 s on eight; 1000 steps in 39 h and 4.8 h.
     """
     _full_size(config, num_frames=24, height=320, width=576, guidance_scale=9.0)
@@ -294,7 +294,7 @@ def _videocrafter2(config: ConfigDict) -> None:
     Convert its file first: `python -m vpo_jax.convert --from_videocrafter=model.safetensors --base=DIR --output=DIR`.
     Its own script samples with 50 steps and eta 1; 25 steps with eta 0 take half of the time.
     Hardware: eight chips of 80 GB.
-    Time, calculated and not measured: 26.2 PFLOP a step, calculated as in `modelscope`, so at 40 % of an H100's
+    Time, calculated and not measured: 26.2 PFLOP a step, as in `modelscope`, so at 40 % of an H100's
     790 TFLOP/s 83 s a step on one, 10 s on eight; 1000 steps in 23 h and 2.9 h.
     """
     _full_size(config, num_frames=16, height=320, width=512, guidance_scale=12.0)
