@@ -83,7 +83,7 @@ on() {
     call "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"
 }
 
-# The request's state; GONE where there is none, UNREACHABLE where nobody knows.
+# The request's state; GONE where there is none, UNREACHABLE where gcloud gives no answer.
 state() {
     local text
     if text="$("${tpus[@]}" queued-resources describe "$name" "${where[@]}" "--format=value(state.state)" 2>&1)"; then

@@ -117,7 +117,7 @@ def load_config(source: str) -> Any:
     try:
         spec.loader.exec_module(module)
     except (SyntaxError, ImportError, NameError) as error:
-        raise UserError(f"--config: {file} does not load ({error}); mend the file") from error
+        raise UserError(f"--config: {file} does not load ({error}); correct the file") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"--config: {file} has no function get_config(preset); see configs/vpo.py")
     try:

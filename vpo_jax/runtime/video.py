@@ -99,7 +99,7 @@ def _refuse_truncated(path: Path) -> None:
 def _decoded(path: Path) -> np.ndarray:
     """What ffmpeg decodes: uint8 [F, H, W, 3].
 
-    `passthrough` hands out each decoded frame once; without it ffmpeg repeats and drops frames of a variable rate until
+    `passthrough` writes each decoded frame once; without it ffmpeg repeats and drops frames of a variable rate until
     the rate is constant. An error in the middle of a file is raised; ffmpeg's default keeps the frames before it.
     """
     source = ["-nostdin", "-loglevel", "error", "-xerror", "-err_detect", "explode", "-i", f"file:{path}"]

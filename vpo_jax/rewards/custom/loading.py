@@ -91,7 +91,7 @@ def _imported(origin: Origin) -> Any:
                 f"needs a module {error.name!r}, and there is none; start the command where {module_name}.py lies, or "
                 "add its folder to PYTHONPATH"
             ) from None
-        raise origin.wrong(f"cannot be imported: {described(error, origin.source)}; mend it") from error
+        raise origin.wrong(f"cannot be imported: {described(error, origin.source)}; correct it") from error
     if not hasattr(module, attribute):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise origin.wrong(f"is missing: {module_name} has {', '.join(known) or 'no function'}; name what is there")
