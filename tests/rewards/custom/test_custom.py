@@ -178,7 +178,7 @@ def test_a_function_that_hangs_is_named_and_waited_for_no_longer_than_the_limit(
     hangs.dimensions, hangs.ranges = ("a",), ((0.0, 1.0),)
     reward = load_reward("mine_for_tests:hangs", {"timeout": 0.05})
     with pytest.raises(
-        UserError, match=r"for 3 videos in 0\.05 s; mend it, or give it more time with --config\.reward"
+        UserError, match=r"for 3 videos in 0\.05 s; correct it, or give it more time with --config\.reward"
     ):
         reward.score({}, videos(), reward.prepare(["a"] * 3))
     release.set()
