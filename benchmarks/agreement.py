@@ -1,10 +1,10 @@
-"""Which dimensions of a scorer tell the better of two samples of one prompt, by scorers that train nothing.
+"""How well a scorer's dimensions rank samples of one prompt, measured by scorers that are not used for training.
 
-    python benchmarks/agreement.py --model=shapes --prompts=shapes:tune --scorers=shapes --judges=judge
+    python benchmarks/agreement.py --model=shapes --prompts=shapes:tune --scorers=shapes --held_out=judge
 
-Training pairs are made within a prompt, so a dimension that is right between prompts and blind within them teaches
-nothing, and one that goes against what is wanted teaches the opposite. Each number is Spearman's rank correlation of a
-dimension and a measure, both less their prompt's mean. `reward.weights` should follow it.
+Training pairs are made within a prompt. A dimension that ranks only between prompts is therefore useless, and one with
+a negative correlation trains the opposite. Each number is Spearman's rank correlation of a dimension and a measure,
+both less their prompt's mean. Set `reward.weights` accordingly.
 """
 
 import sys
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", default="shapes", help="a diffusers folder, or shapes")
     parser.add_argument("--prompts", default="shapes:tune", help="as config.data.prompts")
     parser.add_argument("--scorers", default="shapes", help="as config.reward.scorers")
-    parser.add_argument("--judges", default="judge", help="as config.held_out.scorers")
+    parser.add_argument("--held_out", default="judge", help="as config.held_out.scorers")
     parser.add_argument("--samples", type=int, default=4, help="of each prompt, at least 2")
     parser.add_argument("--count", type=int, default=48, help="prompts at most")
     flags = parser.parse(argv)
@@ -46,16 +46,16 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--samples: {flags.samples} of a prompt cannot be compared; give 2 or more")
     keep_compiled_programs()
     keep_freed_memory()
-    scorers, judges = (load_rewards(names) for names in (flags.scorers, flags.judges))
+    scorers, held_out = (load_rewards(names) for names in (flags.scorers, flags.held_out))
     prompts = load_prompts(flags.prompts, "--prompts")[: flags.count]
     sampling = Sampling(samples=flags.samples)
-    scores, _ = evaluate(load_pipeline(flags.model), list(prompts), [*scorers, *judges], sampling)
+    scores, _ = evaluate(load_pipeline(flags.model), list(prompts), [*scorers, *held_out], sampling)
 
-    rows, columns = ([f"{one.name}/{name}" for one in some for name in one.dimensions] for some in (scorers, judges))
+    rows, columns = ([f"{one.name}/{name}" for one in some for name in one.dimensions] for some in (scorers, held_out))
     table = Table("", *(name.partition("/")[2] for name in columns), title="agreement within a prompt")
     for row in rows:
         table.add_row(row, *(f"{within_prompts(scores[row], scores[column]):+.2f}" for column in columns))
-    console = Console(width=160)  # names are long, and half a name says nothing
+    console = Console(width=160)  # wide enough for whole names
     console.print(f"{flags.model}: {len(prompts)} prompts, {flags.samples} samples of each", highlight=False)
     console.print(table)
 

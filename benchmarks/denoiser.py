@@ -1,10 +1,10 @@
 """Seconds and memory of a guided call of ModelScope's denoiser on this machine's device, beside floor and PyTorch.
 
-    python benchmarks/denoiser.py [--clips=4] [--frames=16] [--size=256] [--attention=xla] [--profile=DIR]
+    python benchmarks/denoiser.py [--videos=4] [--frames=16] [--size=256] [--attention=xla] [--profile=DIR]
         [--peer=eager|compiled] [--output=FILE.json]
 
-A call sees every clip twice, with its text and without. The weights are random bfloat16: nothing is downloaded. The
-floor is the FLOPs of the products over the device's published peak. `--peer` also times diffusers'
+Guidance computes every video twice in a call, with its text and without. The weights are random bfloat16: nothing is
+downloaded. The floor is the FLOPs of the products over the device's published peak. `--peer` also times diffusers'
 UNet3DConditionModel on the same shapes in bfloat16 with PyTorch's own attention, as it is or through torch.compile.
 """
 
@@ -41,7 +41,7 @@ FACTOR = 8  # pixels on a side of a latent
 def main(argv: Sequence[str]) -> None:
     """Measures what the flags name."""
     parser = cli.Parser("benchmarks.denoiser", (__doc__ or "").partition("\n")[0])
-    parser.add_argument("--clips", type=int, default=4)
+    parser.add_argument("--videos", type=int, default=4)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=256, help="pixels on a side")
     parser.add_argument("--attention", choices=tuple(BACKENDS), default="xla")
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--only_peer", default="", help=argparse.SUPPRESS)
     parser.add_argument("--output", default="", help="JSON file to write beside what is printed")
     flags = parser.parse(argv)
-    for name, least in (("clips", 1), ("frames", 1), ("size", FACTOR), ("repeats", 1)):
+    for name, least in (("videos", 1), ("frames", 1), ("size", FACTOR), ("repeats", 1)):
         if getattr(flags, name) < least:
             raise UserError(f"--{name}: {getattr(flags, name)} is too few; give {least} or more")
     if flags.only_peer:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
         return
     result = measure(flags)
     if flags.peer:
-        case = {"rows": 2 * flags.clips, "frames": flags.frames, "side": flags.size // FACTOR}
+        case = {"rows": 2 * flags.videos, "frames": flags.frames, "side": flags.size // FACTOR}
         result |= run_peer(__file__, case | {"repeats": flags.repeats, "compiled": flags.peer == "compiled"})
         result["torch_over_ours"] = result["torch_seconds"] / result["seconds"]
     print(json.dumps(result, indent=2))
@@ -73,7 +73,7 @@ def measure(flags: Any) -> dict[str, Any]:
     plain = UNet3DConditionModel(UNet3DConfig.from_dict(config), dtype=jnp.bfloat16)
     unet = plain.clone(attention_backend=flags.attention)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), param_shapes("unet", config))
-    rows, side = 2 * flags.clips, flags.size // FACTOR
+    rows, side = 2 * flags.videos, flags.size // FACTOR
     keys = jax.random.split(jax.random.key(1), 2)
     latents = jax.random.normal(keys[0], (rows, flags.frames, side, side, plain.config.in_channels), jnp.bfloat16)
     text = jax.random.normal(keys[1], (rows, TOKENS, plain.config.cross_attention_dim), jnp.bfloat16)
@@ -97,7 +97,7 @@ def measure(flags: Any) -> dict[str, Any]:
     result = {
         "device": device.device_kind,
         "jax": jax.__version__,
-        "clips": flags.clips,
+        "videos": flags.videos,
         "attention": flags.attention,
         "apart_from_xla": float(jnp.abs(found - expected).max() / jnp.abs(expected).max()),
         "weights_bytes": bytes_of(shapes),

@@ -1,4 +1,4 @@
-"""What finished runs of the embedded job learned, against the bars that they have to clear.
+"""Checks finished runs of the embedded job against minimum results.
 
     for seed in 0 1 2; do
         python -m vpo_jax.main --config=configs/vpo.py --config.seed=$seed --workdir=runs/seed-$seed
@@ -6,8 +6,8 @@
     python benchmarks/learning.py runs/seed-0 runs/seed-1 runs/seed-2
 
 Reads whether the reward of the run's own samples rose while it trained. Samples base and tuned of each run again, with
-the same noise for both, and measures the videos: win rates from the scorer and from the judge, which trains nothing,
-and the judge's measures in their own units. Exit code 1 where a bar is missed.
+the same noise for both, and measures the videos: win rates from the training scorer and from the held-out
+scorer `judge`, and the judge's measures in their own units. Exit code 1 where a minimum is missed.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
     python benchmarks/loading.py [--size=full|small] [--stored=float16] [--dtype=bfloat16] [--folder=DIR]
 
 Makes a random checkpoint first (full: ModelScope's 1.41 B parameters, 2.8 GB in float16) and keeps it where `--folder`
-names one. Memory is anonymous (RssAnon): pages of the mapped file are the kernel's to drop and do not count. The
-promise is a peak below the parameters' own bytes plus twice the largest tensor.
+names one. Memory is anonymous (RssAnon): the kernel may drop pages of the mapped file, so they do not count. The
+bound is the parameters' own bytes plus twice the largest tensor.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Prints one line of results a way of placing."""
+    """Prints one line of results for each place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=tuple(SIZES), default="full")
     parser.add_argument("--stored", default="float16", help="dtype in the file")
@@ -73,9 +73,9 @@ def load(folder: Path, dtype: str, place: str) -> tuple[float, int, int, int]:
 
 
 def report(place: str, seconds: float, size: int, largest: int, peak: int) -> str:
-    """The line for one way."""
+    """The line for one place."""
     bound = size + 2 * largest
-    # Parameters on an accelerator are not the host's memory.
+    # Parameters on an accelerator take no memory of the host.
     if place == "devices" and jax.default_backend() != "cpu":
         bound -= size
     verdict = "below" if peak <= bound else "ABOVE"

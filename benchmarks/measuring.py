@@ -1,4 +1,4 @@
-"""What the benchmarks of full-size parts share."""
+"""Helpers of the benchmarks of full-size parts."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ _NOISE = 4_194_301  # numbers, repeated: a prime, so that rows differ
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """What its maker publishes of a device; None where the planner does not know it."""
+    """The published numbers of a device; None where the planner does not know it."""
     return next((chip for name, chip in CHIPS.items() if name in device.device_kind.lower()), None)
 
 
@@ -35,7 +35,7 @@ def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
 
 
 def random_weights(shapes: Any) -> Any:
-    """Arrays of those shapes, with a variance that keeps what goes through them of order one."""
+    """Arrays of those shapes, with a variance that keeps activations of order one."""
 
     def one(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         inputs = int(np.prod(shape[:-1])) if len(shape) > 1 else 1
@@ -59,7 +59,7 @@ def run_peer(benchmark: str, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_random(folder: Path, stem: str, shapes: Mapping[str, Any], dtype: str) -> None:
-    """Weights of those shapes, with a variance that keeps what goes through them of order one."""
+    """Weights of those shapes, with a variance that keeps activations of order one."""
     folder.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(0).standard_normal(_NOISE, np.float32)
 

@@ -1,12 +1,12 @@
-"""What chips exchange in a step as their number grows, compiled and not run, and how far weak scaling then goes.
+"""Bytes that chips exchange in a step as their number grows, by compilation, and the efficiency of weak scaling.
 
     python benchmarks/scaling.py --config=configs/vpo.py:modelscope --config.model.path=modelscope \\
         --config.reward.scorers=videoscore [--slices=v5e:2x4,v5e:4x4,...] [--stages=update]
 
-Every slice gets the prompts a chip that the first one gets from the config, and compiles the stages named for its
-chips (libtpu: pip install -r requirements-tpu.txt). Efficiency is the first slice's step over this one's, each the
-stages' floors by arithmetic plus what the compiled collectives take at the chip's published bandwidth, none of it
-hidden behind computation.
+The prompts a chip are the same on every slice: the config's on the first one. The named stages are compiled for each
+slice (libtpu: pip install -r requirements-tpu.txt). Efficiency is the first slice's time of a step over this one's. A
+step's time is the calculated floor of its stages plus the time of the compiled collectives at the chip's published
+bandwidth, without overlap.
 """
 
 import json

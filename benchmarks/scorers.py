@@ -1,6 +1,6 @@
 """Seconds and memory of a full-size scorer on this machine's device, beside its floor and beside PyTorch.
 
-    python benchmarks/scorers.py --scorer=videoscore|videoreward [--clips=8] [--prompts=2] [--at_a_time=4]
+    python benchmarks/scorers.py --scorer=videoscore|videoreward [--videos=8] [--prompts=2] [--at_a_time=4]
         [--frames=16] [--size=256] [--attention=xla] [--peer] [--output=FILE.json]
 
 The weights are random bfloat16: nothing is downloaded. The floor is the FLOPs of the products over the device's
@@ -43,9 +43,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--scorer", choices=[name for name, entry in SCORERS.items() if entry.abstract], default="videoscore"
     )
-    parser.add_argument("--clips", type=int, default=8, help="scored in a call")
-    parser.add_argument("--prompts", type=int, default=2, help="that the clips were made for, as many for each")
-    parser.add_argument("--at_a_time", type=int, default=4, help="frames of each clip in the vision encoder at once")
+    parser.add_argument("--videos", type=int, default=8, help="scored in a call")
+    parser.add_argument("--prompts", type=int, default=2, help="of the videos, the same number of videos each")
+    parser.add_argument("--at_a_time", type=int, default=4, help="frames of each video in the vision encoder at once")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--attention", choices=tuple(BACKENDS), default="xla")
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--peer: PyTorch's side is there for videoscore alone")
     result = measure(flags)
     if flags.peer:
-        sizes = {name: result[name] for name in ("clips", "frames", "side", "tokens")}
+        sizes = {name: result[name] for name in ("videos", "frames", "side", "tokens")}
         result |= run_peer(__file__, sizes | {"repeats": flags.repeats})
         result["torch_over_ours"] = result["torch_seconds_a_video"] / result["seconds_a_video"]
     print(json.dumps(result, indent=2))
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def measure(flags: Any) -> dict[str, Any]:
-    """Of scoring `clips` random videos: {"seconds_a_video": ..., "share_of_peak": ..., "peak_bytes": ..., ...}."""
+    """Of scoring `videos` random videos: {"seconds_a_video": ..., "share_of_peak": ..., "peak_bytes": ..., ...}."""
     keep_compiled_programs()
     settings = cli.load_config(str(cli.ROOT / "configs" / "vpo.py")).reward
     (found,) = abstract_rewards(flags.scorer, settings)
@@ -79,7 +79,7 @@ def measure(flags: Any) -> dict[str, Any]:
     reward = dataclasses.replace(plain, model=plain.model.clone(backend=flags.attention))
     rng = np.random.default_rng(0)
     seen = reward.frame_indices(flags.frames)
-    shape = (flags.clips, len(seen), flags.size, flags.size, 3)
+    shape = (flags.videos, len(seen), flags.size, flags.size, 3)
     videos = jnp.asarray(rng.integers(0, 256, shape, dtype=np.uint8))
     prepared = reward.prepare(["a prompt"] * flags.prompts)
     prepared["input_ids"] = rng.integers(5, 30000, prepared["input_ids"].shape, dtype=np.int32)
@@ -98,15 +98,15 @@ def measure(flags: Any) -> dict[str, Any]:
     result = {
         "device": device.device_kind,
         "jax": jax.__version__,
-        "clips": flags.clips,
+        "videos": flags.videos,
         "frames": len(seen),
         "attention": flags.attention,
         "apart_from_xla": float(jnp.abs(scores - expected).max()),
         "weights_bytes": bytes_of(reward.params),
         "peak_bytes": memory.get("peak_bytes_in_use"),
         "first_call_seconds": first,
-        "seconds_a_video": seconds / flags.clips,
-        "tflop_a_video": needed.flops / flags.clips / 1e12,
+        "seconds_a_video": seconds / flags.videos,
+        "tflop_a_video": needed.flops / flags.videos / 1e12,
         "tflop_a_second": needed.flops / seconds / 1e12,
     }
     if kind:
@@ -117,10 +117,10 @@ def measure(flags: Any) -> dict[str, Any]:
     return result
 
 
-def torch_peer(clips: int, frames: int, side: int, tokens: int, repeats: int) -> dict[str, Any]:
+def torch_peer(videos: int, frames: int, side: int, tokens: int, repeats: int) -> dict[str, Any]:
     """Of transformers' Idefics2 with a head of five: {"torch_seconds_a_video": ..., "torch_peak_bytes": ..., ...}.
 
-    The most clips at a time, of `clips` and its halves, that memory lets it do.
+    Takes the fastest number of videos at a time among `videos` and its halves that fit into memory.
     """
     import torch
     import transformers
@@ -133,20 +133,20 @@ def torch_peer(clips: int, frames: int, side: int, tokens: int, repeats: int) ->
         model = transformers.Idefics2Model(config).eval()
         head = torch.nn.Linear(config.text_config.hidden_size, 5)
         per_frame = config.perceiver_config.resampler_n_latents
-        ids = torch.randint(5, 30000, (clips, tokens))
+        ids = torch.randint(5, 30000, (videos, tokens))
         ids[:, -frames * per_frame :] = model.config.image_token_id
-        pixels = torch.randn(clips, frames, 3, side, side)
+        pixels = torch.randn(videos, frames, 3, side, side)
 
         def call(some: int) -> float:
             began = time.perf_counter()
-            for at in range(0, clips, some):
+            for at in range(0, videos, some):
                 part = slice(at, at + some)
                 out = model(input_ids=ids[part], attention_mask=torch.ones_like(ids[part]), pixel_values=pixels[part])
                 head(out.last_hidden_state[:, -1]).float().cpu()
             return time.perf_counter() - began
 
         best: dict[str, Any] = {}
-        some = clips
+        some = videos
         while some:
             try:
                 call(some)
@@ -154,8 +154,8 @@ def torch_peer(clips: int, frames: int, side: int, tokens: int, repeats: int) ->
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
             else:
-                if not best or seconds / clips < best["torch_seconds_a_video"]:
-                    best = {"torch_seconds_a_video": seconds / clips, "torch_clips_at_a_time": some}
+                if not best or seconds / videos < best["torch_seconds_a_video"]:
+                    best = {"torch_seconds_a_video": seconds / videos, "torch_videos_at_a_time": some}
             some //= 2
     return best | {
         "torch": torch.__version__,

@@ -1,10 +1,10 @@
-"""Seconds and memory of the stages of a full-size job on this machine, beside what `vpo_jax.plan` says of them.
+"""Seconds and memory of the stages of a full-size job on this machine, beside those of `vpo_jax.plan`.
 
     python benchmarks/stages.py --config=configs/vpo.py:modelscope --config.model.path=modelscope \
         --config.reward.scorers=videoscore [--config.a.b=c] [--stages=rollout,update] [--repeats=3] [--output=FILE.json]
 
-Weights and inputs are random: configs by name download nothing. Each stage gets what one step gives it; memory is what
-the compiler set aside. One line a stage as it comes.
+Weights and inputs are random: configs by name download nothing. Each stage gets the inputs of one step; memory is what
+the compiler allocates. Prints one line for each stage.
 """
 
 import json
@@ -29,7 +29,7 @@ from vpo_jax.runtime.mesh import Rules, batch_sharding, infer_shardings, make_me
 from vpo_jax.runtime.programs import Program, choose_programs
 from vpo_jax.training.check import check
 
-_NUMBER = 7  # a token, a timestep and a row at once: no table is that small
+_NUMBER = 7  # valid as a token, a timestep and a row: every table has more entries
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
 
     job = make_job(config)
     device = jax.devices()[0]
-    kind = chip_of(device) or CHIPS["h100"]  # one that the planner does not know is held against an H100
+    kind = chip_of(device) or CHIPS["h100"]  # an unknown device is compared with an H100
     topology = Topology(f"{len(jax.devices())} x {device.device_kind}", kind, len(jax.devices()))
     plan = make_plan(job, measure_programs(job), topology, abstract_meshes(config.mesh, topology.count))
     planned = {stage.name: stage for stage in plan.stages}

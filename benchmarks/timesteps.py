@@ -1,14 +1,14 @@
-"""Which timesteps, and which of a step's candidates, teach: gradients at the initial policy and how they agree.
+"""Which timesteps and candidates are useful: gradients at the initial policy, and how much they agree.
 
     python benchmarks/timesteps.py --config=configs/vpo.py [--config.a.b=c] [--batches=6] [--parts=8]
     python benchmarks/timesteps.py --config=configs/vpo.py --pairs=best_worst,top_k,all,group --parts=0 --batches=12
 
 Samples, scores and selects as a run's first steps do, and takes the gradient of each batch at several draws of noise
 and timestep, from one part of the schedule at a time (`--parts=0`: from preference.timestep_low to .timestep_high),
-for each form of preference.pairs that `--pairs` names. `norm` is what a part puts into an update; `other batches` the
-mean cosine between the gradients of two batches, `same batch` that between two draws for one batch. A part with a
-large norm on whose direction other batches do not agree is noise: leave it out, by preference.timestep_low and
-.timestep_high. Where the same batch agrees far more than others do, more draws for it teach little: sample more,
+for each form of preference.pairs that `--pairs` names. `norm` is the size of a part's gradient; `other batches`
+is the mean cosine between the gradients of two batches, and `same batch` that between two draws for one batch. A part
+with a large norm and a small cosine between batches is noise: leave it out with preference.timestep_low and
+.timestep_high. Where `same batch` is far above `other batches`, more updates on one batch add little: sample more and
 update less.
 """
 

@@ -2,8 +2,8 @@
 
     python -m vpo_jax.main --config=configs/vpo.py
 
-Takes 14.5 minutes on two fast CPU cores, more on slow ones, and ends with a table of base against tuned, `report.html`
-and `export/`, a diffusers folder. The preset `tiny` walks through the same stages in seconds and learns nothing:
+Takes 14.5 minutes on two fast CPU cores, and more on slow ones. Results: a table of base against tuned, `report.html`
+and `export/`, a diffusers folder. The preset `tiny` runs the same stages in seconds and learns nothing:
 
     python -m vpo_jax.main --config=configs/vpo.py:tiny
 
@@ -12,7 +12,7 @@ Your own checkpoint, prompts and scorer:
     python -m vpo_jax.main --config=configs/vpo.py:custom --config.model.path=DIR_OR_HUB_ID \\
         --config.data.prompts=FILE --config.reward.scorers=DIR --config.rollout.num_frames=16 ...
 
-Three checkpoints of 1.4 billion parameters have presets; hardware, memory and time stand at each below:
+Three checkpoints of 1.4 billion parameters have presets; each one below says its hardware, memory and time:
 
     python -m vpo_jax.main --config=configs/vpo.py:modelscope --config.model.path=DIR_OR_HUB_ID \\
         --config.data.prompts=prompts.txt --config.reward.scorers=SCORER
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    """The config of a preset: "" is the embedded job, "tiny" the same in seconds; `PRESETS` has them all."""
+    """The config of a preset: "" is the embedded job, "tiny" runs it in seconds; `PRESETS` lists all."""
     if preset not in PRESETS:
         raise ValueError(f"there is no preset {preset!r}; choose one of {', '.join(p or '(none)' for p in PRESETS)}")
     config = _shapes()
@@ -36,34 +36,34 @@ def _shapes() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.path = "shapes"  # the shipped model, a diffusers folder, or a hub id
-    config.model.dtype = "float32"  # of compute and frozen weights; or "bfloat16"
+    config.model.dtype = "float32"  # of computation and frozen weights; or "bfloat16"
 
     config.data = ConfigDict()
-    config.data.prompts = "shapes:train"  # the world's captions, a text file (one a line) or .jsonl with "prompt"
-    config.data.held_out = "shapes:held_out"  # the closing comparison's; "" sets a tenth of data.prompts apart
+    config.data.prompts = "shapes:train"  # shapes:SPLIT, or a file: .txt (one a line), .json, .jsonl, .csv, .tsv
+    config.data.held_out = "shapes:held_out"  # of the final comparison; "" reserves a tenth of data.prompts
     config.data.shuffle = True
-    config.data.text_cache = ""  # a folder: encode all prompts once to a file there and drop the text encoder
+    config.data.text_cache = ""  # a folder: all prompts are encoded once to a file in it, and the text encoder is freed
 
     config.reward = ConfigDict()
     config.reward.scorers = "shapes"  # comma-separated: shapes, videoscore, videoreward, a folder, MODULE:FUNCTION
-    config.reward.weights = ""  # comma-separated scorer/dimension=weight; absent = 1
-    config.reward.offload = False  # scorers' weights wait in host memory; costs their transfer every step
-    config.reward.devices = 0  # the last so many devices do nothing but score, while the next candidates are made
-    config.reward.timeout = 600.0  # seconds for your own function on the host, then the run stops; 0 = no limit
-    config.reward.videoscore = ConfigDict()  # where scorers name videoscore; docs/scorers.md says when to take it
+    config.reward.weights = ""  # comma-separated scorer/dimension=weight; 1 where not given
+    config.reward.offload = False  # keep scorers' weights in host memory and copy them to the devices every step
+    config.reward.devices = 0  # number of devices that only score, while the others sample the next candidates
+    config.reward.timeout = 600.0  # seconds for a call of your own function, after which the run stops; 0 = no limit
+    config.reward.videoscore = ConfigDict()  # read where scorers name videoscore; see docs/scorers.md
     config.reward.videoscore.path = ""  # the folder of its weights
-    config.reward.videoscore.query_prompt = ""  # a file; "" takes query_prompt.txt of the folder
-    config.reward.videoscore.frame_choice = "arange"  # or "linspace", as its authors' benchmark
+    config.reward.videoscore.query_prompt = ""  # a file; "" = query_prompt.txt of the folder
+    config.reward.videoscore.frame_choice = "arange"  # or "linspace", as in its authors' benchmark
     config.reward.videoscore.max_frames = 16  # up to 48 for v1.1
     config.reward.videoscore.attention = "xla"  # "cudnn" is faster on NVIDIA GPUs
-    config.reward.videoreward = ConfigDict()  # where scorers name videoreward
+    config.reward.videoreward = ConfigDict()  # read where scorers name videoreward
     config.reward.videoreward.path = ""
     config.reward.videoreward.query_prompt = ""
     config.reward.videoreward.video_fps = 8.0  # frames a second of the videos that the model makes
     config.reward.videoreward.attention = "xla"  # as above
 
     config.held_out = ConfigDict()
-    config.held_out.scorers = "judge"  # judge the result, never the loss; classical reads any videos
+    config.held_out.scorers = "judge"  # for evaluation only, never for the loss; "classical" scores any videos
 
     config.algorithm = ConfigDict()
     config.algorithm.name = "dpo"
@@ -72,30 +72,30 @@ def _shapes() -> ConfigDict:
     config.rollout.candidates = 4
     config.rollout.num_inference_steps = 16
     config.rollout.guidance_scale = 2.0
-    config.rollout.guidance_rescale = 0.0  # towards the conditional prediction's spread, to 1; against overexposure
+    config.rollout.guidance_rescale = 0.0  # 0 to 1; above 0 reduces overexposure
     config.rollout.negative_prompt = ""
-    config.rollout.num_frames = 8  # 0 here and below: what the model was made for
+    config.rollout.num_frames = 8  # 0 here and below: the model's default
     config.rollout.height = 32
     config.rollout.width = 32
-    config.rollout.sampler = ""  # "" takes the one that scheduler_config.json names
+    config.rollout.sampler = ""  # "" = the one of scheduler_config.json
     config.rollout.eta = 0.0
     config.rollout.microbatch = 0  # videos at a time; 0 = all at once
 
     config.preference = ConfigDict()
-    config.preference.pairs = "best_worst"  # or top_k, all (pairs); group, listwise (a prompt's whole group)
-    config.preference.top_k = 2  # of pairs=top_k: so many best against so many worst
+    config.preference.pairs = "best_worst"  # pairs: best_worst, top_k, all; a prompt's whole group: group, listwise
+    config.preference.top_k = 2  # for pairs=top_k: number of best, and of worst candidates
     config.preference.beta = 500.0
-    config.preference.margin = 0.5  # in units of the combined reward
-    config.preference.motion_tolerance = 0.5  # winner's dynamic degree may be lower by this much, in z units
+    config.preference.margin = 0.5  # least difference of a pair, in units of the combined reward
+    config.preference.motion_tolerance = 0.5  # by how much the winner's dynamic degree may be lower, in z units
     config.preference.label_temperature = 0.0  # 0 = hard labels
     config.preference.winner_safeguard = False
     config.preference.winner_safeguard_mu = 0.9
     config.preference.winner_penalty = 0.0
-    config.preference.anchor = 0.0  # weight of the distance to the start's predictions; 0 = off
+    config.preference.anchor = 0.0  # weight of the distance to the initial policy's predictions; 0 = off
     config.preference.max_pair_age = 0  # steps; 0 = strictly online
     config.preference.caption_dropout = 0.0
-    config.preference.timestep_low = 0.0  # share of the schedule from which pairs are noised; 0 = clean
-    config.preference.timestep_high = 1.0  # to which; 1 = noise
+    config.preference.timestep_low = 0.0  # lowest timestep of updates, as a share of the schedule; 0 = clean
+    config.preference.timestep_high = 1.0  # highest timestep; 1 = noise
 
     config.reference = ConfigDict()
     config.reference.schedule = "refresh"  # refresh, frozen, ema or adaptive
@@ -104,14 +104,14 @@ def _shapes() -> ConfigDict:
 
     config.ema = ConfigDict()
     config.ema.decay = 0.0  # 0 = off
-    config.ema.extrapolation = 1.0  # the result changes the start so many times as much as the average does
+    config.ema.extrapolation = 1.0  # factor on the average's distance from the initial policy, in the result
 
     config.lora = ConfigDict()
     config.lora.rank = 16  # 0 = full fine-tuning
     config.lora.alpha = 16.0
-    config.lora.path = ""  # a PEFT adapter folder to start from: policy and reference both begin as base + adapter
-    config.lora.targets = ""  # comma-separated patterns of module paths; "" = every attention
-    config.lora.merge = False  # merge adapters into kernels in every program: faster for small layers; float32 only
+    config.lora.path = ""  # a PEFT adapter folder: policy and reference start from base + adapter
+    config.lora.targets = ""  # comma-separated patterns of module paths; "" = every attention layer
+    config.lora.merge = False  # merge adapters into kernels inside programs: faster for small layers; float32 only
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-4
@@ -126,7 +126,7 @@ def _shapes() -> ConfigDict:
     config.train.steps = 12
     config.train.prompts_per_step = 16
     config.train.updates_per_step = 6
-    config.train.microbatch = 0  # pairs at a time, gradients accumulated; 0 = the whole batch
+    config.train.microbatch = 0  # pairs at a time, with accumulated gradients; 0 = the whole batch
     config.train.remat = False
 
     config.checkpoint = ConfigDict()
@@ -134,20 +134,20 @@ def _shapes() -> ConfigDict:
     config.checkpoint.keep = 2
 
     config.eval = ConfigDict()
-    config.eval.every = 4  # steps; looks at tuning prompts, 0 = none
+    config.eval.every = 4  # steps between evaluations on tuning prompts; 0 = none
     config.eval.prompts = 96
-    config.eval.on_alarm = "warn"  # or "stop": motion lost, winners forgotten, a held-out judge that falls
+    config.eval.on_alarm = "warn"  # or "stop"; docs/metrics.md lists the alarms
     config.eval.seed = 1_000_000
-    config.eval.num_inference_steps = 0  # of the closing comparison's videos; 0 = rollout's
-    config.eval.guidance_scale = 0.0  # likewise
+    config.eval.num_inference_steps = 0  # of the final comparison; 0 = rollout's
+    config.eval.guidance_scale = 0.0  # of the final comparison; 0 = rollout's
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1 = the rest of the devices
     config.mesh.fsdp = 1
     config.mesh.context = 1
     config.mesh.tensor = 1
-    config.mesh.rollout = ""  # sampling's own cut of the same devices: "data=4,context=2"; "" = as above
-    config.mesh.score = ""  # the scorers', likewise, or of reward.devices; unnamed axes are 1, data the rest
+    config.mesh.rollout = ""  # axes for sampling on the same devices, as "data=4,context=2"; "" = as above
+    config.mesh.score = ""  # axes for scoring, likewise, or on reward.devices; others are 1, data the rest
 
     config.profile = ConfigDict()
     config.profile.steps = ""  # "3:5" traces steps 3 and 4 into WORKDIR/profile, for TensorBoard or xprof
@@ -155,19 +155,19 @@ def _shapes() -> ConfigDict:
     config.log = ConfigDict()
     config.log.every = 1  # steps
     config.log.tensorboard = True
-    config.log.samples = 4  # videos a look
+    config.log.samples = 4  # videos an evaluation
 
     return config
 
 
 def _embedded(config: ConfigDict) -> None:
-    """14.5 minutes, installing included, on two CPU cores that make an update in 0.8 s.
+    """14.5 minutes, including the installation, on two CPU cores that compute an update in 0.8 s.
 
-    Adapters lie on every layer: flicker and jitter live in the convolutions, which attention alone cannot reach. Pairs
-    are what teaches, so rollouts are short and many, and each pair is used twice. A long average of the policy keeps
-    what all pairs have in common, and the result goes five times as far that way. The anchor and `visual_quality` hold
-    the colours. Weights follow what the shipped scorer knows of the model's own samples: most of steadiness, nothing of
-    consistency (docs/tuning.md).
+    Every layer has adapters: the convolutions cause flicker and jitter, and adapters on attention alone cannot change
+    them. The number of pairs matters most, so rollouts have few sampling steps and many videos, and each pair is used
+    in two updates. The result is a long average of the policy, extrapolated by a factor of 5. The anchor and
+    `visual_quality` keep the colours. The weights follow the agreement of the shipped scorer with the judge on the
+    model's own samples: highest for temporal consistency, none for factual consistency (docs/tuning.md).
     """
     config.lora.targets = "."
     config.lora.merge = True
@@ -204,7 +204,7 @@ def _embedded(config: ConfigDict) -> None:
 
 
 def _tiny(config: ConfigDict) -> None:
-    """Every stage of the embedded job in seconds; learns nothing."""
+    """Runs every stage of the embedded job in seconds; learns nothing."""
     config.rollout.num_inference_steps = 2
     config.rollout.candidates = 2
     config.train.steps = 2
@@ -216,23 +216,23 @@ def _tiny(config: ConfigDict) -> None:
 
 
 def _custom(config: ConfigDict) -> None:
-    """A checkpoint, prompts and scorers of your own, to be given; sizes are those that the model was made for.
+    """Your own checkpoint, prompts and scorers; the sizes are the model's defaults.
 
-    Diffusion-DPO's step size and strength, one clip and one pair at a time on each of eight chips; on fewer lower
-    rollout.microbatch and train.microbatch. `python -m vpo_jax.plan` says what fits.
+    Learning rate and beta are those of Diffusion-DPO. The microbatches are one video and one pair on each of eight
+    chips; lower rollout.microbatch and train.microbatch on fewer chips. `python -m vpo_jax.plan` says what fits.
     """
     config.model.path = ""  # a diffusers folder or a hub id
-    config.data.prompts = ""  # a text file, one prompt a line, or .jsonl
+    config.data.prompts = ""  # a file: .txt (one a line), .json, .jsonl, .csv, .tsv
     config.data.held_out = ""
     config.reward.scorers = ""  # a scorer's folder; several, comma-separated
-    config.held_out.scorers = ""  # one that does not train makes the result believable
+    config.held_out.scorers = ""  # name one that is not used for training
 
     config.rollout.num_inference_steps = 25
     config.rollout.guidance_scale = 9.0
     config.rollout.num_frames = config.rollout.height = config.rollout.width = 0
     config.rollout.microbatch = 8
 
-    config.preference.beta = 5000.0  # with the 1/2 and mean errors: Diffusion-DPO's 2500
+    config.preference.beta = 5000.0  # equals Diffusion-DPO's 2500: u has a factor 1/2 here, and errors are means
     config.lora.rank = 64
     config.lora.alpha = 64.0
     config.optimizer.learning_rate = 1e-5
@@ -250,13 +250,13 @@ def _custom(config: ConfigDict) -> None:
 
 
 def _full_size(config: ConfigDict, num_frames: int, height: int, width: int, guidance_scale: float) -> None:
-    """What the three large models share: `_custom` on a bfloat16 backbone, eight chips, one clip and one pair a chip.
+    """What the three large models share: `_custom` with a bfloat16 backbone, on eight chips.
 
-    Memory a chip, arithmetic: backbone 2.8 GB in bfloat16, text encoder 1.4 GB and autoencoder 0.3 GB in float32,
+    Memory a chip, calculated: backbone 2.8 GB in bfloat16, text encoder 1.4 GB and autoencoder 0.3 GB in float32,
     LoRA of 26.6 M parameters 0.5 GB (policy, reference, gradient and two moments in float32), a scorer of VideoScore's
-    size 16.5 GB; activations come on top. The host holds the float32 model as well, 7.3 GB.
-    Chips with less memory hold all but the scorer, which mesh.score cuts over them (docs/plans.md).
-    On fewer chips than eight lower rollout.microbatch and train.microbatch to what fits; nothing else changes.
+    size 16.5 GB; activations are not included. The host also holds the float32 model, 7.3 GB.
+    Chips with less memory hold everything but the scorer, which mesh.score shards over them (docs/plans.md).
+    On fewer than eight chips lower rollout.microbatch and train.microbatch to what fits; nothing else changes.
     """
     _custom(config)
     config.model.dtype = "bfloat16"
@@ -270,7 +270,7 @@ def _modelscope(config: ConfigDict) -> None:
     """damo-vilab/text-to-video-ms-1.7b (weights CC-BY-NC-4.0: not for commercial use), 16 frames of 256x256.
 
     Hardware: eight chips of 80 GB, or one with microbatches of 2.
-    Time, arithmetic and not measured: 10.8 PFLOP a step (4 candidates of 25 steps with guidance, decoding, 16 frames
+    Time, calculated and not measured: 10.8 PFLOP a step (4 candidates of 25 steps with guidance, decoding, 16 frames
     of VideoScore, 4 updates with rematerialisation), so at 40 % of an H100's 790 TFLOP/s 34 s a step on one, 4.3 s
     on eight; 1000 steps in 9.5 h and 1.2 h.
     """
@@ -280,9 +280,9 @@ def _modelscope(config: ConfigDict) -> None:
 def _zeroscope(config: ConfigDict) -> None:
     """cerspense/zeroscope_v2_576w (weights CC-BY-NC-4.0: not for commercial use), 24 frames of 576x320.
 
-    Its hub folder is pickled: `python tools/pickle_to_safetensors.py FOLDER` first.
+    Its hub folder holds pickled weights; convert them: `python tools/pickle_to_safetensors.py FOLDER` first.
     Hardware: eight chips of 80 GB.
-    Time, arithmetic and not measured: 43.8 PFLOP a step, made up as in `modelscope`, so at 40 % of an H100's
+    Time, calculated and not measured: 43.8 PFLOP a step, as in `modelscope`, so at 40 % of an H100's
     790 TFLOP/s 139 s a step on one, 17 s on eight; 1000 steps in 39 h and 4.8 h.
     """
     _full_size(config, num_frames=24, height=320, width=576, guidance_scale=9.0)
@@ -292,9 +292,9 @@ def _videocrafter2(config: ConfigDict) -> None:
     """VideoCrafter2 (weights Apache-2.0; OnlineVPO's base model), 16 frames of 512x320.
 
     Convert its file first: `python -m vpo_jax.convert --from_videocrafter=model.safetensors --base=DIR --output=DIR`.
-    Its own script samples with 50 steps and fresh noise (eta 1); 25 steps without are half of the time.
+    Its own script samples with 50 steps and eta 1; 25 steps with eta 0 take half of the time.
     Hardware: eight chips of 80 GB.
-    Time, arithmetic and not measured: 26.2 PFLOP a step, made up as in `modelscope`, so at 40 % of an H100's
+    Time, calculated and not measured: 26.2 PFLOP a step, as in `modelscope`, so at 40 % of an H100's
     790 TFLOP/s 83 s a step on one, 10 s on eight; 1000 steps in 23 h and 2.9 h.
     """
     _full_size(config, num_frames=16, height=320, width=512, guidance_scale=12.0)

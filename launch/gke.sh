@@ -6,7 +6,7 @@
 #
 #   build    builds the image from launch/Dockerfile and pushes it
 #   yaml     prints the JobSet
-#   apply    gives it to the cluster
+#   apply    creates it in the cluster
 #   status   the JobSet, its pods, and the nodes that you pay for
 #   logs     follows the log of the first pod
 #   delete   deletes the JobSet; its nodes go when the node pool scales down
@@ -16,7 +16,7 @@
 #   --bucket=BUCKET           holds the workdir, as BUCKET/runs/NAME
 #   --service_account=NAME    of Kubernetes, that may write the bucket (default: default)
 #   --namespace=NAMESPACE     (default: default)
-#   --max_hours=24            the run is ended after this time, whatever it does
+#   --max_hours=24            the run is stopped after this time in any case
 #   --on_demand               not spot
 #   --dry_run                 prints every command and calls none
 set -euo pipefail
@@ -113,7 +113,7 @@ spec:
   failurePolicy:
     maxRestarts: 100
     rules:
-      # Wrong input stays wrong.
+      # Wrong input (exit code 2) is not retried.
       - action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
@@ -140,7 +140,7 @@ spec:
             spec:
               restartPolicy: Never
               serviceAccountName: $service_account
-              # TERM, and then the time to save.
+              # Seconds between TERM and KILL, in which the run saves.
               terminationGracePeriodSeconds: 120
               nodeSelector:
                 $selector

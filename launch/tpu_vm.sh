@@ -3,14 +3,14 @@
 #
 #   bash launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE [options] [-- flags of vpo_jax.main]
 #
-#   create   asks for the TPU and waits until it is there
+#   create   requests the TPU and waits for it
 #   setup    copies this checkout to every worker and installs it
 #   run      starts the run on every worker, in the background
 #   up       create, setup and run
-#   watch    waits for the end; a preempted TPU is asked for again and the run goes on; then fetch and delete
+#   watch    waits for the end, requests a preempted TPU again and continues the run; then fetch and delete
 #   status   the state of the request, and every TPU of the zone that you pay for
 #   logs     follows the log of worker 0
-#   stop     TERM to the run: it saves and exits; the TPU stays, and costs
+#   stop     sends TERM to the run, which saves and exits; the TPU stays and costs money
 #   fetch    copies the workdir's report, samples and export from worker 0 to runs/NAME
 #   delete   deletes the TPU and its request, and shows what is left in the zone
 #
@@ -19,18 +19,18 @@
 #   --on_demand               not spot
 #   --runtime=VERSION         of the VM image (default: by type)
 #   --valid_for=6h            the request is given up when there is no TPU within this time
-#   --bucket=BUCKET           holds the workdir, as BUCKET/runs/NAME: what several workers share and a preemption leaves
+#   --bucket=BUCKET           holds the workdir, as BUCKET/runs/NAME: workers share it, and it survives preemption
 #   --service_account=EMAIL   of the workers, to read and write buckets
 #   --dry_run                 prints every command and calls none
 #
-# All TPUs cost until they are deleted: end with `watch` or `delete`.
+# A TPU costs money until it is deleted: end with `watch` or `delete`.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/commands.sh
 source "$root/launch/commands.sh"
 
 name="" zone="" type=v5litepod-16 project="" runtime="" valid_for=6h service_account="" bucket="" spot=1
-# Seconds between two looks at the request or the run.
+# Seconds between two checks of the request or the run.
 poll="${VPO_JAX_POLL:-30}"
 remote=vpo_jax
 
@@ -83,7 +83,7 @@ on() {
     call "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"
 }
 
-# The request's state; GONE where there is none, UNREACHABLE where nobody knows.
+# The request's state; GONE where there is none, UNREACHABLE where gcloud gives no answer.
 state() {
     local text
     if text="$("${tpus[@]}" queued-resources describe "$name" "${where[@]}" "--format=value(state.state)" 2>&1)"; then
@@ -205,7 +205,7 @@ watch() {
                 code="$("${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" --worker=0 \
                     "--command=cat $remote/run.exit" 2>/dev/null || true)"
                 if [ "$code" = 143 ]; then
-                    # TERM comes first where a TPU is preempted; a look later it is gone, or a person stopped the run.
+                    # A preemption sends TERM first and then deletes the TPU; else a person stopped the run.
                     sleep "$((2 * poll))"
                     [ "$(state)" = ACTIVE ] || continue
                 fi

@@ -1,4 +1,4 @@
-"""The embedded job's bars, cleared by a better model and missed by others; agreement of scorers with judges."""
+"""The embedded job's bars, cleared by a better model and missed by others; agreement with held-out scorers."""
 
 import copy
 import importlib.util
@@ -129,9 +129,9 @@ def test_a_scorers_benchmark_runs_all_of_it_on_videos_that_count(monkeypatch, tm
     monkeypatch.setattr(videoscore, "CONFIG", full)
     output = tmp_path / "found.json"
     scorers = load("scorers")
-    scorers.main(["--clips=4", "--prompts=2", "--frames=3", "--size=48", "--repeats=1", f"--output={output}"])
+    scorers.main(["--videos=4", "--prompts=2", "--frames=3", "--size=48", "--repeats=1", f"--output={output}"])
     found = json.loads(output.read_text())
-    assert (found["clips"], found["frames"], found["side"]) == (4, 3, 378)
+    assert (found["videos"], found["frames"], found["side"]) == (4, 3, 378)
     assert found["tokens"] == videoscore.QUERY_TOKENS + 3 * 6
     assert found["seconds_a_video"] > 0 and found["apart_from_xla"] == 0.0
     assert found["tflop_a_video"] * 4e12 > 3 * 4 * 2 * (378 // 32) ** 2 * 3 * 32**2 * 32  # patches alone
@@ -175,8 +175,8 @@ def test_wrong_flags_are_named_before_anything_is_made(tmp_path):
     with pytest.raises(UserError, match=r"^train\.step: .*did you mean train\.steps"):
         load("full_size").main([f"--folder={tmp_path}", "--size=small", "--config.train.step=4"])
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"^--clips: 0 is too few; give 1 or more"):
-        load("denoiser").main(["--clips=0"])
+    with pytest.raises(UserError, match=r"^--videos: 0 is too few; give 1 or more"):
+        load("denoiser").main(["--videos=0"])
 
 
 def test_a_finished_run_is_summed_up_without_its_first_step(tmp_path):
@@ -192,8 +192,8 @@ def test_a_denoisers_benchmark_runs_both_halves_of_a_guided_call(monkeypatch, tm
     small |= {"attention_head_dim": 8, "cross_attention_dim": 16}
     monkeypatch.setitem(published.MODELSCOPE, "unet", published.MODELSCOPE["unet"] | small)
     output = tmp_path / "found.json"
-    load("denoiser").main(["--clips=2", "--frames=2", "--size=64", "--repeats=1", f"--output={output}"])
+    load("denoiser").main(["--videos=2", "--frames=2", "--size=64", "--repeats=1", f"--output={output}"])
     found = json.loads(output.read_text())
     assert found["seconds"] > 0 and found["apart_from_xla"] == 0.0
-    first = 2 * 2 * 2 * 8 * 8 * 2 * 9 * 4 * 32  # guidance, clips, frames, latents: the first convolution alone
+    first = 2 * 2 * 2 * 8 * 8 * 2 * 9 * 4 * 32  # guidance, videos, frames, latents: the first convolution alone
     assert 20 * first < found["tflop"] * 1e12 < 2000 * first

@@ -150,10 +150,10 @@ def test_a_comparison_that_does_not_fit_leaves_the_export_and_says_how_to_go_on(
 
 
 def test_a_comparison_takes_as_many_clips_a_device_as_a_rollout(monkeypatch):
-    assert main.clips_at_a_time(0) == 16 and main.clips_at_a_time(8) == 8
+    assert main.videos_at_a_time(0) == 16 and main.videos_at_a_time(8) == 8
     monkeypatch.setattr(jax, "device_count", lambda: 32)
     monkeypatch.setattr(jax, "local_device_count", lambda: 8)
-    assert [main.clips_at_a_time(microbatch) for microbatch in (0, 64, 32, 2)] == [16, 16, 8, 1]
+    assert [main.videos_at_a_time(microbatch) for microbatch in (0, 64, 32, 2)] == [16, 16, 8, 1]
 
 
 def test_the_default_workdir_is_named_by_config_and_preset(monkeypatch):

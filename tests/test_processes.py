@@ -69,7 +69,7 @@ def alone(job, tmp_path_factory):
 @pytest.mark.slow
 def test_two_processes_stop_together_and_four_go_on_to_what_one_process_makes(job, alone, tmp_path):
     workdir = tmp_path / "run"
-    # Weights cut over both processes to update and to score, and gathered from both to sample.
+    # Weights sharded over both processes to update and to score, and gathered from both to sample.
     roles = "--config.mesh.fsdp=4", "--config.mesh.rollout=data=4", "--config.mesh.score=fsdp=2,tensor=2"
     two = start_together(job, workdir, 2, devices=2, flags=roles)
     wait_for_step(two[0], workdir, 1)

@@ -192,7 +192,7 @@ def read_config(workdir: Path) -> ConfigDict:
 def _print_lines(lines: Sequence[str], family: Family | type[Family], configs: Configs) -> None:
     print("\n".join(f"    {line}" for line in lines))
     if missing := family.beyond_diffusers(configs):
-        print(f"diffusers has no {' and no '.join(missing)}: its videos are others; vpo_jax.load_pipeline has them")
+        print(f"diffusers has no {' and no '.join(missing)}: its videos differ; vpo_jax.load_pipeline has them")
 
 
 def _refuse(flags: argparse.Namespace, names: Sequence[str], source: str) -> None:

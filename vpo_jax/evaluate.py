@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     write_videos(output / "videos", comparison)
     write_report(output / "report.html", comparison, title=f"{Path(flags.tuned).name} against {Path(flags.base).name}")
     console.print(table(comparison))
-    console.print(f"look at  {output / 'report.html'}", soft_wrap=True, highlight=False)
+    console.print(f"report: {output / 'report.html'}", soft_wrap=True, highlight=False)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""The whole job: load, train online, compare with the start, export.
+"""The whole job: load, train online, compare with the initial model, export.
 
 python -m vpo_jax.main --config=configs/vpo.py[:PRESET] [--config.a.b=c] [--workdir=DIR]
 """
@@ -34,7 +34,7 @@ from vpo_jax.runtime.processes import is_main, join_processes, main_first
 from vpo_jax.runtime.signals import Stop, catch_signals
 from vpo_jax.runtime.workdir import Workdir, completed_steps, open_workdir
 from vpo_jax.training.check import check, check_inputs, check_meshes
-from vpo_jax.training.policy import read_start
+from vpo_jax.training.policy import read_initial
 from vpo_jax.training.run import Alarmed, NonFinite
 from vpo_jax.training.summary import describe_end, describe_start
 from vpo_jax.training.train import train
@@ -79,7 +79,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     contents = contents_of(config.to_dict())
     if completed_steps(workdir, config.to_dict(), contents) == config.train.steps:
         console.print(f"complete: {config.train.steps} steps are done in {workdir}", soft_wrap=True)
-        console.print(f"look at {Path(workdir) / 'report.html'}", soft_wrap=True)
+        console.print(f"report: {Path(workdir) / 'report.html'}", soft_wrap=True)
         return None
     if config.data.text_cache:
         check_output_folder(config.data.text_cache, "data.text_cache")
@@ -93,11 +93,11 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     else:
         prompts, held_out_prompts = set_apart(prompts)
     rewards = load_rewards(config.reward.scorers, training=True, settings=config.reward)
-    judges = load_rewards(config.held_out.scorers, settings=config.reward)
+    held_out = load_rewards(config.held_out.scorers, settings=config.reward)
     pipeline = load_pipeline(config.model.path)
-    policy = check_inputs(config, pipeline, rewards, judges, meshes)
-    adapters = read_start(config, pipeline.family, pipeline.trainable)
-    # What the export takes at the least.
+    policy = check_inputs(config, pipeline, rewards, held_out, meshes)
+    adapters = read_initial(config, pipeline.family, pipeline.trainable)
+    # Least size of the export.
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(pipeline.params))
     check_output_folder(workdir, "--workdir", needed_bytes=needed)
     check_output_folder(Path(workdir) / "export", "--workdir", partial(check_target, layout=pipeline.family.layout))
@@ -105,7 +105,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
         if opened.note:
             console.print(opened.note, soft_wrap=True, highlight=False, markup=False)
         said = describe_start(
-            config, pipeline, policy, rewards, judges, meshes, prompts, held_out_prompts, opened.report
+            config, pipeline, policy, rewards, held_out, meshes, prompts, held_out_prompts, opened.report
         )
         console.print(said, soft_wrap=True, highlight=False, markup=False)
         result = train(
@@ -116,18 +116,18 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
             meshes=meshes,
             prompts=prompts,
             tuning_prompts=tuning_prompts(config, prompts),
-            # A scorer that may not train may not be used for selection either: it scores the result only.
-            held_out=[judge for judge in judges if judge.trains],
+            # A scorer that is never used for training is not used for selection either: it scores only the result.
+            held_out=[scorer for scorer in held_out if scorer.trains],
             initial=adapters,
             stop=stop,
         )
         tuned = result.pipeline
         if adapters is not None:
-            # What the run is compared with is what it started from.
+            # The comparison's base is the model that the run started from, with its adapter.
             pipeline = pipeline.with_trainable(result.policy.merged(pipeline.trainable, adapters))
-        del result  # and with it what training kept on the devices, some of it in circles
+        del result  # frees training's arrays on the devices; some are in reference cycles
         gc.collect()
-        return finish(config, opened, pipeline, tuned, held_out_prompts, rewards, judges, stop, console)
+        return finish(config, opened, pipeline, tuned, held_out_prompts, rewards, held_out, stop, console)
 
 
 def tuning_prompts(config: Any, prompts: Sequence[str]) -> Sequence[str]:
@@ -146,13 +146,13 @@ def finish(
     tuned: Any,
     prompts: Sequence[str],
     rewards: Sequence[Any],
-    judges: Sequence[Any],
+    held_out: Sequence[Any],
     stop: Stop,
     console: Console,
 ) -> Comparison:
-    """Exports the tuned model, compares it with its start, writes the page, marks the run complete and says so.
+    """Exports the tuned model, compares it with the base, writes the report, marks the run complete and says so.
 
-    `judges` may repeat `rewards`. Interrupted, it starts over at the next call.
+    `held_out` may repeat `rewards`. Interrupted, it starts over at the next call.
     """
     main_first(lambda: tuned.save_pretrained(workdir.export))
     rollout = config.rollout
@@ -168,13 +168,13 @@ def finish(
         guidance_rescale=rollout.guidance_rescale or None,
         negative_prompt=rollout.negative_prompt,
         sampler=rollout.sampler or None,
-        batch=clips_at_a_time(rollout.microbatch),
+        batch=videos_at_a_time(rollout.microbatch),
     )
     roles = {reward.name: "trained" for reward in rewards}
-    for judge in judges:
-        selects = judge.trains and config.eval.every > 0
-        roles.setdefault(judge.name, "used for selection" if selects else "held out")
-    scorers = list({scorer.name: scorer for scorer in (*rewards, *judges)}.values())
+    for scorer in held_out:
+        selects = scorer.trains and config.eval.every > 0
+        roles.setdefault(scorer.name, "used for selection" if selects else "held out")
+    scorers = list({scorer.name: scorer for scorer in (*rewards, *held_out)}.values())
     with console.status("comparing base and tuned") as status:
 
         def show(what: str, done: int, total: int) -> None:
@@ -195,26 +195,26 @@ def finish(
     console.print(table(comparison))
     videos = config.train.prompts_per_step * rollout.candidates
     console.print(describe_end(read_metrics(workdir.path), videos), soft_wrap=True, highlight=False, markup=False)
-    console.print(f"look at  {workdir.report}", soft_wrap=True, highlight=False)
-    console.print("load it:\n", soft_wrap=True, highlight=False)
+    console.print(f"report: {workdir.report}", soft_wrap=True, highlight=False)
+    console.print("to load the tuned model:\n", soft_wrap=True, highlight=False)
     keys = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")
     settings = {key: comparison.settings[key] for key in keys}
     export = str(workdir.export.resolve())
     for line in tuned.family.loading_lines(export, prompt=comparison.prompts[0], settings=settings):
         console.print(f"    {line}", soft_wrap=True, highlight=False, markup=False)
     if missing := tuned.family.beyond_diffusers(tuned.configs):
-        console.print(f"diffusers has no {' and no '.join(missing)}: its videos are others", soft_wrap=True)
+        console.print(f"diffusers has no {' and no '.join(missing)}: its videos differ", soft_wrap=True)
     main_first(lambda: workdir.complete(config.train.steps))
     return comparison
 
 
-def clips_at_a_time(microbatch: int) -> int:
-    """Clips that a process compares at a time: on each device what a rollout gives it, as far as that is known."""
+def videos_at_a_time(microbatch: int) -> int:
+    """Videos that a process samples at a time in the comparison: as many a device as in a rollout, if that is set."""
     return max(1, microbatch * jax.local_device_count() // jax.device_count()) if microbatch else Sampling.batch
 
 
 def write_result(config: Any, workdir: Workdir, comparison: Comparison, family: Family) -> None:
-    """evaluation.json, the export's card, the videos and the page."""
+    """Writes evaluation.json, the export's card, the videos and the report."""
     write_json(workdir.path / "evaluation.json", comparison)
     weights = "ema" if config.ema.decay > 0 else "policy"
     write_card(workdir.export, model_card(config, family, workdir.path, config.train.steps, weights))

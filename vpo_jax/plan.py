@@ -1,4 +1,4 @@
-"""Before spending money: whether a job fits, what a step costs at least, and the smallest mesh that holds it.
+"""Plans a job before it runs: whether it fits, the least cost of a step, and the smallest mesh that holds it.
 
 python -m vpo_jax.plan --config=configs/vpo.py [--config.a.b=c] [--topology=v5e:4x4 | gpu:8xh100] [--price=1.2]
 """
@@ -55,7 +55,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     topology = parse_topology(flags.topology) if flags.topology else None
     config = cli.load_config(flags.config)
     cli.override(config, overrides)
-    config.data.prompts = config.data.prompts or "shapes:train"  # what they say costs nothing
+    config.data.prompts = config.data.prompts or "shapes:train"  # the cost does not depend on their words
     check(config)
     expand_paths(config)
     apart = config.reward.devices

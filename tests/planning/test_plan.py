@@ -108,14 +108,14 @@ def test_no_prompts_are_needed(job):
     assert "smallest mesh" in run(*job, "--config.data.prompts=")
 
 
-def test_fsdp_cuts_weights_and_gathers_them_in_every_forward(planned):
+def test_fsdp_shards_weights_and_gathers_them_in_every_forward(planned):
     job, lines = planned
     topology = parse_topology("v5e:1x2")
     whole = make_plan(job, lines, topology, Meshes.of(abstract_mesh(2)))
-    cut = make_plan(job, lines, topology, Meshes.of(abstract_mesh(1, 2)))
+    sharded = make_plan(job, lines, topology, Meshes.of(abstract_mesh(1, 2)))
     assert whole.resident["frozen backbone"] == bytes_of(job.policy.frozen)
-    assert cut.resident["frozen backbone"] < 0.75 * whole.resident["frozen backbone"]
-    gathered = {stage.name: stage.collectives.get("all-gather", 0) for stage in cut.stages}
+    assert sharded.resident["frozen backbone"] < 0.75 * whole.resident["frozen backbone"]
+    gathered = {stage.name: stage.collectives.get("all-gather", 0) for stage in sharded.stages}
     scorer = next(name for name in gathered if name.startswith("score "))
     assert all(gathered[name] > 0 for name in ("encode", "rollout", "decode", scorer, "errors", "update"))
     assert not any("all-gather" in stage.collectives for stage in whole.stages)
@@ -150,16 +150,16 @@ def test_an_abstract_mesh_has_no_devices_and_the_sizes():
 def test_weights_that_sampling_wants_whole_are_gathered_once_a_step(planned):
     job, lines = planned
     topology = parse_topology("v5e:1x2")
-    cut = make_plan(job, lines, topology, Meshes.of(abstract_mesh(1, 2)))
+    sharded = make_plan(job, lines, topology, Meshes.of(abstract_mesh(1, 2)))
     mixed = make_plan(job, lines, topology, Meshes.of(abstract_mesh(1, 2))._replace(rollout=abstract_mesh(2)))
-    before, after = (next(stage for stage in p.stages if stage.name == "rollout") for p in (cut, mixed))
+    before, after = (next(stage for stage in p.stages if stage.name == "rollout") for p in (sharded, mixed))
     whole = bytes_of((job.policy.frozen, job.policy.initial))
-    held = cut.resident["frozen backbone"] + cut.resident["initial policy"]
+    held = sharded.resident["frozen backbone"] + sharded.resident["initial policy"]
     assert after.collectives["all-gather"] == whole - held < before.collectives["all-gather"]
     assert after.temporaries == pytest.approx(before.temporaries + whole)
-    assert mixed.resident == cut.resident and after.seconds["interconnect"] < before.seconds["interconnect"]
+    assert mixed.resident == sharded.resident and after.seconds["interconnect"] < before.seconds["interconnect"]
     scores = make_plan(job, lines, topology, Meshes.of(abstract_mesh(2))._replace(score=abstract_mesh(1, 2)))
-    assert scores.resident["scorers"] == cut.resident["scorers"] < bytes_of([r.params for r in job.rewards])
+    assert scores.resident["scorers"] == sharded.resident["scorers"] < bytes_of([r.params for r in job.rewards])
     assert scores.resident["frozen backbone"] == bytes_of(job.policy.frozen)
 
 

@@ -34,7 +34,7 @@ rules = [(r"to_q/kernel$", P("fsdp", "tensor")), (r"kernel$", P(("data", "fsdp")
 rules += [(r"bias$", P(None, "tensor"))]
 specs = jax.tree.map(lambda s: s.spec, infer_shardings(tree, mesh, rules))
 assert specs["unet"]["to_q"]["kernel"] == P("fsdp", "tensor"), "the first rule wins"
-assert specs["unet"]["odd"]["kernel"] == P(None, "tensor"), "3 rows are not cut in 4"
+assert specs["unet"]["odd"]["kernel"] == P(None, "tensor"), "3 rows are not sharded over 4 devices"
 assert specs["unet"]["to_q"]["bias"] == P(None), "a dimension that is not there"
 assert specs["n"] == P()
 
@@ -56,7 +56,7 @@ again = move(first, jax.NamedSharding(meshes.rollout, P()))
 assert again.sharding.is_fully_replicated and (again == first).all()
 same = move(again, replicated(meshes.update))
 pointers = [[s.data.unsafe_buffer_pointer() for s in x.addressable_shards] for x in (again, same)]
-assert same.sharding.mesh == meshes.update and pointers[0] == pointers[1], "equal cuts are not copied"
+assert same.sharding.mesh == meshes.update and pointers[0] == pointers[1], "equal shardings are not copied"
 jit, programs = jax.jit, []
 jax.jit = lambda *args, **more: programs.append(more) or jit(*args, **more)
 cut, whole = jax.NamedSharding(meshes.update, P("fsdp")), replicated(meshes.rollout)

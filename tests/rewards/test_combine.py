@@ -75,7 +75,7 @@ def test_the_variance_is_pooled_within_prompts_over_steps():
     groups = np.concatenate(steps)
     expected = ((groups - groups.mean(1, keepdims=True)) ** 2).sum((0, 1)) / (len(groups) * 3)
     np.testing.assert_allclose(statistics.variance, expected, rtol=1e-4)
-    assert float(statistics.freedom) == 6 * 5 * 3
+    assert float(statistics.degrees_of_freedom) == 6 * 5 * 3
 
 
 def test_candidates_that_are_not_finite_leave_the_statistics_alone():
@@ -84,7 +84,7 @@ def test_candidates_that_are_not_finite_leave_the_statistics_alone():
     broken = scores.copy()
     broken[0, 1, 0], broken[2, 3, 1] = np.nan, np.inf
     statistics = update_statistics(init_statistics(2), broken)
-    assert float(statistics.freedom) == 2 + 3 + 2
+    assert float(statistics.degrees_of_freedom) == 2 + 3 + 2
     kept = [np.delete(scores[0], 1, 0), scores[1], np.delete(scores[2], 3, 0)]
     expected = sum(((group - group.mean(0)) ** 2).sum(0) for group in kept) / 7
     np.testing.assert_allclose(statistics.variance, expected, rtol=1e-5)

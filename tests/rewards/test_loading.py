@@ -96,7 +96,7 @@ def test_the_judge_only_judges():
     judge = load_reward("judge")
     assert isinstance(judge, Reward)
     assert not judge.trains and not judge.jittable
-    with pytest.raises(UserError, match="judge only judges and never trains"):
+    with pytest.raises(UserError, match="judge is for evaluation only"):
         load_rewards("judge", training=True)
     with pytest.raises(UserError, match="is empty"):
         load_rewards(" ", training=True)

@@ -61,7 +61,7 @@ def test_cut_leaves_one_point_a_step_in_both(tmp_path):
         writer.write(step, {"x": step})
     writer.close()
     resumed = MetricsWriter(tmp_path)
-    resumed.cut(3)
+    resumed.truncate_after(3)
     for step in range(4, 6):
         resumed.write(step, {"x": 10 * step})
     resumed.close()
@@ -79,11 +79,11 @@ def test_what_a_kill_cut_short_goes(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 4, "x"')
     assert len(read_metrics(tmp_path)) == 3
-    writer.cut(10)
+    writer.truncate_after(10)
     assert [m["step"] for m in read_metrics(tmp_path)] == [1, 2, 3]
     assert [step for step, _ in events(tmp_path)] == [1, 2]
 
 
 def test_cut_of_an_empty_directory_is_nothing(tmp_path):
-    MetricsWriter(tmp_path).cut(0)
+    MetricsWriter(tmp_path).truncate_after(0)
     assert list(tmp_path.iterdir()) == [] and read_metrics(tmp_path) == []

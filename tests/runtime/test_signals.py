@@ -8,7 +8,7 @@ from vpo_jax.runtime.signals import Interrupted, catch_signals
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_a_flag_until_it_is_looked_at(signum, code):
+def test_a_signal_is_a_flag_until_it_is_checked(signum, code):
     with catch_signals() as stop:
         stop.check()
         os.kill(os.getpid(), signum)

@@ -39,7 +39,7 @@ def test_a_preset_of_no_model_wants_a_model_prompts_and_a_scorer_and_nothing_els
     assert config.train.remat and config.model.dtype == ("float32" if preset == "custom" else "bfloat16")
 
 
-def test_adapters_are_not_folded_into_kernels_that_would_swallow_them():
+def test_adapters_are_not_merged_into_kernels_that_would_round_them_away():
     config = changed("lora.merge", True)
     check(config)
     config.model.dtype = "bfloat16"
@@ -134,12 +134,12 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named_with_one_that_it_does():
     ):
         check_meshes(changed("rollout.microbatch", 2), one._replace(rollout=eight))
     three = AbstractMesh((3, 1, 1, 1), AXES)
-    clips = r"train\.prompts_per_step x rollout\.candidates: 64 is not a multiple of 3"
-    with pytest.raises(UserError, match=clips + r", into which mesh\.score shards it"):
+    videos = r"train\.prompts_per_step x rollout\.candidates: 64 is not a multiple of 3"
+    with pytest.raises(UserError, match=videos + r", into which mesh\.score shards it"):
         check_meshes(changed("rollout.microbatch", 0), one._replace(score=three))
     apart = changed("rollout.microbatch", 0)
     apart.reward.devices = 3
-    with pytest.raises(UserError, match=clips + r", into which reward\.devices shards it"):
+    with pytest.raises(UserError, match=videos + r", into which reward\.devices shards it"):
         check_meshes(apart, one._replace(score=three))
 
 

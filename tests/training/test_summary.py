@@ -10,13 +10,13 @@ from vpo_jax.training.policy import abstract_policy
 from vpo_jax.training.summary import describe_end, describe_start, short
 
 
-def said_at_the_start(config, pipeline, rewards, judges=(), prompts=("a ball", "b"), held_out=("a red ball",)):
+def said_at_the_start(config, pipeline, rewards, scorers=(), prompts=("a ball", "b"), held_out=("a red ball",)):
     meshes = Meshes.of(make_mesh(1, devices=jax.devices()[:1]))
     policy = abstract_policy(config, pipeline)
     said = describe_start(
-        config, pipeline, policy, rewards, judges, meshes, prompts, held_out, Path("runs/x/report.html")
+        config, pipeline, policy, rewards, scorers, meshes, prompts, held_out, Path("runs/x/report.html")
     )
-    return dict(line.split(maxsplit=1) for line in said.splitlines())
+    return {line[:16].rstrip(): line[18:] for line in said.splitlines()}
 
 
 def test_the_start_names_the_model_what_trains_the_prompts_the_scorers_and_the_report(configure, pipeline, toy_reward):
@@ -24,18 +24,20 @@ def test_the_start_names_the_model_what_trains_the_prompts_the_scorers_and_the_r
     found = said_at_the_start(config, pipeline, [toy_reward()], [toy_reward(name="judge")])
     assert "denoiser" in found["model"] and "4 frames of 4x4, float32" in found["model"]
     assert found["trains"].startswith("LoRA of rank 2, ") and "dpo (best_worst)" in found["trains"]
-    assert found["prompts"] == "2, the first: 'a ball'"  # of 6 tokens, as many as the toy family reads
-    assert found["held"] == "out  1, the first: 'a red ball'; 1 have more than 6 tokens and lose their last words"
-    assert found["rewards"] == "toy/visual_quality 0.25, toy/dynamic_degree 0.75"
-    assert found["judges"] == "judge" and found["report"] == "runs/x/report.html"
+    assert found["training prompts"] == "2, the first: 'a ball'"  # of 6 tokens, as many as the toy family reads
+    assert (
+        found["held-out prompts"] == "1, the first: 'a red ball'; 1 have more than 6 tokens and lose their last words"
+    )
+    assert found["training scorers"] == "toy/visual_quality 0.25, toy/dynamic_degree 0.75"
+    assert found["held-out scorers"] == "judge" and found["report"] == "runs/x/report.html"
     assert found["steps"] == "3, each 8 prompts x 4 candidates, 2 updates"
 
 
-def test_a_long_prompt_is_shown_in_part_and_no_judge_is_said(configure, pipeline, toy_reward):
+def test_a_long_prompt_is_shown_in_part_and_a_missing_held_out_scorer_is_said(configure, pipeline, toy_reward):
     found = said_at_the_start(configure(lora__rank=0), pipeline, [toy_reward()], prompts=["x" * 200])
-    assert found["prompts"].startswith("1, the first: 'xxx") and "..." in found["prompts"]
-    assert found["prompts"].endswith("...'; 1 have more than 6 tokens and lose their last words")
-    assert found["trains"].startswith("every weight, ") and "held_out.scorers" in found["judges"]
+    assert found["training prompts"].startswith("1, the first: 'xxx") and "..." in found["prompts"]
+    assert found["training prompts"].endswith("...'; 1 have more than 6 tokens and lose their last words")
+    assert found["trains"].startswith("every weight, ") and "held_out.scorers" in found["held-out scorers"]
 
 
 def test_the_end_says_where_the_time_went_and_whether_the_samples_got_better():

@@ -15,7 +15,7 @@ from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.signals import Interrupted, Stop
 from vpo_jax.runtime.trees import flatten
 from vpo_jax.training.evaluator import due
-from vpo_jax.training.policy import lora_config, read_start
+from vpo_jax.training.policy import lora_config, read_initial
 from vpo_jax.training.progress import Progress
 from vpo_jax.training.record import RunRecord
 from vpo_jax.training.run import NonFinite, mean_of
@@ -233,7 +233,7 @@ def test_nothing_is_copied_to_the_devices_inside_the_loop_but_explicitly(configu
 
 
 def test_a_judge_is_refused_as_a_training_scorer(configure, run, toy_reward, tmp_path):
-    with pytest.raises(UserError, match=r"reward.scorers: 'judge' may only judge"):
+    with pytest.raises(UserError, match=r"reward.scorers: 'judge' is for evaluation only"):
         run(configure(), tmp_path, rewards=(toy_reward(name="judge", trains=False),))
 
 
@@ -292,7 +292,7 @@ def test_a_run_starts_from_an_adapter_with_the_reference_there_too(configure, ru
     adapters = jax.tree.map(lambda x: x + np.float32(0.05), init_lora(jax.random.key(3), params, lora))
     write_adapter(tmp_path / "adapter", adapters, lora, "base")
     config.lora.path = str(tmp_path / "adapter")
-    start = read_start(config, family, params)
+    start = read_initial(config, family, params)
     jax.tree.map(np.testing.assert_array_equal, start, jax.device_get(adapters))
     # An update that moves nothing leaves what a run begins with.
     config.optimizer.learning_rate = 1e-30

@@ -1,4 +1,4 @@
-"""One step of gradient descent that a non-finite number cannot enter."""
+"""One step of gradient descent that keeps the old state where a number is not finite."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,10 +36,10 @@ def make_descend(
 ) -> Callable[..., tuple[Trained, Metrics]]:
     """`descend(trained, frozen, inputs, some, loss) -> (trained, metrics)`, jitted.
 
-    `gradients(frozen, policy, *inputs)` gives the gradient and metrics of its own. The old state is kept bitwise
-    where the loss, the gradient or the step is not finite, and where `some` is False, so that there is nothing to learn
-    from: Adam would move on a zero gradient. A loss of None is one that is finite where its gradient is. `trained`'s
-    buffers are given away.
+    `gradients(frozen, policy, *inputs)` gives the gradient and its own metrics. The old state is kept bitwise where the
+    loss, the gradient or the step is not finite, and where `some` is False (nothing to learn from): on a zero gradient
+    Adam would still move the weights. A loss of None counts as finite where its gradient is. `trained`'s buffers are
+    donated.
     """
 
     def descend(

@@ -1,4 +1,4 @@
-"""Everything that a run carries from one step to the next, as one pytree of arrays."""
+"""The state of a run from one step to the next, as one pytree of arrays."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -96,7 +96,7 @@ def init_state(
     """The state before the first step; policy, reference and average are copies of `initial`, in their own buffers.
 
     `init_algorithm` makes the algorithm's part; `prefetched` gives the shape of a step's candidates where they are
-    sampled ahead.
+    sampled in advance.
     """
 
     def copy() -> Tree:
@@ -130,7 +130,7 @@ def infer_state_shardings(
     by_rules = {
         name: infer_shardings(getattr(state, name), mesh, rules) for name in ("policy", "reference", "ema", "optimizer")
     }
-    # A trajectory's second dimension is denoising steps, and no frames.
+    # A trajectory's second dimension is denoising steps, not frames.
     spec = BATCH if isinstance(state.prefetched, Trajectory) else VIDEO
     return whole._replace(
         **by_rules,

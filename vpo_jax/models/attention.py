@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from vpo_jax.runtime.mesh import frames_are_split
+from vpo_jax.runtime.mesh import frames_are_sharded
 
 Backend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
@@ -63,7 +63,7 @@ def attention(
     if query.ndim == 4:
         return BACKENDS[backend](query, key, value, mask)
     assert mask is None
-    if frames_are_split():  # the two axes cannot become one; see there
+    if frames_are_sharded():  # the two axes cannot become one; see there
         return _xla(query, key, value, None)
     one = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     return BACKENDS[backend](one(query), one(key), one(value), None).reshape(query.shape)

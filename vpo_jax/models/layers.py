@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import frames_are_split
+from vpo_jax.runtime.mesh import frames_are_sharded
 from vpo_jax.runtime.types import DType
 
 # PyTorch's default for Linear and Conv: uniform within 1 / sqrt(fan_in).
@@ -48,12 +48,12 @@ def adapter(module: nn.Module, dtype: DType) -> tuple[jax.Array, jax.Array]:
 
 
 def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., C] times a matrix [C, D], with all leading axes as one unless the mesh cuts two of them.
+    """x [..., C] times a matrix [C, D], with all leading axes as one unless the mesh shards two of them.
 
     The gradient of the matrix is then one plain product too; over several axes XLA transposes their contraction by
     copying, which takes five times as long on a CPU.
     """
-    if frames_are_split():
+    if frames_are_sharded():
         return x @ kernel
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -128,8 +128,8 @@ class Conv(nn.Module):
         padding = self.padding
         if isinstance(padding, int):
             padding = [(padding, padding)] * len(self.kernel_size)
-        if len(lead) == 2 and frames_are_split():
-            # The second axis of the batch as one that is convolved, with a kernel of size 1: it stays cut as it is.
+        if len(lead) == 2 and frames_are_sharded():
+            # The second axis of the batch is convolved with a kernel of size 1, so that its sharding stays as it is.
             kernel, strides, padding = kernel[None], (1, *strides), [(0, 0), *padding]
         else:
             x = x.reshape(-1, *x.shape[len(lead) :])
@@ -203,7 +203,7 @@ class RMSNorm(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """down(act(gate(x)) * up(x)), without biases, as language models have it."""
+    """down(act(gate(x)) * up(x)), without biases, as in language models."""
 
     hidden: int
     features: int

@@ -1,6 +1,6 @@
 """The layers that UNet3DConditionModel is made of.
 
-Videos stay [B, F, H, W, C] throughout, so that a mesh may cut them along their frames. Text keys and values are
+Videos stay [B, F, H, W, C] throughout, so that a mesh may shard them along their frames. Text keys and values are
 computed once a video, not once a frame.
 """
 
@@ -25,7 +25,7 @@ from vpo_jax.models.layers import (
     multiply,
 )
 from vpo_jax.models.unet3d_config import UNet3DConfig
-from vpo_jax.runtime.mesh import CLIPS, VIDEO, constrain
+from vpo_jax.runtime.mesh import ROWS, VIDEO, constrain
 from vpo_jax.runtime.types import DType
 
 _TRANSFORMER_NORM_EPS = 1e-6  # Transformer2DModel and TransformerTemporalModel
@@ -224,7 +224,7 @@ class SpatialBlock(nn.Module):
         compute = self.compute
         x = x + Attention(self.heads, self.head_dim, compute, name="attn1")(compute.layer_norm("norm1")(x))
         y = compute.layer_norm("norm2")(x)
-        y = y.reshape(x.shape[0], -1, x.shape[-1])  # all positions of a video ask the same text
+        y = y.reshape(x.shape[0], -1, x.shape[-1])  # all positions of a video attend to the same text
         y = Attention(self.heads, self.head_dim, compute, name="attn2")(y, text)
         x = x + y.reshape(x.shape)
         return x + FeedForward(compute, name="ff")(compute.layer_norm("norm3")(x))
@@ -243,9 +243,9 @@ class TransformerTemporalModel(nn.Module):
         batch, frames, height, width, channels = x.shape
         inner = self.heads * cfg.attention_head_dim
         y = GroupNorm(cfg.norm_num_groups, _TRANSFORMER_NORM_EPS, compute.dtype, name="norm")(x)
-        # Places of all videos as one axis: with two, both cut, XLA's partitioner got gradients wrong.
+        # Positions of all videos as one axis: with two sharded axes XLA's partitioner computed wrong gradients.
         y = y.reshape(batch, frames, height * width, channels).swapaxes(1, 2)
-        y = constrain(y.reshape(-1, frames, channels), CLIPS)
+        y = constrain(y.reshape(-1, frames, channels), ROWS)
         y = compute.dense(inner, "proj_in")(y)
         y = TemporalBlock(self.heads, cfg.attention_head_dim, compute, name="transformer_blocks.0")(y)
         y = compute.dense(channels, "proj_out")(y)

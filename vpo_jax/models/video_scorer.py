@@ -32,12 +32,12 @@ class VideoScorerConfig:
     Attributes:
         dimensions: name of each output.
         ranges: (lowest, highest) value of each output; the outputs cannot leave it.
-        num_frames: frames that it reads; they are taken evenly from longer clips.
+        num_frames: frames that it reads; they are taken evenly from longer videos.
         image_size: height and width of the frames; others are resized.
         vocab_size, max_length: of the captions' tokens; 0 is the padding token.
         channels: of the convolutions at half and at quarter resolution.
         grain: filters that see fine detail alone.
-        maps: heatmaps whose mass, place and spread are followed through the clip.
+        maps: heatmaps whose mass, place and spread are followed through the video.
         text_width, hidden: widths of the text tower and of the heads.
     """
 
@@ -209,7 +209,7 @@ def _paths(places: jax.Array) -> jax.Array:
 
 
 def _moments(x: jax.Array) -> jax.Array:
-    """How features change over a clip: [B, F, C] -> [B, 5, C].
+    """How features change over a video: [B, F, C] -> [B, 5, C].
 
     Mean and slope; and on a log scale, so that a little is told from none: the slope's size, the deviation from
     the straight line, and the step between frames.
@@ -220,7 +220,7 @@ def _moments(x: jax.Array) -> jax.Array:
 
 
 class VideoScorer(nn.Module):
-    """Scores of clips against captions.
+    """Scores of videos against captions.
 
     videos uint8 [B, num_frames, image_size, image_size, 3], ids int32 [B, max_length] (0 = padding) -> float32
     [B, D], each within its declared range. The dimension `text_to_video_alignment` alone sees the caption.
@@ -243,7 +243,7 @@ class VideoScorer(nn.Module):
         self.verdict = self.param("verdict", nn.initializers.constant(2.0), (1,))
 
     def see(self, videos: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What a clip shows, whatever was asked for: uint8 [B, F, H, W, 3] -> features [B, C], paths [B, 2 K]."""
+        """Features of the video, without the caption: uint8 [B, F, H, W, 3] -> features [B, C], paths [B, 2 K]."""
         batch, frames = videos.shape[:2]
         x = videos.astype(jnp.float32) / 127.5 - 1.0
         before = jnp.concatenate([x[:, :1], x[:, :-1]], 1)
@@ -255,15 +255,15 @@ class VideoScorer(nn.Module):
         return jnp.concatenate([norm(group) for norm, group in zip(self.norms, groups, strict=True)], -1), paths
 
     def judge_quality(self, seen: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Logits of all dimensions from the clip alone: what `see` gives -> [B, D]."""
+        """Logits of all dimensions from the video alone: what `see` gives -> [B, D]."""
         first, second, last = self.quality
         features, paths = seen
         return last(nn.silu(second(nn.silu(first(features))))) + self.direct(paths)
 
     def judge_match(self, seen: tuple[jax.Array, jax.Array], ids: jax.Array) -> jax.Array:
-        """Logits of the alignment: what `see` gives, int32 [B, N, L] (N captions a clip) -> [B, N].
+        """Logits of the alignment: what `see` gives, int32 [B, N, L] (N captions a video) -> [B, N].
 
-        Every word, beside its neighbours, is looked for in the clip; each that is not found takes from the score.
+        Every word, beside its neighbours, is searched for in the video; each that is not found lowers the score.
         """
         first, second = self.shown
         shown = second(nn.silu(first(seen[0])))  # [B, W]

@@ -1,4 +1,4 @@
-"""Accelerators: what their makers publish, and slices of them by name."""
+"""Accelerators with their published numbers, and slices of them by name."""
 
 import dataclasses
 import math
@@ -45,7 +45,7 @@ CHIPS = {
     )
 }
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
-# XLA, the runtime and fragments take their part of the memory.
+# Usable share of the memory: XLA, the runtime and fragmentation take the rest.
 USABLE = 0.92
 _GPUS_A_NODE = 8
 _NETWORK = 50e9  # bytes/s a GPU between nodes: one 400 Gbit/s adapter each

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for TPUs that are not here: libtpu compiles on any x86 host."""
+"""Ahead-of-time compilation for TPUs that are not attached: libtpu compiles on any x86 host."""
 
 import contextlib
 import importlib.metadata
@@ -18,13 +18,13 @@ from vpo_jax.planning.chips import Topology
 from vpo_jax.runtime.mesh import Meshes, Rules, batch_sharding, infer_shardings, make_meshes, replicated
 from vpo_jax.runtime.programs import Program
 
-# What libtpu asks the machine for; any worker of any slice will do.
+# Settings that libtpu reads from the machine; any worker of any slice is valid.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-16",
     "TPU_WORKER_ID": "0",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here touches a chip, so plans may be made side by side
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so several plans may run at once
 }
 _WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 _COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
@@ -33,7 +33,7 @@ _OPERANDS_TOO = ("all-gather", "collective-permute")
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a program, a chip.
+    """The compiler's numbers for a program, per chip.
 
     Attributes:
       arguments, temporaries, outputs: bytes.
@@ -53,18 +53,18 @@ class Compiled(NamedTuple):
 def missing(topology: Topology) -> str:
     """Why nothing can be compiled for the topology; "" where it can."""
     if not topology.is_tpu:
-        return "there is no compiler for GPUs that are not here"
+        return "there is no compiler for GPUs that are not attached"
     if importlib.util.find_spec("libtpu") is None:
         return "libtpu is not installed (pip install -r requirements-tpu.txt)"
     return ""
 
 
 def mismatch() -> str:
-    """What to say where libtpu is not the one that this JAX asks for, whose programs it may not understand."""
+    """A warning where libtpu is not the version that this JAX requires, and may not read its programs; else ""."""
     asked = [Requirement(text) for text in importlib.metadata.requires("jax") or () if text.startswith("libtpu")]
     try:
         found = importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:  # put there without pip
+    except importlib.metadata.PackageNotFoundError:  # installed without pip
         return ""
     if any(found not in requirement.specifier for requirement in asked):
         return f"libtpu {found} is not the one that JAX asks for ({asked[0].specifier}): pip install 'jax[tpu]'"
@@ -136,7 +136,7 @@ def collectives_of(text: str) -> dict[str, int]:
             sizes = sizes[:2]  # two counters follow
         if started and kind in _OPERANDS_TOO:
             sizes = sizes[len(sizes) // 2 :]
-        # The compiler joins small ones: all that its tuple names travels.
+        # The compiler joins small ones: every array of the tuple is sent.
         if sizes:
             total[kind] = total.get(kind, 0) + sum(sizes)
     return total

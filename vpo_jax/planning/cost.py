@@ -1,4 +1,4 @@
-"""What a function costs, from its jaxpr: nothing is compiled, nothing runs, and shapes may be of any size."""
+"""The cost of a function, from its jaxpr: nothing is compiled or run, and shapes may be of any size."""
 
 import itertools
 import math
@@ -13,8 +13,8 @@ class Cost(NamedTuple):
     """Of one call.
 
     Attributes:
-      flops: of matrix products and convolutions, 2 a multiply-add; what else there is does not count.
-      traffic: bytes that those read and write: what memory moves at least, unless a kernel keeps more on the chip.
+      flops: of matrix products and convolutions, 2 a multiply-add; other operations do not count.
+      traffic: bytes that those read and write: a lower bound, unless a kernel keeps intermediate values on the chip.
       temporaries: estimated peak of bytes beside the arguments, results included. Values that are computed element by
         element are taken to be fused into what reads them, unless a product reads them.
     """
@@ -150,7 +150,7 @@ def _of_step(step: Step) -> Cost:
     elif name == "conv_general_dilated":
         numbers, kernel = params["dimension_numbers"], step.inputs[1][0].shape
         flops = 2.0 * _size(step.outputs[0][0].shape) * _size(kernel) / kernel[numbers.rhs_spec[0]]
-        # Of an input with holes only the places that hold something are multiplied.
+        # Zeros of a dilated input are not multiplied.
         flops /= math.prod(params["lhs_dilation"] or (1,))
     elif name == "scan":
         body = _measure(params["jaxpr"].jaxpr)

@@ -26,7 +26,7 @@ class Linear:
 
     Attributes:
       once, each: of a batch in which rows that share work lie together.
-      shared: how many rows share work; a batch that does not divide into so many is paid for row by row.
+      shared: how many rows share work; a batch that is no multiple of it costs `alone` a row.
       alone: of one row by itself.
     """
 
@@ -94,7 +94,7 @@ class Plan:
       resident: what -> bytes a chip, from start to end.
       stages: in order.
       changes: config key -> value, what the plan sets differently from the config.
-      clips: a step.
+      videos: a step.
       pairs: a step, at most.
     """
 
@@ -103,7 +103,7 @@ class Plan:
     resident: Mapping[str, float]
     stages: tuple[StagePlan, ...]
     changes: Mapping[str, Any]
-    clips: int
+    videos: int
     pairs: int
 
     @property
@@ -130,10 +130,10 @@ class Plan:
 
     def videos_an_hour(self, utilisation: float) -> float:
         """Sampled, scored and trained on, at this share of the floor's speed."""
-        return self.clips * 3600 * utilisation / self.seconds
+        return self.videos * 3600 * utilisation / self.seconds
 
     def cost_a_thousand_pairs(self, price: float, utilisation: float) -> float:
-        """At `price` a device and hour, were every pair kept."""
+        """At `price` a device and hour, if every pair is kept."""
         hours = self.seconds / utilisation / 3600
         return 1000 / self.pairs * hours * self.topology.count * price
 
@@ -171,8 +171,8 @@ def make_plan(
 ) -> Plan:
     """The plan of a job on meshes; `changes` may set rollout.microbatch and train.microbatch.
 
-    The batch is taken to be cut over data and fsdp, and a stage's work over context and tensor too.
-    `known` carries what a device holds from one plan of the job to the next.
+    The plan assumes that the batch is sharded over data and fsdp, and a stage's work over context and tensor too.
+    `known` caches the bytes that a device holds, for several plans of one job.
     """
     changes, known = dict(changes or {}), {} if known is None else known
     trees = job.resident
@@ -199,8 +199,8 @@ def make_plan(
             share = (mesh["fsdp"] - 1) / mesh["fsdp"] / mesh["tensor"]
             collectives["all-gather"] = program.passes * chunks * program.weights * share
         copied = 0.0
-        if program.mesh == "rollout" and _cuts_weights(meshes.rollout) != _cuts_weights(meshes.update):
-            # The sampler's own sharding of the weights, made once a step and dropped after it.
+        if program.mesh == "rollout" and _weight_layout(meshes.rollout) != _weight_layout(meshes.update):
+            # A copy of the weights in the sampler's own sharding, made once a step and freed after the rollout.
             weights = ("frozen backbone", "initial policy")
             copied = sum(held(name, meshes.rollout) for name in weights)
             moved = max(0.0, copied - sum(resident[name] for name in weights))
@@ -235,8 +235,8 @@ def _held(job: Job, tree: Tree, mesh: Any) -> float:
     return shard_bytes(tree, infer_shardings(tree, mesh, rules))
 
 
-def _cuts_weights(mesh: AbstractMesh) -> tuple[int, ...]:
-    """What tells whether two meshes of the same devices lay parameters alike."""
+def _weight_layout(mesh: AbstractMesh) -> tuple[int, ...]:
+    """Equal for two meshes of the same devices where both shard parameters alike."""
     return tuple(mesh.shape.values()) if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 else ()
 
 
@@ -245,7 +245,7 @@ def make_split_plan(
 ) -> tuple[Plan, Plan, Plan]:
     """Plans of the devices that train, of the `reward.devices` that score, and of both.
 
-    They work side by side, so the slower sets the step's floor.
+    Both work at the same time, so the slower one sets the step's floor.
     """
     scoring = job.config.reward.devices
     train, score = (
@@ -259,8 +259,8 @@ def make_split_plan(
 def propose(job: Job, lines: Mapping[str, Linear], chip: Any, most: int = MOST) -> Plan | None:
     """The smallest mesh of `chip` that holds the job; None where none up to `most` devices does.
 
-    The config is kept where it can be; else one clip and one pair a device at a time, which costs no work. Meshes of
-    their own for sampling and scoring are taken where they make the floor of a step lower by 1 % or more.
+    The config is kept where it can be; else one video and one pair a device at a time, which adds no work.
+    Sampling and scoring get meshes of their own where these lower the floor of a step by 1 % or more.
     """
     known: dict[Any, float] = {}
     for topology in _sizes(chip, most):
@@ -269,13 +269,13 @@ def propose(job: Job, lines: Mapping[str, Linear], chip: Any, most: int = MOST) 
             if not divides(job.config, count, changes):
                 continue
             best = None
-            for update, rollout, score in _cuts(count):
-                cut: dict[str, Any] = {"mesh.fsdp": update}
+            for update, rollout, score in _fsdp_sizes(count):
+                axes: dict[str, Any] = {"mesh.fsdp": update}
                 for role, fsdp in (("rollout", rollout), ("score", score)):
                     own = "" if fsdp == update else f"fsdp={fsdp}" if fsdp > 1 else "data=-1"
-                    cut |= {f"mesh.{role}": own} if own or job.config.mesh[role] else {}
+                    axes |= {f"mesh.{role}": own} if own or job.config.mesh[role] else {}
                 meshes = Meshes(*(abstract_mesh(count // fsdp, fsdp) for fsdp in (update, rollout, score)))
-                plan = make_plan(job, lines, topology, meshes, changes | cut, known)
+                plan = make_plan(job, lines, topology, meshes, changes | axes, known)
                 if plan.fits and (best is None or plan.seconds < 0.99 * best.seconds):
                     best = plan
             if best is not None:
@@ -283,22 +283,22 @@ def propose(job: Job, lines: Mapping[str, Linear], chip: Any, most: int = MOST) 
     return None
 
 
-def _cuts(count: int) -> list[tuple[int, int, int]]:
-    """Sizes of fsdp to try for (update, rollout, score), the plain ones first."""
+def _fsdp_sizes(count: int) -> list[tuple[int, int, int]]:
+    """Sizes of fsdp to try for (update, rollout, score), the ones of one mesh first."""
     plain = [(fsdp, fsdp, fsdp) for fsdp in _powers(count)]
     mixed = [(u, r, s) for u in _powers(count) for r in {1, u} for s in _powers(count) if (u, r, s) not in plain]
     return plain + mixed
 
 
 def divides(config: Any, parts: int, changes: Mapping[str, Any]) -> bool:
-    """Whether `parts` cuts the batches evenly."""
-    clips = config.train.prompts_per_step * config.rollout.candidates
+    """Whether `parts` divides the batches and microbatches, and these divide the batches."""
+    videos = config.train.prompts_per_step * config.rollout.candidates
     rollout = changes.get("rollout.microbatch", config.rollout.microbatch)
     train = changes.get("train.microbatch", config.train.microbatch)
     whole = config.train.prompts_per_step % parts == 0
-    cut = all(size % parts == 0 for size in (rollout, train))
-    fills = (not rollout or clips % rollout == 0) and (not train or config.train.prompts_per_step % train == 0)
-    return whole and cut and fills
+    shards = all(size % parts == 0 for size in (rollout, train))
+    fills = (not rollout or videos % rollout == 0) and (not train or config.train.prompts_per_step % train == 0)
+    return whole and shards and fills
 
 
 def _sizes(chip: Any, most: int) -> Iterator[Topology]:

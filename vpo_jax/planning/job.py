@@ -56,9 +56,9 @@ class Job:
 
     @property
     def resident(self) -> dict[str, tuple[Tree, str]]:
-        """What lies in memory from start to end: name -> (shapes, role of the mesh that it is cut over)."""
-        looks = "update" if self.role == "train" else "score"
-        autoencoder = {"autoencoder": (self.pipeline.decoder_params, looks)}
+        """What lies in memory during the whole run: name -> (shapes, role of the mesh that shards it)."""
+        decodes = "update" if self.role == "train" else "score"
+        autoencoder = {"autoencoder": (self.pipeline.decoder_params, decodes)}
         scorers = {"scorers": ([abstract(reward.params) for reward in self.rewards], "score")}
         if self.role == "score":
             return autoencoder | scorers

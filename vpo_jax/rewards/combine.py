@@ -11,7 +11,7 @@ import numpy as np
 from vpo_jax.runtime.errors import UserError
 
 MOTION = "dynamic_degree"
-# A dimension that hardly varies carries no preference: below this share of its range its noise is not amplified.
+# Least sigma as a share of a dimension's range: the noise of a dimension that hardly varies is not amplified.
 SIGMA_FLOOR = 0.01
 
 
@@ -33,11 +33,11 @@ class RewardStatistics(NamedTuple):
 
     Attributes:
       variance: float32 [D].
-      freedom: float32 scalar, degrees of freedom behind it: the sum over prompts of (finite candidates - 1).
+      degrees_of_freedom: float32 scalar, of that variance: the sum over prompts of (finite candidates - 1).
     """
 
     variance: jax.Array
-    freedom: jax.Array
+    degrees_of_freedom: jax.Array
 
 
 class Combined(NamedTuple):
@@ -143,10 +143,11 @@ def update_statistics(statistics: RewardStatistics, scores: jax.Array) -> Reward
     """
     deviations, number = _centre(scores, finite_candidates(scores))
     added = jnp.sum(jnp.maximum(number - 1.0, 0.0))
-    freedom = statistics.freedom + added
-    # What is added counts as added * (its own variance), so with added = 0 nothing moves.
+    degrees_of_freedom = statistics.degrees_of_freedom + added
+    # The new scores count as added * (their own variance), so with added = 0 nothing changes.
     surplus = jnp.sum(jnp.square(deviations), axis=(0, 1)) - added * statistics.variance
-    return RewardStatistics(statistics.variance + surplus / jnp.maximum(freedom, 1.0), freedom)
+    variance = statistics.variance + surplus / jnp.maximum(degrees_of_freedom, 1.0)
+    return RewardStatistics(variance, degrees_of_freedom)
 
 
 def normalise_and_combine(

@@ -1,4 +1,4 @@
-"""What a scorer's folder provides, as one record that stands in its `__init__.py` as `SCORER`."""
+"""What a scorer's folder provides, as one record: `SCORER` of its `__init__.py`."""
 
 import dataclasses
 from collections.abc import Callable

@@ -62,7 +62,7 @@ def load_rewards(
     `settings` is a config's `reward`; `field` is what errors name, reward.scorers or held_out.scorers if left out.
 
     Raises:
-      UserError: as `load_reward`; an empty list for training; the judge for training.
+      UserError: as `load_reward`; an empty list for training; a scorer for evaluation only.
     """
     field = field or ("reward.scorers" if training else "held_out.scorers")
     rewards = tuple(load_reward(name, settings, field) for name in _split(names))
@@ -70,7 +70,7 @@ def load_rewards(
         raise UserError("reward.scorers: is empty; name at least one scorer, as shapes")
     for reward in rewards:
         if training and not reward.trains:
-            raise UserError(f"reward.scorers: {reward.name} only judges and never trains; use it in held_out.scorers")
+            raise UserError(f"reward.scorers: {reward.name} is for evaluation only; name it in held_out.scorers")
     return rewards
 
 

@@ -85,8 +85,8 @@ class ModelOptions:
 
     Attributes:
       query_prompt: a file with what it is asked, `{text_prompt}` where the video's prompt goes; "" takes
-        query_prompt.txt of the scorer's folder, and without one words of our own.
-      max_prompt_tokens: longer prompts are cut; every text is padded to this, so that nothing is compiled twice.
+        query_prompt.txt of the scorer's folder, and without one a text of this package.
+      max_prompt_tokens: longer prompts are truncated; every text is padded to this, so that nothing is compiled twice.
       frames_at_a_time: frames of each video in the vision encoder at once.
       videos_at_a_time: videos of a batch when it is called by itself; a rollout has `rollout.microbatch`.
       dtype: "float32" or "bfloat16" of weights and computation; "" takes what is stored.

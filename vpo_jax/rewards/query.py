@@ -1,4 +1,4 @@
-"""What a language model is asked about a video, as token ids: an instruction with the video's prompt in it."""
+"""The query of a scorer that is a language model, as token ids: an instruction with the video's prompt in it."""
 
 import functools
 import warnings
@@ -27,7 +27,7 @@ class Queries(Protocol):
 
 
 class BlankQueries:
-    """Stands for a `TextEncoder` in a plan: how many tokens there are, and nothing of what they say.
+    """Replaces a `TextEncoder` in a plan: it has the number of tokens only.
 
     Attributes:
       length: tokens of a prepared text.
@@ -45,7 +45,7 @@ class BlankQueries:
 class TextEncoder:
     """Prompts in a template to token ids of one length, so that one compiled program reads them all.
 
-    A subclass says in `_text_ids` what stands around the text.
+    A subclass defines in `_text_ids` which tokens surround the text.
 
     Attributes:
       length: tokens of a prepared text, padding included.
@@ -78,7 +78,8 @@ class TextEncoder:
         ids = self._text_ids(prompt)
         if len(ids) > self.length:
             warnings.warn(
-                f"a prompt is longer than max_prompt_tokens={self._limit} and is cut: {prompt[:60]!r}...", stacklevel=4
+                f"a prompt is longer than max_prompt_tokens={self._limit} and is truncated: {prompt[:60]!r}...",
+                stacklevel=4,
             )
             ends = [end for _, end in self._tokenizer.encode(prompt, add_special_tokens=False).offsets]
             keep = min(self._limit, len(ends))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from vpo_jax.rewards.protocol import PyTree, Reward, candidates_of, repeat_rows
 from vpo_jax.runtime.batches import in_microbatches
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import CLIPS, PARAMETER_RULES, batch_sharding, constrain, infer_shardings
+from vpo_jax.runtime.mesh import PARAMETER_RULES, ROWS, batch_sharding, constrain, infer_shardings
 from vpo_jax.runtime.processes import fetch, place, share, unshare
 
 Videos = jax.Array | np.ndarray
@@ -34,7 +34,7 @@ def bring(batch: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 class Weights:
-    """Scorers' parameters where they are computed: sharded over a mesh by the rules, once for all who score.
+    """Scorers' parameters where they are computed: sharded over a mesh by the rules, once for all uses.
 
     With `offload` they stay in host memory between calls, and every call copies them to the devices.
     """
@@ -97,7 +97,7 @@ def candidates_together(videos: int, prompts: int, microbatch: int, parts: int) 
     1 is a row for each video.
     """
     candidates, size = candidates_of(videos, prompts), min(microbatch or videos, videos)
-    parts = parts if size % parts == 0 else 1  # a batch that the devices cannot share is whole on each
+    parts = parts if size % parts == 0 else 1  # a batch that the devices cannot share is replicated
     return max(n for n in range(1, candidates + 1) if candidates % n == 0 and size % (n * parts) == 0)
 
 
@@ -118,7 +118,7 @@ def _parts() -> int:
 
 
 def _on_devices(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: constrain(x, CLIPS), tree)
+    return jax.tree.map(lambda x: constrain(x, ROWS), tree)
 
 
 class Scores:

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import jax
 
-# Without it two runs on one GPU part in the last digit of the first gradient. XLA aborts on a name that it does not
-# know; this one is in jax 0.10 to 0.12.
+# Without this flag two runs on one GPU differ in the last digit of the first gradient. XLA aborts on a flag that it
+# does not know; jax 0.10 to 0.12 know this one.
 _REPEATABLE = "--xla_gpu_exclude_nondeterministic_ops=true"
 
 
 def keep_compiled_programs() -> Path:
     """Turns on JAX's persistent compilation cache, before JAX computes anything; returns its directory.
 
-    JAX_COMPILATION_CACHE_DIR chooses another one than ~/.cache/vpo_jax/jax. On an NVIDIA GPU programs are made of
-    kernels that give the same bits each time, unless XLA_FLAGS says something about deterministic_ops; which kernels
-    these are XLA finds out by timing them, and the cache keeps the choice.
+    JAX_COMPILATION_CACHE_DIR chooses another one than ~/.cache/vpo_jax/jax. On an NVIDIA GPU only
+    deterministic kernels are used, unless XLA_FLAGS mentions deterministic_ops. XLA chooses among them by timing, and
+    the cache keeps the choice.
     """
     flags, platforms = os.environ.get("XLA_FLAGS", ""), os.environ.get("JAX_PLATFORMS", "cuda").split(",")
     if "deterministic_ops" not in flags and {"cuda", "gpu", ""} & set(platforms) and _has_nvidia():
@@ -40,9 +40,9 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 def keep_freed_memory() -> None:
     """Lets this process keep the memory that a program on the CPU frees, for the next one; before JAX computes.
 
-    XLA takes its buffers from malloc, and glibc's gives those of gigabytes back to the system, which fills them with
-    zeros again a moment later: an update of the embedded model took up to 3.9 s in place of 1.5. Nothing happens beside
-    an accelerator or with another C library than glibc.
+    XLA allocates its buffers with malloc. glibc's malloc returns large buffers to the system, which fills them with
+    zeros at the next allocation: an update of the embedded model took up to 3.9 s instead of 1.5 s. The function does
+    nothing where there is an accelerator or another C library.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if sys.platform != "linux" or (platforms != "cpu" and (platforms or _has_nvidia() or has_tpu())):
@@ -55,7 +55,7 @@ def keep_freed_memory() -> None:
 
 
 def unused_accelerator() -> str:
-    """What to tell a person whose GPU or TPU lies idle because JAX runs on the CPU; "" where all is well."""
+    """A warning for a machine whose GPU or TPU is idle because JAX runs on the CPU; "" where there is none."""
     if jax.default_backend() != "cpu":
         return ""
     if _has_nvidia():

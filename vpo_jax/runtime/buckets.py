@@ -1,7 +1,7 @@
-"""Cloud Storage buckets as workdirs: gcsfuse mounts them, and what such a mount cannot do is known here.
+"""Cloud Storage buckets as workdirs, mounted by gcsfuse.
 
 Without a hierarchical namespace a bucket has no folders to rename: gcsfuse refuses, or copies and deletes one object
-after the other. Nothing that has to be there at once, or not at all, may rest on it.
+after the other. So no atomic write may rely on renaming a folder.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from pathlib import Path
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.paths import user_path
 
-# Folders may be renamed, and no process believes what it saw a minute ago: several share a workdir.
+# Folders may be renamed, and no process caches metadata, because several processes share a workdir.
 MOUNT_FLAGS = (
     "--implicit-dirs",
     "--rename-dir-limit=200000",

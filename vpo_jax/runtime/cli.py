@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs `command(argv)` and exits: 0 done, 2 wrong input (one line on stderr), 130 and 143 interrupted."""
-    logging.set_verbosity(logging.ERROR)  # Orbax warns about what is meant
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
+    logging.set_verbosity(logging.ERROR)  # Orbax warns about settings that are intended here
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # a warning that torch is missing
     try:
         command(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -36,7 +36,7 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # The reader (head, less) is gone: nothing more can be said, and the flush at exit must not say it either.
+        # The reader (head, less) is gone. The flush at exit must not fail as well, so stdout becomes the null device.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     raise SystemExit(0)
@@ -117,7 +117,7 @@ def load_config(source: str) -> Any:
     try:
         spec.loader.exec_module(module)
     except (SyntaxError, ImportError, NameError) as error:
-        raise UserError(f"--config: {file} does not load ({error}); mend the file") from error
+        raise UserError(f"--config: {file} does not load ({error}); correct the file") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"--config: {file} has no function get_config(preset); see configs/vpo.py")
     try:
@@ -175,10 +175,10 @@ def _parse(key: str, text: str, kind: type) -> Any:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The words that propose the key of `known` that is most like `name`; empty where none is known."""
+    """A text that proposes the key of `known` that is most similar to `name`; "" where `known` is empty."""
 
     def likeness(key: str) -> float:
-        # A name whose last part is right counts for more than one in the right group.
+        # A similar last part counts for more than a similar group.
         whole = difflib.SequenceMatcher(None, name, key).ratio()
         return whole + difflib.SequenceMatcher(None, name.rpartition(".")[2], key.rpartition(".")[2]).ratio()
 

@@ -1,4 +1,4 @@
-"""Where the time of a run goes, counted through restarts."""
+"""The time of a run by phase, summed over restarts."""
 
 import contextlib
 import time
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 class Stopwatch:
     """Seconds spent in each named phase, since the run began and since the last lap.
 
-    `state` is JSON and goes into the checkpoint; a new Stopwatch takes it up.
+    `state` is JSON and goes into the checkpoint; a new Stopwatch continues from it.
     """
 
     def __init__(self, state: Mapping[str, float] | None = None) -> None:

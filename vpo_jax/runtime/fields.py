@@ -1,4 +1,4 @@
-"""Fields of a config: a type, what a value must hold, and that in words."""
+"""Fields of a config: a type, a condition on the value, and the condition in words."""
 
 import math
 import sys
@@ -28,7 +28,7 @@ class Field(NamedTuple):
         """Raises UserError that names the key."""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         right = is_number if self.kind is float else type(value) is self.kind
-        # Compared, since a whole number that no float can hold makes math.isfinite raise.
+        # A comparison, because math.isfinite raises for a whole number that is too large for a float.
         finite = self.kind is not float or (right and abs(value) <= sys.float_info.max)
         if not right or not finite or not self.holds(value):
             raise UserError(f"{key}: {value!r} is not {self.words}")

@@ -16,11 +16,11 @@ _MAGIC = (
     (b"\xff\xfe", "UTF-16 text", "save it as UTF-8"),
     (b"\xfe\xff", "UTF-16 text", "save it as UTF-8"),
 )
-HEAD = 512  # bytes of a file that are enough to know it by
+HEAD = 512  # bytes of a file that are enough to recognise its kind
 
 
 def known_stand_in(path: Path, head: bytes) -> str | None:
-    """What stands in the place of a file's content and how to get the content, in words; None for anything else.
+    """What a file holds instead of its content, and how to get the content, as text; None for any other file.
 
     Args:
       path: of the file, for the fix.

@@ -1,4 +1,4 @@
-"""What a path holds, in a few bytes: by it a resumed run knows a model, a scorer or a file again wherever it lies."""
+"""Fingerprints of what paths hold: a resumed run recognises a model, a scorer or a file at another path by them."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.paths import expand_user, stays_inside, user_path
 
-_READ = (".json", ".txt", ".model", ".safetensors", ".jsonl", ".csv", ".tsv")  # of a folder; no cards, no caches
+_READ = (".json", ".txt", ".model", ".safetensors", ".jsonl", ".csv", ".tsv")  # files of a folder that count
 _WHOLE = 2**26  # bytes of a file that is read from end to end
 _SAMPLE = 256  # bytes of each tensor
 _PIECES = 256  # samples of a large file without tensors
@@ -24,8 +24,8 @@ _LISTS = ("reward.scorers", "held_out.scorers")
 def fingerprint(path: str | Path) -> str:
     """Of a file's content, or of the models, configs and tokenizers in a folder and its subfolders.
 
-    A folder that was moved or copied keeps it. Large safetensors are not read: their header counts, their size and
-    some bytes from the middle of every tensor, which is what a training step or a merged adapter changes.
+    A folder that was moved or copied keeps it. Large safetensors are not read: their header, their size
+    and some bytes from the middle of every tensor count, because a training step or a merged adapter changes those.
 
     Raises:
       UserError: a file cannot be read.

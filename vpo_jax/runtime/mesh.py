@@ -14,7 +14,7 @@ from vpo_jax.runtime.trees import path_of
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 VIDEO = PartitionSpec(("data", "fsdp"), "context")  # [B, F, ...]
-CLIPS = PartitionSpec(("data", "fsdp", "context"))  # [B, ...] where every clip, frame or place is its own work
+ROWS = PartitionSpec(("data", "fsdp", "context"))  # [B, ...]; rows are independent: videos, frames or positions
 
 
 class Trailing(NamedTuple):
@@ -30,7 +30,7 @@ class Trailing(NamedTuple):
 
 Rules = Sequence[tuple[str, PartitionSpec | Trailing]]
 
-# The rules of models that bring none of their own. Kernels are [..., in, out], whatever window stands in front; the
+# For models without rules of their own. Kernels are [..., in, out], whatever window stands in front; the
 # input side is sharded over fsdp, so that a layer's weights are gathered once for its product. Adapters are small and
 # replicated.
 PARAMETER_RULES: Rules = (
@@ -69,8 +69,8 @@ class Meshes(NamedTuple):
 
     Attributes:
       update: all but the two below; the state lies on it.
-      rollout: sampling; the devices of `update`, which may be cut in another way.
-      score: decoding for the scorers, and these: the same devices, or others.
+      rollout: sampling; the devices of `update`, perhaps with other sizes of the axes.
+      score: decoding for the scorers, and the scorers: the same devices, or others.
     """
 
     update: Any
@@ -100,13 +100,13 @@ def make_meshes(axes: Mapping[str, Any], scoring: int = 0, devices: Sequence[jax
     own = list(update.devices.flat)
     return Meshes(
         update,
-        update if for_rollout == sizes else _cut(own, for_rollout),
-        update if for_score == sizes and not last else _cut(last or own, for_score),
+        update if for_rollout == sizes else _shaped_mesh(own, for_rollout),
+        update if for_score == sizes and not last else _shaped_mesh(last or own, for_score),
     )
 
 
-def _cut(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> Mesh:
-    # In the order that they have: what moves from one of a run's meshes to another is compiled for one order.
+def _shaped_mesh(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> Mesh:
+    # The order of devices stays: a program that moves arrays between a run's meshes is compiled for one order.
     shaped = np.array(devices, object).reshape(tuple(sizes.values()))
     return Mesh(shaped, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -232,7 +232,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_size(mesh: Mesh) -> int:
-    """Number of parts that the mesh cuts a batch into."""
+    """Number of shards of a batch on the mesh."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -252,10 +252,10 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fit(spec, x.shape, mesh))
 
 
-def frames_are_split() -> bool:
-    """Whether the mesh of `jax.set_mesh` cuts videos along their frames.
+def frames_are_sharded() -> bool:
+    """Whether the mesh of `jax.set_mesh` shards videos along their frames.
 
-    [B, F] then must not become one axis [B * F]: no device holds neighbours of it, and all frames would be gathered.
+    [B, F] then must not become one axis [B * F]: XLA would gather all frames on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.shape["context"] > 1

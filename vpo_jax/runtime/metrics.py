@@ -1,4 +1,4 @@
-"""What a run measured: one JSON object a step in metrics.jsonl, and curves and videos for TensorBoard."""
+"""Metrics of a run: one JSON object a step in metrics.jsonl, and curves and videos for TensorBoard."""
 
 import io
 import json
@@ -44,8 +44,8 @@ class MetricsWriter:
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=_gif(video, fps))
             self._add(step, [Summary.Value(tag=name, image=image)])
 
-    def cut(self, step: int) -> None:
-        """Removes what was written after `step` (the restored one), and a line or event that a kill cut short."""
+    def truncate_after(self, step: int) -> None:
+        """Removes what was written after `step` (the restored one), and an incomplete last line or event."""
         self.close()
         if self._silent:
             return
@@ -66,7 +66,7 @@ class MetricsWriter:
         if self._events is None:
             # The name has whole seconds only, and a second file of the same second would replace the first.
             self._events = EventsWriter(str(self._directory / "events"), f".{time.time_ns()}")
-        # Written here and not through tensorboardX's queue, whose flush leaves out what is still waiting.
+        # Written here and not through tensorboardX's queue, whose flush leaves out queued events.
         self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         self._events.flush()
 

@@ -1,4 +1,4 @@
-"""Paths that a person gives: expanded, checked and sorted in one place, before any work."""
+"""Paths that a user gives: expanded, checked and sorted before any work."""
 
 import errno
 import glob
@@ -115,7 +115,7 @@ def check_output_folder(
       UserError: a file is in the way, the folder may not be written, or its disk has less space than is needed.
     """
     path = user_path(name, field)
-    # What exists is asked, as far up as one must go: that is where the folder would be made.
+    # The nearest parent that exists is checked, because the folder would be made there.
     there = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
     if not there.is_dir():
         kind = "a dangling link" if there.is_symlink() else "a file"

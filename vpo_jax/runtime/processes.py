@@ -1,7 +1,7 @@
-"""Several processes as one run: joining it, and the few things that its processes say to each other.
+"""Several processes as one run: joining it, and communication between its processes.
 
-One process of them is the main one: it alone writes files that Orbax does not write, and talks to people.
-Everything here does nothing, and costs nothing, in a run of one process.
+One process is the main one: it alone prints, and writes every file that Orbax does not write. In a run of one process
+nothing is communicated.
 """
 
 import itertools
@@ -56,8 +56,8 @@ def join_processes(environment: Mapping[str, str] | None = None) -> None:
 
 
 def _join(whom: str, initialize: Callable[[], None]) -> None:
-    # CPUs start programs that do not wait for each other in any order; where they exchange, processes block each other.
-    # JAX has this switch for processes of one device; with more, see `move`.
+    # On CPUs JAX starts independent programs in any order, and programs that communicate can then block each other.
+    # This switch of JAX prevents that for processes of one device; for more devices, see `move`.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         initialize()
@@ -74,7 +74,7 @@ def _whole(environment: Mapping[str, str], name: str, absent: int = 0) -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes and speaks for the run."""
+    """Whether this process writes files and prints for the run."""
     return jax.process_index() == 0
 
 
@@ -132,17 +132,17 @@ def place(tree: Tree, shardings: Tree) -> Tree:
 
 
 def move(tree: Tree, shardings: Tree) -> Tree:
-    """Global arrays cut in another way over the same devices; what is cut so already is not copied.
+    """Global arrays with other shardings over the same devices; an array that has its sharding already is not copied.
 
-    All that travels does so in one program: as many small ones as there are arrays can block each other on CPUs.
+    One program moves all arrays: on CPUs, several small programs can block each other.
     """
     leaves, structure = jax.tree.flatten(tree)
     targets = jax.tree.leaves(shardings)
     travels = [not x.sharding.is_equivalent_to(to, x.ndim) for x, to in zip(leaves, targets, strict=True)]
     there = iter(())
     if any(travels):
-        cut = jax.jit(_same, out_shardings=tuple(itertools.compress(targets, travels)))
-        there = iter(cut(tuple(itertools.compress(leaves, travels))))
+        reshard = jax.jit(_same, out_shardings=tuple(itertools.compress(targets, travels)))
+        there = iter(reshard(tuple(itertools.compress(leaves, travels))))
     moved = [
         next(there)
         if travel

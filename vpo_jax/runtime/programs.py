@@ -16,7 +16,7 @@ Role = Literal["parameters", "batch", "whole"]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled function of a step. Training calls it; a plan lowers it for hardware that is not here.
+    """One compiled function of a step. Training calls it; a plan lowers it for hardware that is not attached.
 
     Attributes:
       name: as in plans and benchmarks.

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a flag that the loop looks at between stages."""
+"""SIGINT and SIGTERM as a flag that the loop checks between stages."""
 
 import contextlib
 import signal

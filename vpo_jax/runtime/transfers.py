@@ -1,6 +1,6 @@
-"""Copies from the host to the devices inside a run's loop: those that are meant, and a guard against all others.
+"""Copies from the host to the devices inside a run's loop: explicit ones, and a guard against all others.
 
-A weight that is left in host memory by mistake is copied at every call, and nothing but the step's time shows it.
+A weight that is left in host memory by mistake is copied at every call, which only the step's time would show.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Names for what passes between the rooms: arrays, keys, trees and dtypes."""
+"""Type aliases for arrays, keys, trees and dtypes."""
 
 from typing import Any, TypeAlias
 

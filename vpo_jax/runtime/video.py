@@ -18,7 +18,7 @@ from vpo_jax.runtime.file_kinds import HEAD, known_stand_in
 from vpo_jax.runtime.paths import user_path
 
 SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".webp", ".npy")
-# Smaller videos are shown enlarged: players blur them, and a 32 pixel video is a stamp on a screen.
+# Smaller videos are shown enlarged: players blur them, and 32 pixels are hardly visible on a screen.
 LEAST_SIZE = 128
 _PPM = re.compile(rb"P6\n(\d+) (\d+)\n255\n")
 
@@ -77,7 +77,7 @@ def read_video(path: str | Path) -> np.ndarray:
         if path.suffix.lower() == ".npy":
             return _from_array(path, np.load(path, allow_pickle=False))
         if path.suffix.lower() in (".gif", ".webp"):
-            _refuse_cut(path)
+            _refuse_truncated(path)
             with Image.open(path) as image:
                 return np.stack([_frame(image, i) for i in range(getattr(image, "n_frames", 1))])
         return _decoded(path)
@@ -86,24 +86,24 @@ def read_video(path: str | Path) -> np.ndarray:
         raise UserError(f"{path}: cannot be read as a video ({reason})") from error
 
 
-def _refuse_cut(path: Path) -> None:
-    """Pillow reads what is left of an animation whose end is missing."""
+def _refuse_truncated(path: Path) -> None:
+    """Raises OSError for an animation whose end is missing: Pillow would read the rest without an error."""
     data = path.read_bytes()
     whole = data.rstrip(b"\0").endswith(b";")
     if data[:4] == b"RIFF":
         whole = len(data) >= int.from_bytes(data[4:8], "little") + 8
     if not whole:
-        raise OSError("cut short")
+        raise OSError("truncated")
 
 
 def _decoded(path: Path) -> np.ndarray:
     """What ffmpeg decodes: uint8 [F, H, W, 3].
 
-    `passthrough` hands out each decoded frame once; without it ffmpeg repeats and drops frames of a variable rate until
-    the rate is constant. An error in the middle of a file is one here, where ffmpeg would go on with what it has.
+    `passthrough` writes each decoded frame once; without it ffmpeg repeats and drops frames of a variable rate until
+    the rate is constant. An error in the middle of a file is raised; ffmpeg's default keeps the frames before it.
     """
     source = ["-nostdin", "-loglevel", "error", "-xerror", "-err_detect", "explode", "-i", f"file:{path}"]
-    # PPM frames carry their size, which rotation and a change of size in the stream make hard to foretell.
+    # PPM frames carry their size, which is hard to predict where the stream is rotated or changes its size.
     raw = ["-map", "0:v:0", "-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "-"]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *source, *raw]
     with _ffmpeg():
@@ -120,7 +120,7 @@ def _decoded(path: Path) -> np.ndarray:
 
 
 def _portable_pixmaps(data: bytes) -> Iterator[np.ndarray]:
-    """Pictures [H, W, 3] of binary PPM files, one behind the other."""
+    """Pictures [H, W, 3] of concatenated binary PPM files."""
     place = 0
     while place < len(data):
         header = _PPM.match(data, place)

@@ -21,10 +21,10 @@ from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.files import write_json
 from vpo_jax.runtime.processes import agree, is_main
 
-# On resume these may differ; train.steps may also, upwards. They say what is written, or how and where a run is
-# computed, and never what it computes.
+# Fields that may differ on resume; train.steps may also grow. They set what is written, or how and where a run is
+# computed, and never change its results.
 _FREE = re.compile(r"\.every$|^log\.|^profile\.|^eval\.on_alarm$|^checkpoint\.keep$|^reward\.(timeout|offload)$")
-# So do these, but sums may be taken in another order: which numbers then differ in their last digits.
+# Fields that may also differ, but change the order of sums: the numbers that may then differ in their last digits.
 _ROUNDING = (
     (re.compile(r"^mesh\."), "videos, scores and losses"),
     (re.compile(r"^rollout\.microbatch$"), "videos, their scores and losses"),
@@ -50,7 +50,7 @@ class Workdir:
         self.path = path
         self.config = config
         self.resumed = resumed  # a run of this config was here before
-        self.note = note  # what is computed in another way than before, and which numbers that rounds; or ""
+        self.note = note  # which settings changed on resume, and which numbers they may round differently; or ""
         self._lock = lock
 
     @property
@@ -70,12 +70,12 @@ class Workdir:
 
     @property
     def report(self) -> Path:
-        """The page."""
+        """The report of the run."""
         return self.path / "report.html"
 
     @property
     def failure(self) -> Path:
-        """What a non-finite step leaves behind."""
+        """State and inputs of a step that was not finite."""
         return self.path / "failure"
 
     @property
@@ -88,7 +88,7 @@ class Workdir:
         write_json(self.path / "complete", {"steps": steps})
 
     def close(self) -> None:
-        """Lets another process take the directory."""
+        """Releases the lock on the directory."""
         if self._lock is not None:
             os.close(self._lock)
 
@@ -104,12 +104,12 @@ def completed_steps(
 ) -> int | None:
     """Steps of the run that completed in `path`, None where none did; reads only.
 
-    Raises UserError for what `open_workdir` would refuse, so that nobody waits for a model to load first.
+    Raises UserError for what `open_workdir` would refuse, so that the refusal comes before a model is loaded.
     """
     path = local_folder(path)
     with writing(path):
         _refuse_files(path)
-        _refuse_strangers(path)
+        _refuse_foreign(path)
         there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if not os.access(there, os.W_OK):
             raise UserError(f"--workdir: no permission to write {there}; choose another one")
@@ -157,7 +157,7 @@ def open_workdir(path: str | Path, config: Mapping[str, Any], contents: Mapping[
 def _open(path: Path, resolved: dict[str, Any], contents: Mapping[str, str]) -> Workdir:
     with writing(path):
         _refuse_files(path)
-        _refuse_strangers(path)
+        _refuse_foreign(path)
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
     try:
@@ -176,7 +176,7 @@ def _open(path: Path, resolved: dict[str, Any], contents: Mapping[str, str]) -> 
 
 
 def _refuse_files(path: Path) -> None:
-    """What stands in the way of a run's directory, or of what the run will write into it at its end."""
+    """Raises UserError for a file in the place of the run's directory, or of a folder or file that the run writes."""
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir: {path} is a file; give a directory")
     for name in (*_FOLDERS, *_FILES):
@@ -245,13 +245,13 @@ def _completed(path: Path) -> int | None:
     return None
 
 
-def _refuse_strangers(path: Path) -> None:
+def _refuse_foreign(path: Path) -> None:
     if (path / "config.json").exists():
         return
-    strangers = [name for name in _OURS if (path / name).exists()]
-    if strangers:
+    foreign = [name for name in _OURS if (path / name).exists()]
+    if foreign:
         raise UserError(
-            f"--workdir: {path} has a {strangers[0]} and no config.json, so it is not a run's directory;"
+            f"--workdir: {path} has a {foreign[0]} and no config.json, so it is not a run's directory;"
             f" choose another one, and nothing is written over"
         )
 
@@ -284,7 +284,7 @@ def _read_config(path: Path) -> dict[str, Any] | None:
 def _refuse_differences(
     path: Path, before: Mapping[str, Any], now: Mapping[str, Any], contents: Mapping[str, str]
 ) -> str:
-    """Raises UserError for what makes another run; else which numbers may round differently, or ""."""
+    """A note on numbers that may round differently, or ""; raises UserError for a difference that makes another run."""
     old, new = _flat(before), _flat(now)
     held = _read_config(path / _CONTENTS) or {}
     differences, other, rounded = [], [], []

@@ -1,4 +1,4 @@
-"""What a config may hold: checked before anything is loaded, compiled or written."""
+"""Checks of a config, before anything is loaded, compiled or written."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,14 +36,14 @@ def check(config: Mapping[str, Any]) -> None:
     if values["lora.path"] and not values["lora.rank"]:
         raise UserError("lora.path: an adapter cannot start full fine-tuning (lora.rank=0); give its rank, or merge it")
     if values["lora.merge"] and values["model.dtype"] != "float32":
-        raise UserError("lora.merge: a kernel in bfloat16 would swallow small adapters; set model.dtype to float32")
+        raise UserError("lora.merge: a kernel in bfloat16 would round small adapters away; set model.dtype to float32")
     if values["lora.merge"] and not values["lora.rank"]:
         raise UserError("lora.merge: full fine-tuning (lora.rank=0) has no adapters to merge; set lora.merge to False")
     if values["ema.extrapolation"] != 1.0:
         if not values["ema.decay"]:
             raise UserError("ema.extrapolation: there is no average to extrapolate (ema.decay=0); set it to 1.0")
         if values["lora.path"]:
-            raise UserError("ema.extrapolation: is of fresh adapters, and lora.path begins from others; set it to 1.0")
+            raise UserError("ema.extrapolation: needs fresh adapters, and lora.path starts from others; set it to 1.0")
     rollout, videos = values["rollout.microbatch"], values["train.prompts_per_step"] * values["rollout.candidates"]
     if rollout and videos % rollout:
         raise UserError(
@@ -55,15 +55,15 @@ def check(config: Mapping[str, Any]) -> None:
 def check_meshes(config: Any, meshes: Meshes) -> None:
     """Raises UserError where a mesh does not divide the batches that are computed on it."""
     prompts = config.train.prompts_per_step
-    clips = {
+    videos = {
         "rollout.microbatch": config.rollout.microbatch,
         "train.prompts_per_step x rollout.candidates": prompts * config.rollout.candidates,
     }
     pairs = {"train.prompts_per_step": prompts, "train.microbatch": config.train.microbatch}
     for role, mesh, sizes in (
         ("mesh.data x mesh.fsdp", meshes.update, pairs),
-        ("mesh.rollout", meshes.rollout, clips),
-        ("reward.devices" if config.reward.devices and not config.mesh.score else "mesh.score", meshes.score, clips),
+        ("mesh.rollout", meshes.rollout, videos),
+        ("reward.devices" if config.reward.devices and not config.mesh.score else "mesh.score", meshes.score, videos),
     ):
         parts = batch_size(mesh)
         for key, size in sizes.items():
@@ -85,7 +85,7 @@ def check_context(meshes: Meshes, num_frames: int) -> None:
 
 
 def check_inputs(
-    config: Any, pipeline: Pipeline, rewards: Sequence[Reward], judges: Sequence[Reward], meshes: Meshes
+    config: Any, pipeline: Pipeline, rewards: Sequence[Reward], held_out: Sequence[Reward], meshes: Meshes
 ) -> Policy:
     """The run's policy as shapes; computes nothing.
 
@@ -102,9 +102,9 @@ def check_inputs(
             make_sampler(pipeline.scheduler_config, config.eval.num_inference_steps, rollout.sampler or None)
         except UserError as error:
             raise UserError(f"eval.{error}") from error
-    for scorer in (*rewards, *judges):
+    for scorer in (*rewards, *held_out):
         frames = scorer.frame_indices(num_frames)
-        if scorer.jittable and not scorer.trains:  # it would meet its first video after the training
+        if scorer.jittable and not scorer.trains:  # else it would get its first video after the training
             videos = jax.ShapeDtypeStruct((1, len(frames), height, width, 3), jnp.uint8)
             jax.eval_shape(scorer.score, scorer.params, videos, scorer.prepare(["a"]))
     policy = abstract_policy(config, pipeline)

@@ -25,7 +25,7 @@ Tree = Any
 
 
 class Seen(NamedTuple):
-    """What one set of parameters made of the tuning prompts.
+    """Scores and videos of the tuning prompts with one set of parameters.
 
     Attributes:
       scores: "scorer/dimension" -> float32 [number of prompts].
@@ -43,7 +43,7 @@ class Evaluation(NamedTuple):
       metrics: for metrics.jsonl.
       gain: the held-out scorers' mean gain, which chooses the best checkpoint and when an adaptive reference moves:
         those scorers are used for selection. None without one.
-      alarms: what the metrics warn of.
+      alarms: those that the metrics raise.
       videos: as in `Seen`.
       record: the run's, with this evaluation.
     """
@@ -80,7 +80,7 @@ class Evaluator:
     ) -> None:
         """`generate(trainable, prompts [B], keys [B]) -> uint8 [B, F, H, W, 3]`, B the videos of a step.
 
-        `result(state)` are the trainable parameters that a run which ended now would hand back.
+        `result(state)` are the trainable parameters that the run would return if it ended now.
         """
         self.prompts = tuple(prompts[: config.eval.prompts]) if config.eval.every else ()
         self.trained, self.held_out = dimension_names(rewards), dimension_names(held_out)
@@ -126,7 +126,7 @@ class Evaluator:
         scores, videos = [], []
         for first in range(0, len(self.prompts), self._batch):
             slots = np.arange(first, first + self._batch)
-            # The last batch is filled up with what is there, so that one compiled program serves all.
+            # The last batch is filled up with repeated prompts, so that one compiled program serves all.
             prompts = [self.prompts[slot % len(self.prompts)] for slot in slots]
             made = self._generate(trainable, prompts, self._keys(slots))
             scores.append(fetch(self._score(made, prompts)))
@@ -141,7 +141,7 @@ class Evaluator:
         return metrics_against_base(base, now.scores, self.trained, self.held_out)
 
     def alarms(self, evaluations: Sequence[Mapping[str, float]]) -> tuple[Alarm, ...]:
-        """What the newest of these evaluations warns of; the first is the initial policy's."""
+        """Alarms of the newest of these evaluations; the first one is the initial policy's."""
         return check_alarms(
             evaluations,
             reward="eval/gain",

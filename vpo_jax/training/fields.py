@@ -1,4 +1,4 @@
-"""What the fields of a config may hold, each by itself."""
+"""What each field of a config may hold."""
 
 from collections.abc import Mapping
 

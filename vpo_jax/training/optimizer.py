@@ -1,4 +1,4 @@
-"""AdamW with warm-up and clipping by the global norm: optax and nothing else."""
+"""AdamW with warm-up and clipping by the global norm, from optax."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ import optax
 def make_optimizer(config: Any) -> optax.GradientTransformation:
     """The optimizer of `config.optimizer`.
 
-    The learning rate rises over `warmup_steps` updates and stays; the first update already moves. Weight decay
-    leaves vectors (norms, biases) alone. `clip_norm` 0 switches clipping off.
+    The learning rate rises over `warmup_steps` updates and then stays constant; it is above 0 from the first update on.
+    Vectors (norms, biases) have no weight decay. `clip_norm` 0 switches clipping off.
     """
     warmup = max(1, config.warmup_steps)
     rate = config.learning_rate

@@ -52,16 +52,16 @@ class Policy:
         """The same policy, computed in float32."""
         return dataclasses.replace(self, family=self.family.with_options(dtype=jnp.float32))
 
-    def extrapolated(self, start: Tree, trainable: Tree, factor: float) -> Tree:
+    def extrapolated(self, initial: Tree, trainable: Tree, factor: float) -> Tree:
         """Parameters `factor` times as far from the initial ones as these are (ExPO, arXiv 2404.16792).
 
-        The average of a noisy run has the right direction and is too short. For LoRA the change is A B, and B is
-        multiplied, which assumes that the run began with fresh adapters (B = 0).
+        The average of a noisy run points in the right direction and does not go far enough. For LoRA the change is A B,
+        and B is multiplied, which assumes that the run began with fresh adapters (B = 0).
         """
         if factor == 1.0:
             return trainable
         if self.lora is None:
-            return jax.tree.map(lambda a, b: a + factor * (b - a), start, trainable)
+            return jax.tree.map(lambda a, b: a + factor * (b - a), initial, trainable)
         return jax.tree.map_with_path(lambda path, x: factor * x if path[-1].key == "lora_B" else x, trainable)
 
     def merged(self, params: Tree, trainable: Tree) -> Tree:
@@ -77,7 +77,7 @@ def lora_config(config: Any, family: Family) -> LoRAConfig | None:
     return LoRAConfig(config.lora.rank, config.lora.alpha, targets)
 
 
-def read_start(config: Any, family: Family, params: Tree) -> Tree | None:
+def read_initial(config: Any, family: Family, params: Tree) -> Tree | None:
     """theta0 of the adapter folder `lora.path`; None where the config names none.
 
     Args:
@@ -116,9 +116,9 @@ def make_policy(config: Any, family: Family, params: Tree, adapters: Tree | None
     if lora is None:
         options = family.with_options(dtype=dtype, remat=config.train.remat)
         return Policy(options, None, {}, cast_floating(params, jnp.float32))
-    start = init_lora(stream_key(config.seed, "init"), params, lora) if adapters is None else adapters
+    initial = init_lora(stream_key(config.seed, "init"), params, lora) if adapters is None else adapters
     family = family.with_options(dtype=dtype, remat=config.train.remat, lora_scale=lora.scale)
-    return Policy(family, lora, cast_floating(params, dtype), start, config.lora.merge)
+    return Policy(family, lora, cast_floating(params, dtype), initial, config.lora.merge)
 
 
 def abstract_policy(config: Any, pipeline: Pipeline) -> Policy:

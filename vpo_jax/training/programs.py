@@ -68,12 +68,12 @@ def make_programs(
       mesh: of the updates, for the shardings of their results; None where nothing runs.
 
     Raises:
-      UserError: sizes that the model cannot make, a scorer that may only judge, a sampler without log-probabilities
+      UserError: sizes that the model cannot make, a scorer for evaluation only, a sampler without log-probabilities
         where the algorithm wants them.
     """
     for reward in rewards:
         if not reward.trains:
-            raise UserError(f"reward.scorers: {reward.name!r} may only judge; name it in held_out.scorers")
+            raise UserError(f"reward.scorers: {reward.name!r} is for evaluation only; name it in held_out.scorers")
     rollout, size = config.rollout, config.train.prompts_per_step
     num_frames, height, width = pipeline.video_size(rollout.num_frames, rollout.height, rollout.width)
     latents = jax.ShapeDtypeStruct(pipeline.latent_shape(num_frames, height, width), jnp.float32)

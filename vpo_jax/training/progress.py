@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one line with the numbers that matter."""
+"""Progress of a run for people: one line with the main numbers of a step."""
 
 import math
 import time
@@ -72,17 +72,17 @@ class Progress:
 
 
 def without_pairs(metrics: Mapping[str, float]) -> str:
-    """What to tell a person of a step that kept no pair: how many were dropped for what, and what decides that."""
+    """The message for a step that kept no pair: how many were dropped by which rule, and the fields that set it."""
     counts = {name.removeprefix("pair/dropped_"): n for name, n in metrics.items() if name.startswith("pair/dropped_")}
     dropped = ", ".join(f"{n:.0f} by {name}" for name, n in counts.items() if n > 0)
     return (
         f"no pair was kept ({dropped or 'none was made'}), so there is nothing new to learn; "
-        "preference.margin and preference.motion_tolerance decide"
+        "preference.margin and preference.motion_tolerance set the limits"
     )
 
 
 def describe(metrics: Mapping[str, float]) -> str:
-    """The numbers of a step that matter, as text; what is missing or means nothing is left out."""
+    """The main numbers of a step as text; missing and non-finite ones are left out."""
     parts = (
         ("reward", "reward/total", "{:.3f}"),
         ("win margin", "pair/margin", "{:.2f}"),

@@ -1,4 +1,4 @@
-"""What a run remembers beside its arrays; one JSON object in every checkpoint."""
+"""The part of a run's state that is no array; one JSON object in every checkpoint."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What is not an array and yet has to survive a restart.
+    """State that is no array and has to survive a restart.
 
     Attributes:
       prompts: fingerprint of the training prompts.

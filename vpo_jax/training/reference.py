@@ -12,7 +12,7 @@ from vpo_jax.runtime.transfers import allowed
 
 Tree = Any
 SCHEDULES = ("frozen", "refresh", "ema", "adaptive")
-# From this share of pairs on which policy and preference agree, the reference no longer tells them apart well.
+# Least implicit accuracy at which an adaptive reference is refreshed: the policy has learned most pairs against it.
 HIGH_ACCURACY = 0.7
 
 
@@ -26,9 +26,9 @@ def make_reference(schedule: str, every: int, decay: float) -> Callable[[TrainSt
       every: steps.
       decay: of "ema".
 
-    `step` counts completed steps, on the host: the state's own would have to be waited for. `gain` is the held-out
-    scorers' at this step's evaluation, else None: what is copied is what was evaluated.
-    A refreshed reference lies in buffers of its own, since the next update gives the policy's away.
+    `step` counts completed steps, on the host: the state's own would wait for the devices. `gain` is the held-out
+    scorers' at this step's evaluation, else None: the policy that is copied is the evaluated one.
+    A refreshed reference has buffers of its own, because the next update donates the policy's.
 
     Raises:
       UserError: an unknown schedule, or a number out of range.

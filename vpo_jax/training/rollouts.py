@@ -81,7 +81,7 @@ class Candidates(NamedTuple):
     Attributes:
       prompts: P of them.
       rollout: N candidates of each.
-      prefetched: the next step's clean latents where they are sampled ahead, else {}.
+      prefetched: the next step's clean latents where they are sampled in advance, else {}.
     """
 
     prompts: list[str]
@@ -120,7 +120,7 @@ class Rollouts:
         )
 
     def next(self, state: TrainState, step: int) -> Candidates:
-        """The candidates of step `step`, dispatched and not waited for.
+        """The candidates of step `step`; returns before they are computed.
 
         Where scorers have devices of their own, the next step's are sampled too, with the same policy, while this
         step's are scored.
@@ -139,7 +139,7 @@ class Rollouts:
         update, mesh = self._meshes.update, self._meshes.rollout
         if mesh == update:
             return self._rollout(self._frozen.backbone, trainable, text, self._negative, keys)
-        # Weights lie as the update wants them, and are gathered once for all steps of the sampler.
+        # Weights have the update's sharding, and are resharded once for all steps of the sampler.
         weights = (self._frozen.backbone, trainable)
         backbone, trainable = move(weights, infer_shardings(weights, mesh, self._rules))
         negative = move(self._negative, jax.tree.map(lambda _: replicated(mesh), self._negative))

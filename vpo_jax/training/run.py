@@ -1,4 +1,4 @@
-"""What surrounds the algorithm: which steps are to do, the clock, late metrics, checkpoints, signals and profiles."""
+"""The loop around the algorithm: its steps, the clock, late metrics, checkpoints, signals and profiles."""
 
 import contextlib
 import dataclasses
@@ -27,11 +27,11 @@ from vpo_jax.training.rollouts import Candidates
 
 
 class NonFinite(Exception):
-    """A loss, a gradient, or every score of a step was not finite; what made it is under failure/step_N."""
+    """A loss, a gradient, or every score of a step was not finite; its inputs are under failure/step_N."""
 
 
 class Alarmed(Exception):
-    """An alarm rang and `eval.on_alarm` says to stop; the step is saved."""
+    """An alarm was raised and `eval.on_alarm` is "stop"; the step is saved."""
 
 
 class Line(NamedTuple):
@@ -55,7 +55,7 @@ class Line(NamedTuple):
 class Run:
     """A run in its workdir; a context manager that saves the last finished step when a signal comes.
 
-    Inside it, nothing is copied from the host to the devices but explicitly: see `runtime.transfers`.
+    Inside it, only explicit copies from the host to the devices are allowed: see `runtime.transfers`.
 
     Attributes:
       state: after the last finished step.
@@ -93,7 +93,7 @@ class Run:
             if record.prompts != self.record.prompts:
                 raise UserError("data.prompts: not the prompts that this run began with; choose another --workdir")
             self.record = record
-        self._writer.cut(kept)
+        self._writer.truncate_after(kept)
         self._clock = Stopwatch(self.record.clock)
         return self.state
 
@@ -129,7 +129,7 @@ class Run:
             self.show(0, videos)
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps that are to do, from 0.
+        """The numbers of the remaining steps, from 0.
 
         Raises:
           Interrupted: a signal came.
@@ -145,7 +145,7 @@ class Run:
     def phase(self, name: str) -> Iterator[None]:
         """Counts the seconds inside to time/NAME. A signal stops the run after "rollout" and "score".
 
-        An update gives the state's buffers away, so that a step which has begun to update runs to its end.
+        An update donates the state's buffers, so a step whose update has begun runs to its end.
         """
         with self._clock.phase(name), jax.profiler.TraceAnnotation(name):
             yield
@@ -153,7 +153,7 @@ class Run:
             self._stop.check()
 
     def wait(self, candidates: Candidates) -> None:
-        """Until the candidates are there; logs the step before meanwhile, so that no device waits for the host."""
+        """Waits for the candidates; logs the previous step meanwhile, so that no device waits for the host."""
         self.log()
         with self.phase("rollout"):
             jax.block_until_ready(candidates.rollout)
@@ -176,7 +176,7 @@ class Run:
         scores: jax.Array,
         evaluation: Evaluation | None = None,
     ) -> None:
-        """Ends a step: keeps its metrics for later, saves where a checkpoint is due, stops where an alarm says so.
+        """Ends a step: keeps its metrics for later, saves where a checkpoint is due, stops on an alarm if asked to.
 
         Raises:
           Alarmed: `eval.on_alarm` is "stop".
@@ -193,14 +193,14 @@ class Run:
             stopping = bool(evaluation.alarms) and self._config.eval.on_alarm == "stop"
         self._late = Line(step, metrics, measured, candidates.prompts, scores)
         if stopping or due(step, self._config.checkpoint.every, self._config.train.steps):
-            self.log()  # before the checkpoint, which never lacks a line that it has passed
+            self.log()  # before the checkpoint: metrics.jsonl then has every step up to it
             self._save(evaluation.gain if evaluation else None)
         if stopping and evaluation is not None:
             said = evaluation.alarms[0].message
             raise Alarmed(f"step {step}: {said}; eval.on_alarm=warn goes on from here")
 
     def log(self) -> None:
-        """Fetches the metrics of the last finished step, writes and shows them; does nothing where that is done.
+        """Fetches the metrics of the last finished step, writes and shows them, if that was not done before.
 
         Raises:
           NonFinite: it was not finite; the last finite state is saved apart.
@@ -208,7 +208,7 @@ class Run:
         if self._late is None:
             return
         line, self._late = self._late, None
-        with self._clock.phase("update"):  # on an accelerator most of an update passes here
+        with self._clock.phase("update"):  # on an accelerator this waits for most of the update
             values = mean_of(line.metrics) | dict(line.measured)
         times = self._clock.lap()
         values |= times | {"time/videos_per_second": self._videos / times["time/step"]}
@@ -224,7 +224,7 @@ class Run:
             self._store.save(int(self.state.step), self.state, self.record.as_json(), metric)
 
     def _fail(self, line: Line, values: Mapping[str, float]) -> None:
-        """Leaves the last finite state and what met it under failure/step_N, and raises NonFinite."""
+        """Saves the last finite state and the step's inputs under failure/step_N, and raises NonFinite."""
         folder = self._workdir.failure / f"step_{line.step}"
         main_first(lambda: folder.mkdir(parents=True, exist_ok=True))
         with allowed(), contextlib.closing(CheckpointStore(folder / "checkpoints", keep=1)) as store:

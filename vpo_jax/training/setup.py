@@ -37,9 +37,9 @@ class Setup(NamedTuple):
       algorithm: that of the programs.
       encode: prompts -> encodings.
       rollouts: samples candidates.
-      score: candidates -> float32 [P * N, D], waited for.
+      score: candidates -> float32 [P * N, D], computed when it returns.
       evaluator: of the tuning prompts.
-      result: state -> the trainable parameters that a run which ended now would hand back.
+      result: state -> the trainable parameters that the run would return if it ended now.
       fresh_state: makes the state before the first step.
       abstract_state: the state's shapes, dtypes and shardings: what a checkpoint is restored into.
     """
@@ -70,7 +70,7 @@ def make_setup(
     """Places parameters and builds every program; the arguments are those of `training.train.train`.
 
     Raises:
-      UserError: sizes that do not fit each other or the mesh, a scorer that may only judge.
+      UserError: sizes that do not fit each other or the mesh, a scorer that is for evaluation only.
     """
     check_meshes(config, meshes)
     check_context(meshes, pipeline.latent_shape(*(config.rollout[k] for k in ("num_frames", "height", "width")))[0])
@@ -82,11 +82,11 @@ def make_setup(
         return place(tree, infer_shardings(tree, mesh, rules))
 
     # Policy, reference and initial policy share one frozen backbone. The copies on the host are not needed any more.
-    backbone, start = placed(policy.frozen, meshes.update), placed(policy.initial, meshes.update)
-    policy = dataclasses.replace(policy, frozen=backbone, initial=start)
+    backbone, theta0 = placed(policy.frozen, meshes.update), placed(policy.initial, meshes.update)
+    policy = dataclasses.replace(policy, frozen=backbone, initial=theta0)
     text_params = placed(pipeline.text_params, meshes.update)
     encode = TextEncoding(programs.encode.function, text_params, pipeline.tokenize, config.train.prompts_per_step)
-    # Two prompts at least: with a step's prompts they are one program.
+    # As many prompts as a step has, at least two: no further program is compiled.
     plain = [config.rollout.negative_prompt, ""] * config.train.prompts_per_step
     encodings = encode(plain[: max(2, config.train.prompts_per_step)])
     negative, empty = (
@@ -94,7 +94,7 @@ def make_setup(
     )
     if config.data.text_cache:
         encode.cache(config.data.text_cache, [*prompts, *tuning_prompts])
-    frozen = Frozen(backbone, start, empty)
+    frozen = Frozen(backbone, theta0, empty)
 
     algorithm, rollout = programs.algorithm, programs.rollout.function
     rollouts = Rollouts(config, rollout, algorithm, frozen, negative, encode, prompts, meshes, rules)
@@ -104,12 +104,12 @@ def make_setup(
     extrapolate = jax.jit(partial(policy.extrapolated, factor=factor))
 
     def result(state: TrainState) -> Tree:
-        return extrapolate(start, state.weights()) if factor != 1.0 else state.weights()
+        return extrapolate(theta0, state.weights()) if factor != 1.0 else state.weights()
 
     evaluator = Evaluator(
         config, tuning_prompts, rewards, held_out, weights, generate, programs.num_frames, result, algorithm, frozen
     )
-    fresh, abstract = _state(config, programs, rewards, meshes, start, rules)
+    fresh, abstract = _state(config, programs, rewards, meshes, theta0, rules)
     return Setup(policy, frozen, programs, algorithm, encode, rollouts, score, evaluator, result, fresh, abstract)
 
 
@@ -124,11 +124,12 @@ def _scoring(
     weights: Weights,
     rules: Any,
 ) -> tuple[Callable[[Candidates], jax.Array], Callable[[Tree, Sequence[str], jax.Array], jax.Array]]:
-    """What scores a step's candidates, and what makes whole videos for evaluations."""
+    """The function that scores a step's candidates, and the one that makes whole videos for evaluations."""
     vae = pipeline.decoder_params
-    looks = meshes.update if meshes.apart else meshes.score  # scorers apart are busy with candidates
-    to_look = place(vae, infer_shardings(vae, looks, rules))
-    to_score = place(vae, infer_shardings(vae, meshes.score, rules)) if meshes.apart else to_look
+    # Scorers with devices of their own are busy with candidates, so evaluations decode elsewhere.
+    evaluating = meshes.update if meshes.apart else meshes.score
+    to_evaluate = place(vae, infer_shardings(vae, evaluating, rules))
+    to_score = place(vae, infer_shardings(vae, meshes.score, rules)) if meshes.apart else to_evaluate
     every = tuple(range(programs.num_frames))
     decode, microbatch = programs.decode.function, config.rollout.microbatch
     decode_all = decode
@@ -139,7 +140,7 @@ def _scoring(
     def score(candidates: Candidates) -> jax.Array:
         with jax.set_mesh(meshes.score):
             videos = decode(to_score, bring(candidates.rollout.latents, meshes.score))
-        with allowed():  # scorers are anybody's
+        with allowed():  # scorers may be a person's own code
             found = scores(videos, candidates.prompts)
         if meshes.score != meshes.update:
             found = jax.device_put(found, replicated(meshes.update))
@@ -148,8 +149,8 @@ def _scoring(
     def generate(trainable: Tree, prompts: Sequence[str], keys: jax.Array) -> jax.Array:
         found = rollouts.sample(trainable, encode(prompts), keys)
         latents = found.latents[:, -1] if isinstance(found, Trajectory) else found
-        with jax.set_mesh(looks):
-            return decode_all(to_look, bring(latents, looks))
+        with jax.set_mesh(evaluating):
+            return decode_all(to_evaluate, bring(latents, evaluating))
 
     return score, generate
 
@@ -157,7 +158,7 @@ def _scoring(
 def _state(
     config: Any, programs: Programs, rewards: Sequence[Any], meshes: Meshes, initial: Tree, rules: Any
 ) -> tuple[Callable[[], TrainState], TrainState]:
-    """What makes the fresh state, and its shapes with shardings."""
+    """The function that makes the fresh state, and the state's shapes with shardings."""
     algorithm = programs.algorithm
     prefetched = None
     if meshes.apart:

@@ -1,4 +1,4 @@
-"""What a run says to a person at its start and at its end."""
+"""The text that a run prints at its start and at its end."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,13 +20,13 @@ def describe_start(
     pipeline: Pipeline,
     policy: Policy,
     rewards: Sequence[Any],
-    judges: Sequence[Any],
+    held_out: Sequence[Any],
     meshes: Meshes,
     prompts: Sequence[str],
     held_out_prompts: Sequence[str],
     report: Path,
 ) -> str:
-    """The block of lines at a run's start; `policy` may hold shapes. A run that continues says so by itself."""
+    """The block of lines at a run's start; `policy` may hold shapes. A run that continues prints a line of its own."""
     frames, height, width = pipeline.video_size(*(config.rollout[k] for k in ("num_frames", "height", "width")))
     sizes = ", ".join(f"{name} {short(count(tree))}" for name, tree in pipeline.params.items())
     method = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "every weight"
@@ -35,16 +35,16 @@ def describe_start(
         "model": f"{config.model.path} ({sizes} parameters), {frames} frames of {height}x{width}, {config.model.dtype}",
         "trains": f"{method}, {short(count(policy.initial))} parameters, by {config.algorithm.name}"
         f" ({config.preference.pairs})",
-        "prompts": _prompts(prompts, pipeline),
-        "held out": _prompts(held_out_prompts, pipeline),
-        "rewards": _weights(config, rewards),
-        "judges": ", ".join(judge.name for judge in judges) or "none: name one in held_out.scorers",
+        "training prompts": _prompts(prompts, pipeline),
+        "held-out prompts": _prompts(held_out_prompts, pipeline),
+        "training scorers": _weights(config, rewards),
+        "held-out scorers": ", ".join(scorer.name for scorer in held_out) or "none: name one in held_out.scorers",
         "devices": f"{meshes.update.size} x {meshes.update.devices.flat[0].device_kind}{_mesh(meshes)}",
         "steps": f"{train.steps}, each {train.prompts_per_step} prompts x {config.rollout.candidates}"
         f" candidates, {train.updates_per_step} update{'s' if train.updates_per_step > 1 else ''}",
         "report": str(report),
     }
-    return "\n".join(f"{name:<9} {value}" for name, value in lines.items())
+    return "\n".join(f"{name:<16}  {value}" for name, value in lines.items())
 
 
 def _prompts(prompts: Sequence[str], pipeline: Pipeline) -> str:
@@ -53,7 +53,7 @@ def _prompts(prompts: Sequence[str], pipeline: Pipeline) -> str:
     length = pipeline.family.text_length
     longer = longer_than(prompts, pipeline.count_tokens, length)
     if longer.number:
-        of = "" if longer.looked_at == len(prompts) else f" of {longer.looked_at} looked at"
+        of = "" if longer.looked_at == len(prompts) else f" of {longer.looked_at} checked"
         said += f"; {longer.number}{of} have more than {length} tokens and lose their last words"
     return said
 

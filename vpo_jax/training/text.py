@@ -1,4 +1,4 @@
-"""Prompts as encodings on the devices: from the text encoder, or from a cache that was filled once."""
+"""Encodings of prompts on the devices: from the text encoder, or from a cache that was filled once."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,13 +24,13 @@ class TextEncoding:
         tokenize: Callable[[Sequence[str]], np.ndarray],
         batch: int,
     ) -> None:
-        """`encode(params, ids)` is jitted; `batch` prompts are encoded at a time where all are."""
+        """`encode(params, ids)` is jitted; a cache is filled with `batch` prompts at a time."""
         self._encode, self._params, self._tokenize, self._batch = encode, params, tokenize, batch
         self._cache: TextCache | None = None
         self._place = jax.jit(lambda text: jax.tree.map(lambda x: constrain(x, BATCH), text))
 
     def __call__(self, prompts: Sequence[str]) -> Tree:
-        """Of P prompts."""
+        """The encodings of P prompts."""
         if self._cache is not None:
             return self._place(put(self._cache(prompts)))
         return self._encode(self._params, put(self._ids(prompts)))
@@ -39,7 +39,7 @@ class TextEncoding:
         return self._tokenize(list(prompts))
 
     def cache(self, folder: str, prompts: Sequence[str]) -> None:
-        """Encodes all prompts to a file in `folder`, once; from then on no others, and the encoder leaves the devices.
+        """Encodes all prompts to a file in `folder`. After it only these have encodings, and the encoder is freed.
 
         Raises:
           UserError: several processes, or the disk refuses.

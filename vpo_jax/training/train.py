@@ -61,12 +61,12 @@ def train(
       held_out: scorers at those evaluations. Their mean chooses the best checkpoint: they are used for selection.
       initial: trainable parameters theta0 where a run starts from an adapter.
       stop: a flag that is checked between phases.
-      progress: where a person sees the run; None makes one on stderr.
+      progress: shows the run; None makes one on stderr.
 
     Raises:
-      UserError: sizes that do not fit each other or the mesh, a scorer that may only judge, other prompts on resume.
+      UserError: sizes that do not fit each other or the mesh, a scorer for evaluation only, other prompts on resume.
       Interrupted: a signal came; the last finished step is saved.
-      Alarmed: an alarm rang and `eval.on_alarm` is "stop".
+      Alarmed: an alarm was raised and `eval.on_alarm` is "stop".
       NonFinite: a step was not finite; the last finite state is saved apart.
     """
     with jax.set_mesh(meshes.update):
@@ -86,11 +86,11 @@ def train(
                 candidates = rollouts.next(state, step)
                 run.wait(candidates)
 
-                # Score: frames as people will see them.
+                # Score: the decoded frames, as uint8.
                 with run.phase("score"):
                     scores = setup.score(candidates)
 
-                # Select: what the candidates teach, where their difference is real.
+                # Select: what the updates learn from, where scores differ enough.
                 state, selected = algorithm.select(state, candidates.rollout, scores)
                 evaluates = evaluator.due(step + 1)
                 measured: dict[str, float] = {}
@@ -106,7 +106,7 @@ def train(
                         metrics.append(updated)
                 state = state.advanced(candidates.prefetched)
 
-                # Evaluate, then let the reference follow what was evaluated: the curriculum.
+                # Evaluate, then maybe refresh the reference (the curriculum): it copies the evaluated policy.
                 evaluation = evaluator.evaluate(state, run.record) if evaluates else None
                 state = update_reference(state, step + 1, evaluation and evaluation.gain)
                 run.finish(state, metrics, measured, candidates, scores, evaluation)

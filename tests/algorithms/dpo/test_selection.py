@@ -303,7 +303,7 @@ def test_a_steps_scores_become_pairs_with_metrics_as_sums_and_counts(configure, 
     text = np.zeros((2, *TEXT), np.float32)
     statistics, groups, metrics = select_step(config, [toy_reward()], scores, latents, text)
     assert isinstance(groups, Groups) and groups.mask.all()
-    assert float(statistics.freedom) == 3 + 2
+    assert float(statistics.degrees_of_freedom) == 3 + 2
     assert float(metrics["reward/non_finite"][0]) == 1.0
     total, count = metrics["reward/toy/visual_quality"]
     assert float(count) == 7.0

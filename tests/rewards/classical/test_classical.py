@@ -151,5 +151,5 @@ def test_it_judges_and_never_trains(scorer):
     assert isinstance(scorer.reward, Reward) and scorer.reward.jittable
     (judge,) = load_rewards("classical")
     assert judge.name == "classical" and not judge.trains
-    with pytest.raises(UserError, match=r"classical only judges and never trains; use it in held_out\.scorers"):
+    with pytest.raises(UserError, match=r"classical is for evaluation only; name it in held_out\.scorers"):
         load_rewards("classical", training=True)

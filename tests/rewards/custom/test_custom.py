@@ -114,7 +114,7 @@ def test_what_a_function_declares_is_taken_and_scores_that_are_not_finite_go_thr
     assert parse_weights("declared/bright=3", [reward]).tolist() == [0.75, 0.25]
     scores = reward.score({}, videos(2), reward.prepare(["a", "b"]))
     assert np.isfinite(scores[:, 0]).all() and np.isnan(scores[:, 1]).all()
-    with pytest.raises(UserError, match=r"reward\.scorers: declared only judges and never trains"):
+    with pytest.raises(UserError, match=r"reward\.scorers: declared is for evaluation only"):
         load_rewards("mine_for_tests:declared", training=True)
 
 
@@ -178,7 +178,7 @@ def test_a_function_that_hangs_is_named_and_waited_for_no_longer_than_the_limit(
     hangs.dimensions, hangs.ranges = ("a",), ((0.0, 1.0),)
     reward = load_reward("mine_for_tests:hangs", {"timeout": 0.05})
     with pytest.raises(
-        UserError, match=r"for 3 videos in 0\.05 s; mend it, or give it more time with --config\.reward"
+        UserError, match=r"for 3 videos in 0\.05 s; correct it, or give it more time with --config\.reward"
     ):
         reward.score({}, videos(), reward.prepare(["a"] * 3))
     release.set()

@@ -511,9 +511,7 @@ def test_wrong_videos_and_prompts_are_user_errors(reward):
         reward.score(reward.params, noise(1).astype(np.float32), prepared)
     with pytest.raises(UserError, match=r"^videos: must be uint8"):
         reward.score(reward.params, noise(1)[0], prepared)
-    with pytest.raises(
-        UserError, match=r"^videos: 3 frames, and tiny looks at 2 together; take those of frame_indices"
-    ):
+    with pytest.raises(UserError, match=r"^videos: 3 frames, and tiny reads 2 together; take those of frame_indices"):
         reward.score(reward.params, noise(1, frames=3), prepared)
     with pytest.raises(UserError, match=r"^videos: 1 frames, and tiny needs 2 or more"):
         reward.frame_indices(1)

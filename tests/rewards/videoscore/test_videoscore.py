@@ -281,7 +281,7 @@ def test_wrong_videos_are_user_errors(reward):
         reward.score(reward.params, noise(1, frames=0), prepared)
     with pytest.raises(UserError, match=r"^videos: must be uint8"):
         reward.score(reward.params, noise(1)[0], prepared)
-    with pytest.raises(UserError, match=r"^videos: 17 frames, and tiny looks at 16 at most"):
+    with pytest.raises(UserError, match=r"^videos: 17 frames, and tiny reads 16 at most"):
         reward.score(reward.params, noise(1, frames=17), prepared)
 
 

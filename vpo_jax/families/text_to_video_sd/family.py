@@ -20,7 +20,7 @@ from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.lora import ATTENTION_TARGETS
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import CLIPS, PARAMETER_RULES, Rules, constrain
+from vpo_jax.runtime.mesh import PARAMETER_RULES, ROWS, Rules, constrain
 
 _NUM_FRAMES = 16  # diffusers' TextToVideoSDPipeline, where nothing else is said
 
@@ -158,7 +158,7 @@ class TextToVideoSD:
         if frame_indices is not None and tuple(frame_indices) != tuple(range(latents.shape[1])):
             latents = latents[:, np.asarray(frame_indices)]
         batch, frames = latents.shape[:2]
-        flat = constrain(latents.reshape(batch * frames, *latents.shape[2:]), CLIPS) / self.vae.config.scaling_factor
+        flat = constrain(latents.reshape(batch * frames, *latents.shape[2:]), ROWS) / self.vae.config.scaling_factor
         images: Any = self.vae.apply({"params": params}, flat, method=AutoencoderKL.decode)
         images = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
         return images.reshape(batch, frames, *images.shape[1:])

@@ -95,8 +95,8 @@ def normalised_luma(luma: jax.Array) -> tuple[jax.Array, jax.Array]:
 def to_patches(images: jax.Array, size: int) -> jax.Array:
     """[F, H, W] of multiples of `size` -> [F * patches, size, size]."""
     frames, height, width = images.shape
-    cut = images.reshape(frames, height // size, size, width // size, size)
-    return cut.transpose(0, 1, 3, 2, 4).reshape(-1, size, size)
+    patches = images.reshape(frames, height // size, size, width // size, size)
+    return patches.transpose(0, 1, 3, 2, 4).reshape(-1, size, size)
 
 
 def _at_one_scale(luma: jax.Array, size: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Classical measures without weights and without a reference, as a judge of any videos that never trains."""
+"""Classical measures without weights and without a reference, as a scorer of any videos for evaluation only."""
 
 import dataclasses
 import math
@@ -106,7 +106,7 @@ def measure(video: jax.Array, pristine: Pristine) -> dict[str, jax.Array]:
 class ClassicalReward:
     """The measures of `measure` on videos of any size from 32 pixels and any number of frames; see `Reward`.
 
-    They say how a video looks, never whether it shows what the prompt says. A frozen, smooth video is steady: read
+    They measure how a video looks, not whether it shows what the prompt says. A frozen, smooth video is steady: read
     `flicker_free` and `warp_consistency` beside `dynamic_degree`.
     """
 
@@ -119,7 +119,7 @@ class ClassicalReward:
     params: Pristine = dataclasses.field(default_factory=read_pristine)
 
     def frame_indices(self, num_frames: int) -> tuple[int, ...]:
-        """All frames: flicker and flow live between neighbours."""
+        """All frames: flicker and flow are differences of neighbours."""
         return tuple(range(num_frames))
 
     def prepare(self, prompts: Sequence[str]) -> np.ndarray:

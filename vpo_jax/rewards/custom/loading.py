@@ -10,7 +10,7 @@ higher is better:
     my_reward.ranges = ((0.0, 255.0),)    # lowest and highest value that each is meant to take
     my_reward.trains = True               # False: it is used for evaluation only
 
-All three attributes may be missing. Without `dimensions` the function is called once at the start on six small videos,
+All three attributes may be missing. Without `dimensions` the function is called once at loading, on six small videos,
 and what it gives is taken; without `ranges` they are what it gives there (a hundredth of a range is the least
 deviation that counts, so the order of magnitude is enough); without `trains` it trains. A dimension called
 "dynamic_degree" feeds the motion gate.
@@ -91,7 +91,7 @@ def _imported(origin: Origin) -> Any:
                 f"needs a module {error.name!r}, and there is none; start the command where {module_name}.py lies, or "
                 "add its folder to PYTHONPATH"
             ) from None
-        raise origin.wrong(f"cannot be imported: {described(error, origin.source)}; mend it") from error
+        raise origin.wrong(f"cannot be imported: {described(error, origin.source)}; correct it") from error
     if not hasattr(module, attribute):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise origin.wrong(f"is missing: {module_name} has {', '.join(known) or 'no function'}; name what is there")

@@ -18,7 +18,7 @@ class Origin(NamedTuple):
     field: str
 
     def wrong(self, words: str) -> UserError:
-        """The error that says so."""
+        """A UserError with this message about the reward."""
         return UserError(f"{self.field}: {self.source} {words}")
 
     def told(self, call: Callable[[], T]) -> T:
@@ -28,13 +28,13 @@ class Origin(NamedTuple):
         except UserError:
             raise
         except Exception as error:
-            raise self.wrong(f"raised {described(error, self.source)}; mend it") from error
+            raise self.wrong(f"raised {described(error, self.source)}; correct it") from error
 
     def in_time(self, seconds: float, videos: int, call: Callable[[], T]) -> T:
         """`call()` in a thread that does not keep the process alive; 0 seconds: here, and without a limit.
 
         Raises:
-          UserError: it has not come back in time. It goes on, and nobody waits for it.
+          UserError: it has not returned in time. It keeps running, and its result is dropped.
         """
         if not seconds:
             return call()
@@ -52,7 +52,7 @@ class Origin(NamedTuple):
         thread.join(seconds)
         if not answers and not failures:
             raise UserError(
-                f"reward.timeout: {self.source} has not answered for {videos} videos in {seconds:g} s; mend it, or "
+                f"reward.timeout: {self.source} has not answered for {videos} videos in {seconds:g} s; correct it, or "
                 "give it more time with --config.reward.timeout=SECONDS (0 = no limit); a run continues from its last "
                 "checkpoint by the same command"
             )

@@ -1,4 +1,4 @@
-"""A person's own object or function as a Reward whose mistakes are told."""
+"""A person's own object or function as a Reward; its mistakes become UserErrors."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

@@ -17,14 +17,14 @@ class JudgeReward:
 
     name: str = "judge"
     dimensions: tuple[str, ...] = ("overall", *judge.MEASURES)
-    # From what hopeless videos get to the best that a clean one gets.
+    # From the values of the worst videos to the best value of a clean one.
     ranges: tuple[tuple[float, float], ...] = ((-20.0, 5.0),) * (1 + len(judge.MEASURES))
     trains: bool = False
     jittable: bool = False
     params: PyTree = dataclasses.field(default_factory=dict)
 
     def frame_indices(self, num_frames: int) -> tuple[int, ...]:
-        """All frames: flicker and jitter live between neighbours."""
+        """All frames: flicker and jitter are differences of neighbours."""
         return tuple(range(num_frames))
 
     def prepare(self, prompts: Sequence[str]) -> np.ndarray:

@@ -30,7 +30,7 @@ class ScorerParts:
     Attributes:
         config: of the model.
         params: its parameter tree.
-        tokenizer: of tokenizer.json; it pads and cuts captions to `config.max_length` tokens.
+        tokenizer: of tokenizer.json; it pads and truncates captions to `config.max_length` tokens.
     """
 
     config: VideoScorerConfig

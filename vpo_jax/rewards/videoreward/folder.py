@@ -68,7 +68,7 @@ class VideoRewardParts:
     Attributes:
         config: of the model, with the vocabulary that the weights have.
         params: its parameter tree.
-        tokenizer: of tokenizer.json, with the reward tokens; it neither pads nor cuts.
+        tokenizer: of tokenizer.json, with the reward tokens; it neither pads nor truncates.
         image_processor: parsed preprocessor_config.json, empty where there is none.
         settings: of model_config.json.
         query_prompt: text of query_prompt.txt, None where there is none.

@@ -1,4 +1,4 @@
-"""What a VideoReward is asked, as token ids: the video, then a text in which reward tokens stand."""
+"""The query of a VideoReward as token ids: the video, then a text that contains reward tokens."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -139,7 +139,7 @@ class VideoRewardReward:
         frames, vision = videos.shape[1], self.model.config.vision
         if frames % vision.temporal_patch_size:
             raise UserError(
-                f"videos: {frames} frames, and {self.name} looks at {vision.temporal_patch_size} together; "
+                f"videos: {frames} frames, and {self.name} reads {vision.temporal_patch_size} together; "
                 "take those of frame_indices"
             )
         height, width = self.frames.output_size(*videos.shape[2:4])
@@ -203,7 +203,7 @@ def load(folder: str | Path, name: str | None = None, options: Options | None = 
     large = f"{most} is less than min_pixels {options.min_pixels}; use the file that belongs to this scorer"
     require(most >= options.min_pixels, "data_config.max_frame_pixels", large)
     unit = config.vision.temporal_patch_size
-    whole = f"{options.num_frames} is no multiple of the {unit} frames that are looked at together"
+    whole = f"{options.num_frames} is no multiple of the {unit} frames that are read together"
     require(options.num_frames % unit == 0, "videoreward.num_frames", whole)
     frames = SmartFrameSettings.from_dict(parts.image_processor, config.vision.factor, options.min_pixels, most)
     dtype = jax.tree.leaves(parts.params)[0].dtype

@@ -38,7 +38,7 @@ class VideoScoreParts:
     Attributes:
         config: of the model.
         params: its parameter tree.
-        tokenizer: of tokenizer.json; it neither pads nor cuts.
+        tokenizer: of tokenizer.json; it neither pads nor truncates.
         image_processor: parsed preprocessor_config.json, or its part of processor_config.json.
         query_prompt: text of query_prompt.txt, None where there is none.
     """

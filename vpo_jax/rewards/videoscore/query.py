@@ -1,4 +1,4 @@
-"""What a VideoScore is asked, as token ids: the text, then the frames."""
+"""The query of a VideoScore as token ids: the text, then the frames."""
 
 from typing import Protocol
 
@@ -26,7 +26,7 @@ class FrameQueries(Queries, Protocol):
 
 
 class BlankFrameQueries(BlankQueries):
-    """Queries of a plan; the ids of a frame's images are real: where none stands, a compiler leaves out what sees."""
+    """Queries of a plan; a frame's image ids are real: without them a compiler would remove the vision encoder."""
 
     def __init__(self, length: int, image_token_id: int, tokens_per_image: int) -> None:
         super().__init__(length)

@@ -105,7 +105,7 @@ class VideoScoreReward:
         frames, most = videos.shape[1], self.options.max_frames
         if frames > most:
             raise UserError(
-                f"videos: {frames} frames, and {self.name} looks at {most} at most; take those of frame_indices"
+                f"videos: {frames} frames, and {self.name} reads {most} at most; take those of frame_indices"
             )
         tokens = self.queries.length + frames * len(self.queries.frame_ids)
         places = self.model.config.text.max_position_embeddings
