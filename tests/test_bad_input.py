@@ -85,7 +85,7 @@ def test_a_pickle_checkpoint(refusal, model):
         ("--config.train.steps=1e3", "train.steps: '1e3' is not a whole number"),
         ("--config.train.steps=0", "train.steps: 0 is not a whole number from 1 up"),
         ("--config.preference.beta=high", "preference.beta: 'high' is not a number"),
-        ("--config.rollout.candidates=1", "rollout.candidates: 1 is not a whole number from 2 up"),
+        ("--config.rollout.candidates=1", "rollout.candidates: 1 leaves nothing to prefer; give 2 or more"),
         ("--config.mesh.data=64", "mesh.data: the mesh data=64 x fsdp=1 x context=1 x tensor=1 needs 64 devices"),
         ("--config=configs/vpo.py:tinny", "there is no preset 'tinny'"),
         ("--config=nowhere.py", "there is no file nowhere.py"),

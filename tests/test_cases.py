@@ -100,7 +100,7 @@ def test_a_tilde_is_expanded_in_every_command(tmp_path, monkeypatch, capsys, com
 
 def test_videos_are_scored_with_the_prompts_of_their_names(tmp_path):
     indices = world.caption_indices("held_out")[:3]
-    videos = np.asarray(world.to_uint8(world.render_clips(jax.random.key(0), indices, 0.0).frames))
+    videos = np.asarray(world.to_uint8(world.render_videos(jax.random.key(0), indices, 0.0).frames))
     captions = [world.make_caption(world.ALL_ATTRIBUTES[index]) for index in indices]
     folder = tmp_path / "clips[1]"
     folder.mkdir()

@@ -182,7 +182,7 @@ def test_an_idle_accelerator_is_told(monkeypatch, nvidia, tpu, platforms, said):
 
 
 def test_a_non_finite_step_ends_with_exit_code_1(monkeypatch):
-    from vpo_jax.training.train import NonFinite
+    from vpo_jax.training.run import NonFinite
 
     def stop(config, workdir):
         raise NonFinite("step 3: the loss was not finite")

@@ -193,7 +193,7 @@ def test_a_checkpoint_that_names_unipc_is_loaded_and_sampled_as_in_diffusers(bot
     theirs.set_progress_bar_config(disable=True)
     theirs.save_pretrained(tmp_path)
     mine = ours.load_pipeline(tmp_path)
-    assert mine.schedule.prediction_type == scheduler.config.prediction_type
+    assert mine.process.prediction_type == scheduler.config.prediction_type
     assert_same_video(our_frames(mine, None), torch_video(theirs, tmp_path, "UniPCMultistepScheduler"))
 
 

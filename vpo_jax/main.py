@@ -6,19 +6,18 @@ python -m vpo_jax.main --config=configs/vpo.py[:PRESET] [--config.a.b=c] [--work
 import gc
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from vpo_jax.checkpoints.folders import check_target
 from vpo_jax.convert import model_card
 from vpo_jax.data.prompts import load_prompts, set_apart
 from vpo_jax.evaluation.compare import Comparison, Sampling, compare, table, write_json
 from vpo_jax.evaluation.videos import write_videos
 from vpo_jax.families.protocol import Family
+from vpo_jax.families.table import check_target_of_any
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.report.card import write_card
 from vpo_jax.report.page import write_report
@@ -83,6 +82,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
         return None
     if config.data.text_cache:
         check_output_folder(config.data.text_cache, "data.text_cache")
+    check_output_folder(Path(workdir) / "export", "--workdir", check_target_of_any)
     if is_main() and (idle := unused_accelerator()):
         print(f"warning: {idle}", file=sys.stderr)
     meshes = make_meshes(config.mesh, config.reward.devices)
@@ -100,7 +100,6 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     # Least size of the export.
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(pipeline.params))
     check_output_folder(workdir, "--workdir", needed_bytes=needed)
-    check_output_folder(Path(workdir) / "export", "--workdir", partial(check_target, layout=pipeline.family.layout))
     with open_workdir(workdir, config.to_dict(), contents) as opened, catch_signals() as stop:
         if opened.note:
             console.print(opened.note, soft_wrap=True, highlight=False, markup=False)

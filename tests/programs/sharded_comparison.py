@@ -17,7 +17,7 @@ found = []
 for parts in (1, 2):
     compare.shards_needed = lambda *_, parts=parts: parts
     mesh = compare.local_mesh(pipeline.params, [reward])
-    weights = jax.tree.leaves(compare.make_scorer(reward, mesh)._params)
+    weights = jax.tree.leaves(compare.make_scorer(reward, mesh).params)
     cut = sum(not x.sharding.is_fully_replicated for x in weights)
     found.append((dict(mesh.shape), cut, *compare.evaluate(pipeline, prompts, [reward], sampling, keep=5)))
 (plain, none, scores, kept), (mesh, cut, others, videos) = found

@@ -5,7 +5,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vpo_jax.checkpoints.folders import Configs, PipelineParts, Place, local_folder, read_index, read_parts
+from vpo_jax.checkpoints.folders import (
+    Configs,
+    PipelineParts,
+    Place,
+    check_target,
+    local_folder,
+    read_index,
+    read_parts,
+)
 from vpo_jax.families.protocol import Family
 from vpo_jax.families.text_to_video_sd.family import TextToVideoSD
 from vpo_jax.runtime.errors import UserError
@@ -48,6 +56,18 @@ def read_pipeline(path: str | Path, dtype: Any = jnp.float32, place: Place | Non
     """
     root = local_folder(path)
     return read_parts(root, family_of_folder(root).layout, dtype, place)
+
+
+def check_target_of_any(path: Path) -> None:
+    """Raises UserError for a folder that no family's export would be written over; writes nothing."""
+    refusals: list[UserError] = []
+    for family in FAMILIES.values():
+        try:
+            check_target(path, family.layout)
+        except UserError as error:
+            refusals.append(error)
+    if len(refusals) == len(FAMILIES):
+        raise refusals[0]
 
 
 def published() -> dict[str, tuple[type[Family], Configs]]:

@@ -198,7 +198,7 @@ def _base_folder(weights: Path) -> Path:
     """Where the weights are that an adapter belongs to."""
     file = weights / "adapter_config.json"
     name = io.read_json(file).get("base_model_name_or_path")
-    for place in (Path(str(name)), weights / str(name)):
+    for place in (weights / str(name), Path(str(name))):
         if name and place.is_dir():
             return place
     raise UserError(
