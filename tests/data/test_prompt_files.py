@@ -96,7 +96,7 @@ def test_a_git_lfs_pointer_is_named_with_the_line_that_fetches_it(tmp_path, endi
     ("name", "content", "says"),
     [
         ("p.txt", "<!DOCTYPE html>\n<html></html>", "is a web page"),
-        ("p.csv", gzip.compress(b"prompt\na\n"), "is gzip; unpack it with: gunzip --keep"),
+        ("p.csv", gzip.compress(b"prompt\na\n", mtime=0), "is gzip; unpack it with: gunzip --keep"),
         ("p.txt", b"PAR1\x15\x04", "is a Parquet table; save it as .csv or .jsonl"),
         ("p.csv", b"PK\x03\x04xl/workbook.xml", "an office file; unpack it, or save the table as .csv"),
         ("p.txt", "a cat\n".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
@@ -137,7 +137,7 @@ def test_what_is_no_file_of_prompts_is_refused_with_its_name_and_a_fix(tmp_path,
 
 
 def test_the_proposed_gunzip_works(tmp_path):
-    path = write(tmp_path, "p.txt.gz", gzip.compress(b"a cat\n"))
+    path = write(tmp_path, "p.txt.gz", gzip.compress(b"a cat\n", mtime=0))
     with pytest.raises(UserError) as error:
         read(path)
     subprocess.run(str(error.value).partition("with: ")[2].split(), check=True)
