@@ -2,8 +2,8 @@
 
     python -m vpo_jax.main --config=configs/vpo.py
 
-Takes about ten minutes on two fast CPU cores, and more on slow ones. Results: a table of base against tuned, `report.html`
-and `export/`, a diffusers folder. The preset `tiny` runs the same stages in seconds and learns nothing:
+Takes about ten minutes on two fast CPU cores, and more on slow ones. Results: a table of base against tuned,
+`report.html` and `export/`, a diffusers folder. The preset `tiny` runs the same stages in seconds and learns nothing:
 
     python -m vpo_jax.main --config=configs/vpo.py:tiny
 
