@@ -281,15 +281,13 @@ def read_tokenizer(folder: Path, class_name: str, vocabulary: int, longest: int)
         raise UserError(f"{folder}: no tokenizer; tokenizer.json, or vocab.json and merges.txt, belong there")
     import transformers  # its tokenizers take seconds to import
 
-    load = getattr(transformers, class_name).from_pretrained
-    tokenizer = load_tokenizer(lambda: load(str(folder)), folder, class_name)
+    kind = getattr(transformers, class_name)
+    tokenizer = load_tokenizer(lambda: kind.from_pretrained(str(folder)), folder, class_name)
     for key in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(key, None)  # how it was read; transformers would write it into every copy
     if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"{folder}: {len(tokenizer)} tokens, but text_encoder.vocab_size is {vocabulary}; "
-            "use the tokenizer that belongs to this text encoder"
-        )
+        why = f"{len(tokenizer)} tokens, but text_encoder.vocab_size is {vocabulary}"
+        raise UserError(f"{folder}: {why}; use the tokenizer that belongs to this text encoder")
     own = tokenizer.model_max_length
     if not isinstance(own, int | float) or not own >= 1:
         raise UserError(f"{folder}: model_max_length is {own!r:.60}, no number of tokens; copy the tokenizer again")
@@ -308,10 +306,10 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
 
 def _check_index(root: Path, layout: Layout) -> None:
     file, index = root / "model_index.json", read_index(root)
-    if index.get("_class_name") != layout.class_name:
-        raise UserError(f"{file}: _class_name is {index.get('_class_name')!r}, but {layout.class_name} belongs here")
-    expected: dict[str, tuple[str, ...]] = {name: (part.class_name,) for name, part in layout.components.items()}
-    expected["tokenizer"] = layout.tokenizers
+    if (kind := index.get("_class_name")) != layout.class_name:
+        raise UserError(f"{file}: _class_name is {kind!r}, but {layout.class_name} belongs here")
+    classes_of = {name: (part.class_name,) for name, part in layout.components.items()}
+    expected = {**classes_of, "tokenizer": layout.tokenizers}
     for name, classes in expected.items():
         entry = index.get(name)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
