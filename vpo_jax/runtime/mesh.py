@@ -159,7 +159,10 @@ def split_devices(count: int, devices: Sequence[jax.Device] | None = None) -> tu
     """
     devices = list(jax.devices() if devices is None else devices)
     if count and jax.process_count() > 1:
-        raise UserError("reward.devices: a run of several processes scores on all of its devices; set reward.devices=0")
+        raise UserError(
+            "reward.devices: a run of several processes scores on all of its devices; set reward.devices=0, and shard a"
+            " large scorer with mesh.score (docs/scorers.md)"
+        )
     if count >= len(devices):
         raise UserError(
             f"reward.devices: {count} of {len(devices)} devices leave none to train on; give at most {len(devices) - 1}"
