@@ -94,7 +94,7 @@ def test_an_adapter_cannot_start_full_fine_tuning():
         ("ema.decay", 1.0, "ema.decay: 1.0 is not a number from 0 to below 1"),
         ("mesh.data", 0, "mesh.data: 0 is not a number from 1 up, or -1"),
         ("train.remat", 1, "train.remat: 1 is not true or false"),
-        ("train.microbatch", 3, "train.microbatch: 3 does not divide train.prompts_per_step=8"),
+        ("train.microbatch", 3, "train.microbatch: 3 does not divide 32, half of the 64 videos that"),
         ("rollout.microbatch", 7, "rollout.microbatch: 7 does not divide the step's 64 videos"),
         ("train.stepz", 3, "train.stepz: unknown config key; did you mean train.steps?"),
         ("reward.timeout", -1.0, "reward.timeout: -1.0 is not a number from 0 to 1e+08 seconds (0 = no limit)"),
@@ -195,5 +195,8 @@ def test_microbatches_divide_the_videos_that_are_learnt_from_and_may_split_a_gro
     config.train.microbatch = 1  # two videos of a group of four
     check(config)
     config.train.microbatch = 4
-    with pytest.raises(UserError, match=r"train\.microbatch: 4 does not divide half of the videos .*=6"):
+    with pytest.raises(UserError, match=r"train\.microbatch: 4 does not divide 6, half of the 12 videos"):
+        check(config)
+    config.preference.pairs = "best_worst"
+    with pytest.raises(UserError, match=r"train\.microbatch: 4 does not divide train\.prompts_per_step=3; choose"):
         check(config)

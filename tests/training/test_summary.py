@@ -35,7 +35,7 @@ def test_the_start_names_the_model_what_trains_the_prompts_the_scorers_and_the_r
 
 def test_a_long_prompt_is_shown_in_part_and_a_missing_held_out_scorer_is_said(configure, pipeline, toy_reward):
     found = said_at_the_start(configure(lora__rank=0), pipeline, [toy_reward()], prompts=["x" * 200])
-    assert found["training prompts"].startswith("1, the first: 'xxx") and "..." in found["prompts"]
+    assert found["training prompts"].startswith("1, the first: 'xxx") and "..." in found["training prompts"]
     assert found["training prompts"].endswith("...'; 1 have more than 6 tokens and lose their last words")
     assert found["trains"].startswith("every weight, ") and "held_out.scorers" in found["held-out scorers"]
 
@@ -76,4 +76,7 @@ def test_the_mesh_of_several_devices_is_said(configure, pipeline, toy_reward):
     policy = abstract_policy(config, pipeline)
     meshes = Meshes(Mesh, Mesh, Score)
     said = describe_start(config, pipeline, policy, [toy_reward()], (), meshes, ["a"], ["b"], Path("r"))
-    assert "devices   4 x chip, data x fsdp x context x tensor: update 2x2x1x1, rollout 2x2x1x1, score 1x4x1x1" in said
+    assert (
+        "devices           4 x chip, data x fsdp x context x tensor: update 2x2x1x1, rollout 2x2x1x1, score 1x4x1x1"
+        in said
+    )

@@ -39,8 +39,10 @@ def check(values: Values) -> None:
     microbatch, prompts = values["train.microbatch"], values["train.prompts_per_step"]
     learnt = prompts * group_size(pairs, candidates, top_k)
     if microbatch and learnt % (2 * microbatch):
-        what = "train.prompts_per_step" if learnt == 2 * prompts else "half of the videos that a step learns from,"
-        raise UserError(f"train.microbatch: {microbatch} does not divide {what}={learnt / 2:g}; choose a divisor")
+        whole = f"train.prompts_per_step={prompts}"
+        if learnt != 2 * prompts:
+            whole = f"{learnt / 2:g}, half of the {learnt} videos that a step learns from"
+        raise UserError(f"train.microbatch: {microbatch} does not divide {whole}; choose a divisor")
     if values["reward.devices"] and not values["preference.max_pair_age"]:
         raise UserError(
             "preference.max_pair_age: with reward.devices, candidates are one step old when they are scored;"
