@@ -19,6 +19,7 @@ from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.folders import PipelineParts
 from vpo_jax.checkpoints.keys import from_torch, torch_key, torch_shape
 from vpo_jax.families.text_to_video_sd.layout import LAYOUT, param_shapes
+from vpo_jax.families.text_to_video_sd.published import MODELSCOPE
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import flatten
 
@@ -29,16 +30,9 @@ PREFIXES = {
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.model.",
 }
+# The schedule of Stable Diffusion 2, as in MODELSCOPE, and its own factors of the latents.
 SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "prediction_type": "epsilon",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
+    **MODELSCOPE["scheduler"],
     "timestep_spacing": "leading",
     "use_scale": True,
     "scale_b": 0.7,
