@@ -85,6 +85,19 @@ def test_an_unknown_preset_lists_the_known():
         cli.load_config("configs/vpo.py:tinny")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("train.stepz", "; did you mean train.steps?"),
+        ("steps", "; did you mean train.steps?"),
+        ("workdir", "; --help lists all"),
+    ],
+)
+def test_only_a_similar_name_is_proposed(name, said):
+    assert cli.nearest(name, ["train.steps", "reward.scorers", "seed"]) == said
+    assert cli.nearest(name, []) == ""
+
+
 def test_an_unknown_flag_names_the_nearest():
     parser = cli.Parser("vpo_jax.main", "")
     parser.add_argument("--workdir")

@@ -18,6 +18,7 @@ from vpo_jax.runtime.paths import user_path
 from vpo_jax.runtime.signals import Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
+_LIKE = 0.6  # the ratio of difflib from which a name is proposed
 
 
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
@@ -175,14 +176,19 @@ def _parse(key: str, text: str, kind: type) -> Any:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A text that proposes the key of `known` that is most similar to `name`; "" where `known` is empty."""
+    """The end of an error: the key of `known` most like `name`, or, where none is much like it, how to see them all."""
 
-    def likeness(key: str) -> float:
-        # A similar last part counts for more than a similar group.
-        whole = difflib.SequenceMatcher(None, name, key).ratio()
-        return whole + difflib.SequenceMatcher(None, name.rpartition(".")[2], key.rpartition(".")[2]).ratio()
+    def likeness(key: str) -> tuple[float, float]:
+        # A similar last part counts for as much as a similar whole.
+        last = difflib.SequenceMatcher(None, name.rpartition(".")[2], key.rpartition(".")[2]).ratio()
+        return last, difflib.SequenceMatcher(None, name, key).ratio()
 
-    return f"; did you mean {max(known, key=likeness)}?" if known else ""
+    if not known:
+        return ""
+    key = max(known, key=lambda key: sum(likeness(key)))
+    if max(likeness(key)) < _LIKE:
+        return "; --help lists all"
+    return f"; did you mean {key}?"
 
 
 def describe_config(config: Mapping[str, Any]) -> str:
