@@ -15,8 +15,7 @@ def test_the_interval_is_welchs():
     values[-12:] += 0.02
     found = trend(values.tolist())
     expected = stats.ttest_ind(values[-12:], values[:12], equal_var=False).confidence_interval(0.95)
-    # The quantile is an expansion in 1 / degrees of freedom.
-    assert found.low == pytest.approx(expected.low, abs=2e-6) and found.high == pytest.approx(expected.high, abs=2e-6)
+    assert found.low == pytest.approx(expected.low, rel=1e-12) and found.high == pytest.approx(expected.high, rel=1e-12)
     assert found.says == "rose"
 
 

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-_Z = 1.959964  # of a 95 % interval
+from scipy.special import stdtrit  # Student's quantile
 
 
 class Trend(NamedTuple):
@@ -70,6 +69,4 @@ def _half_width(first: np.ndarray, last: np.ndarray) -> float:
     if variance == 0.0:
         return 0.0
     freedom = variance**2 / float((parts**2 / [len(first) - 1, len(last) - 1]).sum())
-    # Student's quantile by its expansion in 1 / degrees of freedom; 1 % off at three of them.
-    quantile = _Z + (_Z**3 + _Z) / (4 * freedom) + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * freedom**2)
-    return quantile * math.sqrt(variance)
+    return float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
