@@ -74,6 +74,9 @@ class Layout:
         tokenizers: transformers' classes that can be read; the first is the one that is written.
         read_tokenizer: (tokenizer/, configs) -> tokenizer.
         write_tokenizer: (tokenizer/, tokenizer), writes its files.
+        optional: components that a folder may lack; model_index.json then has null for them.
+        settings: entries of model_index.json that are values and not parts, with their defaults. What a folder says
+            of them is `configs["model_index"]`.
     """
 
     class_name: str
@@ -81,6 +84,8 @@ class Layout:
     tokenizers: tuple[str, ...]
     read_tokenizer: Callable[[Path, Configs], Any]
     write_tokenizer: Callable[[Path, Any], None]
+    optional: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,11 +163,10 @@ def read_parts(root: Path, layout: Layout, dtype: Any = jnp.float32, place: Plac
     Raises:
         UserError: one line that names the file and the fix.
     """
-    _check_index(root, layout)
-    configs: dict[str, Mapping[str, Any]] = {}
+    present, configs = _read_index_of(root, layout)
     params = {}
-    for name, component in layout.components.items():
-        configs[name], params[name] = read_component(root / name, component, dtype, place)
+    for name in present:
+        configs[name], params[name] = read_component(root / name, layout.components[name], dtype, place)
     configs["scheduler"] = _read_scheduler(root)
     tokenizer = layout.read_tokenizer(root / "tokenizer", configs)
     return PipelineParts(layout, configs, params, tokenizer, read_defaults(root / DEFAULTS_FILE))
@@ -174,14 +178,16 @@ def read_shapes(root: Path, layout: Layout) -> PipelineParts:
     Raises:
         UserError: a config that is absent or that the models refuse.
     """
-    configs = {name: io.read_json(root / name / "config.json") for name in layout.components}
+    present, configs = _read_index_of(root, layout)
+    configs |= {name: io.read_json(root / name / "config.json") for name in present}
     configs["scheduler"] = _read_scheduler(root)
     return shapes_of_configs(layout, configs, read_defaults(root / DEFAULTS_FILE))
 
 
 def shapes_of_configs(layout: Layout, configs: Configs, defaults: Mapping[str, Any] | None = None) -> PipelineParts:
     """The parts that have these configs, with shapes for parameters and no tokenizer."""
-    params = {name: param_shapes(component, configs[name]) for name, component in layout.components.items()}
+    present = [name for name in layout.components if name in configs or name not in layout.optional]
+    params = {name: param_shapes(layout.components[name], configs[name]) for name in present}
     return PipelineParts(layout, configs, params, None, defaults or {})
 
 
@@ -304,21 +310,30 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
-def _check_index(root: Path, layout: Layout) -> None:
+def _read_index_of(root: Path, layout: Layout) -> tuple[list[str], dict[str, Mapping[str, Any]]]:
+    """The components that a folder has, and its settings as configs: {} where the layout knows none."""
     file, index = root / "model_index.json", read_index(root)
     if (kind := index.get("_class_name")) != layout.class_name:
         raise UserError(f"{file}: _class_name is {kind!r}, but {layout.class_name} belongs here")
     classes_of = {name: (part.class_name,) for name, part in layout.components.items()}
     expected = {**classes_of, "tokenizer": layout.tokenizers}
+    present = []
     for name, classes in expected.items():
         entry = index.get(name)
+        if name in layout.optional and entry in (None, [None, None]):
+            continue
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
         if found not in classes:
             raise UserError(f"{file}: {name} is {found!r}; only {classes[0]} can be loaded, give such a model")
-    known = {*expected, "scheduler"}
+        if name in layout.components:
+            present.append(name)
+    known = {*expected, *layout.settings, "scheduler"}
     for name, entry in index.items():
         if name not in known and not name.startswith("_") and entry not in (None, [None, None]):
             raise UserError(f"{file}: {name} is a part that {layout.class_name} does not have; remove it")
+    if not layout.settings:
+        return present, {}
+    return present, {"model_index": {name: index.get(name, value) for name, value in layout.settings.items()}}
 
 
 def _check_class(config: Mapping[str, Any], part: Component, file: Path) -> None:
@@ -379,6 +394,8 @@ def _index(parts: PipelineParts) -> dict[str, Any]:
         "scheduler": ["diffusers", scheduler],
         "tokenizer": ["transformers", parts.layout.tokenizers[0]],
         **{name: [part.library, part.class_name] for name, part in parts.layout.components.items()},
+        **{name: [None, None] for name in parts.layout.optional if name not in parts.configs},
+        **parts.configs.get("model_index", {}),
     }
 
 

@@ -16,7 +16,7 @@ from vpo_jax.checkpoints.untrusted import open_folder
 from vpo_jax.models.lora import LoRAConfig
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.paths import user_path
-from vpo_jax.runtime.trees import flatten, unflatten
+from vpo_jax.runtime.trees import flatten, is_stacked, layer_paths, stack_layers, unflatten, unstack_layers
 
 PREFIX = "base_model.model."
 
@@ -35,7 +35,7 @@ def read_adapter(path: str | Path, shapes: Mapping[str, Any], lora: LoRAConfig) 
             what of a file cannot be mapped is named.
     """
     path = open_folder(path, "lora.path")
-    wanted = {name: tuple(leaf.shape) for name, leaf in flatten(shapes).items()}
+    wanted = _shapes_by_layer(shapes)
     modules = {name.rpartition("/")[0].replace("/", "."): name.rpartition("/")[0] for name in wanted}
     file, has_config = find_lora_file(path, "lora.path")
     if has_config:
@@ -55,7 +55,17 @@ def read_adapter(path: str | Path, shapes: Mapping[str, Any], lora: LoRAConfig) 
         if not np.isfinite(array).all():
             raise UserError(f"lora.path: {file}: {key} holds NaN or infinite values; use an undamaged copy")
         adapters[name] = np.ascontiguousarray(array)
-    return unflatten(adapters)
+    return stack_layers(unflatten(adapters), shapes)
+
+
+def _shapes_by_layer(shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, leaf in flatten(shapes).items():
+        if is_stacked(name):
+            wanted |= dict.fromkeys(layer_paths(name, leaf.shape[0]), tuple(leaf.shape[1:]))
+        else:
+            wanted[name] = tuple(leaf.shape)
+    return wanted
 
 
 def _to_flax(array: np.ndarray, rank: int) -> np.ndarray:
@@ -108,7 +118,7 @@ def write_adapter(path: str | Path, adapters: Mapping[str, Any], lora: LoRAConfi
 
     Args:
         path: the folder to make.
-        adapters: tree with `lora_A` [..., in, r] and `lora_B` [r, out].
+        adapters: tree with `lora_A` [..., in, r] and `lora_B` [r, out], as `init_lora` makes.
         lora: what they were made with; the scale is alpha / rank, as PEFT's.
         base: name or path of the model that they belong to.
 
@@ -118,6 +128,7 @@ def write_adapter(path: str | Path, adapters: Mapping[str, Any], lora: LoRAConfi
     path = user_path(path, "--output").resolve()
     check_adapter_target(path)
     tensors, modules = {}, []
+    adapters = unstack_layers(adapters)
     for name, leaf in flatten(adapters).items():
         module, _, which = name.rpartition("/")
         dotted = module.replace("/", ".")

@@ -1,13 +1,14 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) as a tree of their own beside frozen parameters."""
 
 import dataclasses
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.trees import flatten, unflatten
+from vpo_jax.runtime.trees import flatten, is_stacked, unflatten
 from vpo_jax.runtime.types import Tree
 
 # Projections of an attention layer, by diffusers' names.
@@ -39,11 +40,12 @@ def init_lora(key: jax.Array, params: Tree, config: LoRAConfig) -> Tree:
 
     Args:
       key: random key; each adapter's A depends on it and on the order of names only.
-      params: the frozen tree; kernels are [..., in, out].
+      params: the frozen tree; kernels are [..., in, out]. Stacked layers ("blocks.*") match together or not at all.
       config: rank and targets.
 
     Returns:
-      Tree of the same nesting with `lora_A` [..., in, r] and `lora_B` [r, out] in float32.
+      Tree of the same nesting with `lora_A` [..., in, r] and `lora_B` [r, out] in float32; of stacked layers
+      [layers, in, r] and [layers, r, out].
 
     Raises:
       UserError: no module matches.
@@ -54,17 +56,18 @@ def init_lora(key: jax.Array, params: Tree, config: LoRAConfig) -> Tree:
         dotted = "." + module.replace("/", ".")
         if leaf != "kernel" or not any(re.search(pattern, dotted) for pattern in config.targets):
             continue
-        *window, fan_in, features = kernel.shape
-        receptive = fan_in
-        for size in window:
-            receptive *= size
-        bound = receptive**-0.5
+        *rest, fan_in, features = kernel.shape
+        stack, window = (rest[:1], rest[1:]) if is_stacked(path) else ([], rest)
+        bound = math.prod((*window, fan_in)) ** -0.5
         draw = jax.random.fold_in(key, len(adapters))
-        shape = (*window, fan_in, config.rank)
+        shape = (*stack, *window, fan_in, config.rank)
         adapters[f"{module}/lora_A"] = jax.random.uniform(draw, shape, jnp.float32, -bound, bound)
-        adapters[f"{module}/lora_B"] = jnp.zeros((config.rank, features), jnp.float32)
+        adapters[f"{module}/lora_B"] = jnp.zeros((*stack, config.rank, features), jnp.float32)
     if not adapters:
-        raise UserError(f"lora.targets: no layer matches any of {list(config.targets)}; the names are PyTorch's")
+        stacked = " (blocks that are alike have one name, blocks.*)" if any(map(is_stacked, flatten(params))) else ""
+        raise UserError(
+            f"lora.targets: no layer matches any of {list(config.targets)}; the names are PyTorch's{stacked}"
+        )
     return unflatten(adapters)
 
 

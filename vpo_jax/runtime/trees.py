@@ -32,6 +32,36 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def is_stacked(path: str) -> bool:
+    """Whether a path goes through layers that are stacked: "blocks.*/a/b", whose leaves are [layers, ...]."""
+    return ".*/" in path
+
+
+def layer_paths(path: str, layers: int) -> list[str]:
+    """The path of each layer of a stacked one: "blocks.*/a" gives "blocks.0/a", "blocks.1/a", ..."""
+    return [path.replace(".*/", f".{i}/", 1) for i in range(layers)]
+
+
+def unstack_layers(tree: Tree) -> dict[str, Any]:
+    """The tree with a subtree for each layer in place of stacked ones; leaves are numpy arrays."""
+    flat: dict[str, Any] = {}
+    for path, leaf in flatten(tree).items():
+        if is_stacked(path):
+            flat |= zip(layer_paths(path, leaf.shape[0]), np.asarray(leaf), strict=True)
+        else:
+            flat[path] = np.asarray(leaf)
+    return unflatten(flat)
+
+
+def stack_layers(tree: Tree, like: Tree) -> dict[str, Any]:
+    """The inverse of `unstack_layers`; `like` has the paths and shapes of the result."""
+    flat = flatten(tree)
+    return unflatten({
+        path: np.stack([flat[layer] for layer in layer_paths(path, leaf.shape[0])]) if is_stacked(path) else flat[path]
+        for path, leaf in flatten(like).items()
+    })
+
+
 def count(tree: Tree) -> int:
     """Number of scalars in the tree."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
