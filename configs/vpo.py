@@ -72,6 +72,7 @@ def _shapes() -> ConfigDict:
     config.rollout.candidates = 4
     config.rollout.num_inference_steps = 16
     config.rollout.guidance_scale = 2.0
+    config.rollout.guidance_scale_2 = 0.0  # of a second expert, for low noise (Wan 2.2 A14B); 0 = guidance_scale
     config.rollout.guidance_rescale = 0.0  # 0 to 1; above 0 reduces overexposure
     config.rollout.negative_prompt = ""
     config.rollout.num_frames = 8  # 0 here and below: the model's default
@@ -79,6 +80,7 @@ def _shapes() -> ConfigDict:
     config.rollout.width = 32
     config.rollout.sampler = ""  # "" = the one of scheduler_config.json
     config.rollout.eta = 0.0
+    config.rollout.shift = 0.0  # flow models: towards noise, of sampling and of updates; 0 = scheduler_config.json's
     config.rollout.microbatch = 0  # videos at a time; 0 = all at once
 
     config.preference = ConfigDict()
@@ -96,6 +98,7 @@ def _shapes() -> ConfigDict:
     config.preference.caption_dropout = 0.0
     config.preference.timestep_low = 0.0  # lowest timestep of updates, as a share of the schedule; 0 = clean
     config.preference.timestep_high = 1.0  # highest timestep; 1 = noise
+    config.preference.timestep_density = "logit_normal"  # of flow models, before the shift; or "uniform"
 
     config.reference = ConfigDict()
     config.reference.schedule = "refresh"  # refresh, frozen, ema or adaptive
@@ -140,6 +143,7 @@ def _shapes() -> ConfigDict:
     config.eval.seed = 1_000_000
     config.eval.num_inference_steps = 0  # of the final comparison; 0 = rollout's
     config.eval.guidance_scale = 0.0  # of the final comparison; 0 = rollout's
+    config.eval.shift = 0.0  # of the final comparison; 0 = rollout's
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1 = the rest of the devices

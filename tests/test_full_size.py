@@ -11,6 +11,7 @@ import pytest
 from vpo_jax.algorithms.dpo.losses import make_pairwise_loss
 from vpo_jax.algorithms.dpo.update import Noised, Weighed, make_errors, make_gradients
 from vpo_jax.checkpoints.keys import from_torch
+from vpo_jax.diffusion.guidance import Guidance
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.families.protocol import Text
 from vpo_jax.families.text_to_video_sd.family import TextToVideoSD
@@ -57,7 +58,7 @@ def test_two_guided_steps_make_the_latents_of_diffusers():
         return unet.apply({"params": frozen}, latents, timesteps, text.hidden)
 
     sampler = make_sampler(MODELSCOPE["scheduler"], STEPS, None, 0.0)
-    rollout = make_rollout(denoise, sampler, shape, GUIDANCE)
+    rollout = make_rollout(denoise, sampler, shape, Guidance(GUIDANCE))
     found = np.asarray(rollout(params, {}, Text(text[None]), Text(negative), key[None]))[0]
     scale = np.abs(expected).max()
     apart = np.abs(found - expected).max() / scale

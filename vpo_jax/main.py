@@ -165,6 +165,8 @@ def finish(
         num_inference_steps=config.eval.num_inference_steps or rollout.num_inference_steps,
         guidance_scale=config.eval.guidance_scale or rollout.guidance_scale,
         guidance_rescale=rollout.guidance_rescale or None,
+        guidance_scale_2=rollout.guidance_scale_2 or None,
+        shift=config.eval.shift or rollout.shift or None,
         negative_prompt=rollout.negative_prompt,
         sampler=rollout.sampler or None,
         batch=videos_at_a_time(rollout.microbatch),

@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vpo_jax.checkpoints.folders import PipelineParts, Place, write_pipeline
-from vpo_jax.diffusion.guidance import guided
+from vpo_jax.diffusion.config import with_shift
+from vpo_jax.diffusion.guidance import Guidance, guided
 from vpo_jax.diffusion.process import Process
 from vpo_jax.diffusion.samplers import make_sampler, sample
 from vpo_jax.families.protocol import Family
@@ -119,6 +120,19 @@ class Pipeline:
 
     # Sampling.
 
+    def guidance(self, scale: float, low_scale: float | None = None, rescale: float = 0.0) -> Guidance:
+        """Guidance of this model; `low_scale` (None or 0: as `scale`) is that of a second expert, for low noise.
+
+        Raises:
+          UserError: a second scale for a model of one expert.
+        """
+        boundary = self.family.boundary
+        if low_scale and boundary is None:
+            raise UserError(
+                f"guidance_scale_2: {low_scale} is for models of two experts, and this has one; leave it out"
+            )
+        return Guidance(float(scale), float(rescale), boundary, float(low_scale or scale))
+
     def __call__(
         self,
         prompts: str | Sequence[str],
@@ -134,6 +148,8 @@ class Pipeline:
         eta: float = 0.0,
         batch_size: int = 16,
         guidance_rescale: float = 0.0,
+        guidance_scale_2: float | None = None,
+        shift: float | None = None,
     ) -> np.ndarray:
         """Samples one video a prompt.
 
@@ -151,6 +167,8 @@ class Pipeline:
           eta: DDIM's share of fresh noise in a step.
           batch_size: videos at a time; changes nothing but memory and time.
           guidance_rescale: share, to 1, of the conditional prediction's standard deviation that guidance keeps.
+          guidance_scale_2: of the expert for low noise, in a model of two; left out: guidance_scale.
+          shift: of a flow model's schedule towards noise; left out: scheduler_config.json's.
 
         Returns:
           uint8 [B, F, H, W, 3].
@@ -162,7 +180,7 @@ class Pipeline:
             guidance_scale = self.defaults.get("guidance_scale", 7.5)
         frames = self._generate(
             prompts, num_frames, height, width, num_inference_steps, guidance_scale, negative_prompt,
-            sampler, seed, latents, eta, batch_size, guidance_rescale,
+            sampler, seed, latents, eta, batch_size, guidance_rescale, guidance_scale_2, shift,
         )  # fmt: skip
         return np.concatenate([np.asarray(self.to_uint8(part)) for part in frames])
 
@@ -181,6 +199,8 @@ class Pipeline:
         eta: float,
         batch_size: int,
         guidance_rescale: float = 0.0,
+        guidance_scale_2: float | None = None,
+        shift: float | None = None,
     ) -> list[jax.Array]:
         """Frames in [0, 1], batch by batch; the last batch is filled up so that one program serves all."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -195,7 +215,8 @@ class Pipeline:
 
         key = seed_key(seed)
         batch = min(batch_size, len(prompts))
-        run = self._sampler(num_inference_steps, float(guidance_scale), sampler, float(eta), float(guidance_rescale))
+        guidance = self.guidance(guidance_scale, guidance_scale_2, guidance_rescale)
+        run = self._sampler(num_inference_steps, guidance, sampler, float(eta), shift)
         parts = []
         for start in range(0, len(prompts), batch):
             rows = np.minimum(np.arange(start, start + batch), len(prompts) - 1)
@@ -211,10 +232,10 @@ class Pipeline:
         return parts
 
     def _sampler(
-        self, steps: int, guidance_scale: float, name: str | None, eta: float, guidance_rescale: float
+        self, steps: int, guidance: Guidance, name: str | None = None, eta: float = 0.0, shift: float | None = None
     ) -> Callable[..., jax.Array]:
         """The jitted (params, noise, ids, negative ids, keys) -> frames of these settings."""
-        return _compiled_sampler(self.family, steps, guidance_scale, name, eta, guidance_rescale)
+        return _compiled_sampler(self.family, steps, guidance, name, eta, shift)
 
     def save_pretrained(self, path: str | Path, dtypes: Mapping[str, str] | None = None) -> None:
         """Writes a diffusers folder that the family's class there loads; see `write_pipeline`."""
@@ -224,21 +245,19 @@ class Pipeline:
 
 @functools.lru_cache(maxsize=16)
 def _compiled_sampler(
-    family: Family, steps: int, guidance_scale: float, name: str | None, eta: float, guidance_rescale: float
+    family: Family, steps: int, guidance: Guidance, name: str | None, eta: float, shift: float | None
 ) -> Callable[..., jax.Array]:
     """One program for all pipelines of equal families and settings: base and tuned share it."""
-    sampler = make_sampler(family.scheduler_config, steps, name, eta)
+    sampler = make_sampler(with_shift(family.scheduler_config, shift), steps, name, eta)
 
     def run(params: Tree, noise: jax.Array, ids: jax.Array, negative_ids: jax.Array, keys: jax.Array) -> jax.Array:
         noise = constrain(noise, VIDEO)
         text = family.encode_text(family.text_params(params), ids)
         negative = None
-        if guidance_scale > 1.0:
+        if guidance.scale > 1.0:
             negative = family.encode_text(family.text_params(params), negative_ids)
         variables = {"params": family.trainable(params)}
-        denoise = guided(
-            lambda x, t, text: family.denoise(variables, x, t, text), text, negative, guidance_scale, guidance_rescale
-        )
+        denoise = guided(lambda x, t, text: family.denoise(variables, x, t, text), text, negative, guidance)
         return family.decode(family.decoder_params(params), sample(sampler, denoise, noise, keys))
 
     return jax.jit(run)

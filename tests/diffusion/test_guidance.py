@@ -3,7 +3,7 @@ import numpy as np
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from vpo_jax.diffusion.guidance import classifier_free, guide, guided, rescale
+from vpo_jax.diffusion.guidance import Guidance, classifier_free, guide, guided, rescale
 
 torch.set_num_threads(1)
 
@@ -37,9 +37,27 @@ def test_a_guided_denoiser_meets_both_texts_of_a_video_side_by_side_in_one_batch
         seen.append((x.shape[0], np.asarray(text["mask"])[:, 0].tolist()))
         return x * timestep + text["hidden"][..., None]
 
-    prediction = guided(predict, text, negative, 3.0)(latents, 2.0)
+    prediction = guided(predict, text, negative, Guidance(3.0))(latents, 2.0)
     assert seen == [(6, [False, True] * 3)]
     towards = latents * 2.0 + text["hidden"][..., None]
     np.testing.assert_allclose(prediction, guide(latents * 2.0, towards, 3.0), rtol=1e-6)
-    np.testing.assert_array_equal(guided(predict, text, None, 1.0)(latents, 2.0), towards)
+    np.testing.assert_array_equal(guided(predict, text, None, Guidance(1.0))(latents, 2.0), towards)
     assert seen[1][0] == 3, "no guidance costs half"
+
+
+def test_a_second_scale_holds_below_the_boundary():
+    latents = np.ones((2, 3), np.float32)
+
+    def predict(x, timestep, text):
+        return text[:, None] * jax.numpy.ones_like(x)
+
+    guidance = Guidance(scale=4.0, boundary=875.0, low_scale=3.0)
+    prediction = jax.jit(guided(predict, np.full(2, 2.0, np.float32), np.zeros((), np.float32), guidance))
+    # 0 + scale * (2 - 0)
+    np.testing.assert_array_equal(prediction(latents, 875.0), np.full((2, 3), 8.0))
+    np.testing.assert_array_equal(prediction(latents, 874.0), np.full((2, 3), 6.0))
+
+
+def test_one_scale_needs_no_boundary():
+    assert Guidance(4.0).at(3.0) == 4.0
+    assert Guidance(4.0, boundary=875.0, low_scale=4.0).at(3.0) == 4.0

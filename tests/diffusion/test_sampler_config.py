@@ -2,6 +2,8 @@
 
 import pytest
 
+from vpo_jax.diffusion.config import with_shift
+from vpo_jax.diffusion.process import make_process
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.runtime.errors import UserError
 
@@ -84,3 +86,23 @@ def test_what_is_not_honoured_is_refused_by_name(name, config, steps, named):
 def test_eta_outside_0_to_1_is_refused():
     with pytest.raises(UserError, match="eta"):
         make_sampler({"_class_name": DDIM}, 5, eta=1.5)
+
+
+@pytest.mark.parametrize("name", [UNIPC, FLOW_EULER])
+def test_another_shift_reaches_whichever_class_samples(name):
+    config = {"_class_name": UNIPC, **FLOW, "flow_shift": 3.0}
+    wanted = {"_class_name": UNIPC, **FLOW, "flow_shift": 12.0}
+    if name == FLOW_EULER:
+        wanted = {"_class_name": FLOW_EULER, "shift": 12.0}
+    shifted = make_sampler(with_shift(config, 12.0), 7, name=name)
+    assert list(shifted.timesteps) == list(make_sampler(wanted, 7).timesteps)
+    assert list(shifted.timesteps) != list(make_sampler(config, 7, name=name).timesteps)
+    assert make_process(with_shift(config, 12.0)).shift == 12.0
+    assert with_shift(config, 0.0) is config and with_shift(config, None) is config
+
+
+def test_a_model_that_is_no_flow_has_no_shift():
+    with pytest.raises(UserError, match=r"rollout\.shift: 3\.0 is for flow models"):
+        with_shift({"_class_name": DDIM}, 3.0, "rollout.shift")
+    with pytest.raises(UserError, match=r"shift: -1\.0 must be above 0"):
+        with_shift({"_class_name": UNIPC, **FLOW}, -1.0)

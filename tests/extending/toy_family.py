@@ -103,6 +103,7 @@ class ToyFamily:
     layout: ClassVar[Layout] = Layout(
         "ToyPipeline", COMPONENTS, ("ByteTokenizer",), lambda folder, configs: None, lambda folder, tokenizer: None
     )
+    boundary: ClassVar[float | None] = None
     sharding_rules: ClassVar[Rules] = PARAMETER_RULES
     lora_targets: ClassVar[tuple[str, ...]] = (r"to_v$", r"to_frames$")
     published: ClassVar[Mapping[str, Configs]] = {}

@@ -74,6 +74,7 @@ class ToyFamily:
     importers: ClassVar[Any] = {}
     scheduler_config: ClassVar[Any] = SCHEDULER
     text_length: ClassVar[int] = 6
+    boundary: ClassVar[float | None] = None
 
     @classmethod
     def from_configs(cls, configs: Any, dtype: Any = jnp.float32) -> "ToyFamily":

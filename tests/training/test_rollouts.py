@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vpo_jax.diffusion.guidance import Guidance
 from vpo_jax.diffusion.samplers import make_sampler, sample
 from vpo_jax.families.protocol import Text
 from vpo_jax.rewards.scoring import Scores, Weights, frames_to_decode
@@ -24,7 +25,7 @@ def weights():
 def setup(configure, pipeline, **options):
     policy = make_policy(configure(), pipeline.family, pipeline.trainable)
     sampler = make_sampler(pipeline.scheduler_config, 3, None, options.pop("eta", 0.0))
-    rollout = make_rollout(policy.denoise, sampler, SHAPE, options.pop("guidance_scale", 2.0), **options)
+    rollout = make_rollout(policy.denoise, sampler, SHAPE, Guidance(options.pop("guidance_scale", 2.0)), **options)
     text = Text(jnp.asarray(np.random.default_rng(0).normal(size=(6, 6, 8)), jnp.float32))
     return policy, lambda text, keys: rollout(policy.frozen, policy.initial, text, Text(jnp.zeros((6, 8))), keys), text
 
@@ -77,7 +78,7 @@ def test_a_guidance_scale_of_1_saves_the_unconditional_half(configure, pipeline)
         return latents
 
     for scale in (1.0, 2.0):
-        rollout = make_rollout(denoise, make_sampler(pipeline.scheduler_config, 3), SHAPE, scale)
+        rollout = make_rollout(denoise, make_sampler(pipeline.scheduler_config, 3), SHAPE, Guidance(scale))
         rollout(
             policy.frozen,
             policy.initial,

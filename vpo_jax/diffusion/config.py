@@ -203,6 +203,21 @@ def is_flow(fields: Mapping[str, Any]) -> bool:
     return bool(fields["_class_name"] == "FlowMatchEulerDiscreteScheduler")
 
 
+def with_shift(config: Mapping[str, Any], shift: float | None, name: str = "shift") -> Mapping[str, Any]:
+    """The config of a flow model with another shift for whichever class samples; as it is where `shift` is None or 0.
+
+    Raises:
+      UserError: naming `name`: the model is no flow.
+    """
+    if not shift:
+        return config
+    if shift < 0.0:
+        raise UserError(f"{name}: {shift} must be above 0; leave it out for the checkpoint's own")
+    if not is_flow(resolve(config)):
+        raise UserError(f"{name}: {shift} is for flow models, and scheduler_config.json is of another; leave it out")
+    return {**config, "flow_shift": float(shift), "shift": float(shift)}
+
+
 def _check_values(fields: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> None:
     for key, value in fields.items():
         if key in choices:

@@ -1,6 +1,7 @@
 """Classifier-free guidance."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +30,36 @@ def rescale(guided: Array, conditional: Array, factor: float | Array) -> Array:
     return factor * matched + (1 - factor) * guided
 
 
-def guide(unconditional: Array, conditional: Array, scale: float, factor: float = 0.0) -> Array:
+def guide(unconditional: Array, conditional: Array, scale: float | Array, factor: float = 0.0) -> Array:
     """Classifier-free guidance by `scale`, rescaled by `factor` where it is above 0; arrays are [B, ...]."""
     guided = classifier_free(unconditional, conditional, scale)
     return rescale(guided, conditional, factor) if factor > 0.0 else guided
 
 
+class Guidance(NamedTuple):
+    """How far a video is led towards its prompt.
+
+    Attributes:
+      scale: of `classifier_free`; 1 or less is no guidance, as in diffusers, and saves half of the work.
+      rescale: factor of `rescale`.
+      boundary: the timestep below which another scale holds; None: one scale throughout.
+      low_scale: that other scale.
+    """
+
+    scale: float
+    rescale: float = 0.0
+    boundary: float | None = None
+    low_scale: float = 1.0
+
+    def at(self, timestep: Array) -> float | Array:
+        """The scale at a timestep."""
+        if self.boundary is None or self.low_scale == self.scale:
+            return self.scale
+        return jnp.where(timestep >= self.boundary, self.scale, self.low_scale)
+
+
 def guided(
-    predict: Predict, text: Tree, negative: Tree, scale: float, factor: float = 0.0
+    predict: Predict, text: Tree, negative: Tree, guidance: Guidance
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`(latents [B, F, ...], timestep) -> prediction` of a denoiser under guidance; what a sampler takes.
 
@@ -44,10 +67,9 @@ def guided(
       predict: the denoiser; with guidance it meets both of a video's inputs in one batch of 2 B.
       text: tree of encodings [B, ...].
       negative: tree of what guidance leads away from, [B, ...] or one [...] for all; not read without guidance.
-      scale: of `classifier_free`; 1 or less is no guidance, as in diffusers, and saves half of the work.
-      factor: of `rescale`.
+      guidance: its scales.
     """
-    if scale <= 1.0:
+    if guidance.scale <= 1.0:
         return lambda latents, timestep: predict(latents, timestep, text)
 
     def side_by_side(without: jax.Array, given: jax.Array) -> jax.Array:
@@ -60,6 +82,6 @@ def guided(
     def prediction(latents: jax.Array, timestep: jax.Array) -> jax.Array:
         twice = constrain(jnp.repeat(latents, 2, axis=0), VIDEO)
         both = predict(twice, timestep, both_texts).reshape(-1, 2, *latents.shape[1:])
-        return guide(both[:, 0], both[:, 1], scale, factor)
+        return guide(both[:, 0], both[:, 1], guidance.at(timestep), guidance.rescale)
 
     return prediction

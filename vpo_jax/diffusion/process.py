@@ -14,7 +14,7 @@ so that one formula serves every prediction type; `prediction_weights` is the ta
 import abc
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -95,6 +95,10 @@ class Process(abc.ABC):
     @abc.abstractmethod
     def draw_timesteps(self, key: Key, low: float = 0.0, high: float = 1.0) -> Array:
         """One training timestep, a scalar, from the shares [low, high] of the schedule; 0 is clean and 1 is noise."""
+
+    def with_density(self, density: str) -> "Process":
+        """The same process with training timesteps of another density; one that draws them uniformly is as it was."""
+        return self
 
     def add_noise(self, clean: Array, noise: Array, timesteps: Array) -> Array:
         """x_t from x_0 [B, ...], eps [B, ...] and timesteps [B]."""
@@ -213,6 +217,10 @@ class RectifiedFlow(Process):
         share = _between(low, high, uniform) if self.density == "uniform" else self._logit_normal(uniform, low, high)
         share = jnp.clip(share, low, high)
         return self.steps * (self.shift * share / (1.0 + (self.shift - 1.0) * share))
+
+    def with_density(self, density: str) -> "RectifiedFlow":
+        """The same process with u drawn from another of `DENSITIES`."""
+        return replace(self, density=density)
 
     def _logit_normal(self, uniform: Array, low: float, high: float) -> Array:
         """u in [low, high], by the quantile function, from a uniform number in [0, 1)."""

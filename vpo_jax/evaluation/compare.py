@@ -92,6 +92,8 @@ class Sampling:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     guidance_rescale: float | None = None
+    guidance_scale_2: float | None = None
+    shift: float | None = None
     negative_prompt: str | None = None
     sampler: str | None = None
     batch: int = 16  # changes nothing but memory and time

@@ -114,6 +114,11 @@ class Family(Protocol):
         ...
 
     @property
+    def boundary(self) -> float | None:
+        """The timestep below which a second model denoises, with a guidance scale of its own; None: there is one."""
+        ...
+
+    @property
     def text_length(self) -> int:
         """Tokens of a prompt, L of `encode_text`."""
         ...

@@ -56,10 +56,14 @@ def unstack_layers(tree: Tree) -> dict[str, Any]:
 def stack_layers(tree: Tree, like: Tree) -> dict[str, Any]:
     """The inverse of `unstack_layers`; `like` has the paths and shapes of the result."""
     flat = flatten(tree)
-    return unflatten({
-        path: np.stack([flat[layer] for layer in layer_paths(path, leaf.shape[0])]) if is_stacked(path) else flat[path]
-        for path, leaf in flatten(like).items()
-    })
+    return unflatten(
+        {
+            path: np.stack([flat[layer] for layer in layer_paths(path, leaf.shape[0])])
+            if is_stacked(path)
+            else flat[path]
+            for path, leaf in flatten(like).items()
+        }
+    )
 
 
 def count(tree: Tree) -> int:

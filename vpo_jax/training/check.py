@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vpo_jax.algorithms.table import ALGORITHMS
+from vpo_jax.diffusion.config import with_shift
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.pipeline import Pipeline
 from vpo_jax.rewards.protocol import Reward
@@ -97,9 +98,11 @@ def check_inputs(
     check_meshes(config, meshes)
     num_frames, height, width = pipeline.video_size(rollout.num_frames, rollout.height, rollout.width)
     check_context(meshes, pipeline.latent_shape(num_frames, height, width)[0])
-    if config.eval.num_inference_steps:
+    if config.eval.num_inference_steps or config.eval.shift:
+        steps = config.eval.num_inference_steps or rollout.num_inference_steps
+        scheduler = with_shift(pipeline.scheduler_config, config.eval.shift, "eval.shift")
         try:
-            make_sampler(pipeline.scheduler_config, config.eval.num_inference_steps, rollout.sampler or None)
+            make_sampler(scheduler, steps, rollout.sampler or None)
         except UserError as error:
             raise UserError(f"eval.{error}") from error
     for scorer in (*rewards, *held_out):

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from vpo_jax.algorithms.protocol import Algorithm, Frozen, Setting
 from vpo_jax.algorithms.table import ALGORITHMS
+from vpo_jax.diffusion.config import with_shift
+from vpo_jax.diffusion.process import make_process
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.diffusion.trajectory import check_stochastic
 from vpo_jax.pipeline import Pipeline
@@ -82,13 +84,14 @@ def make_programs(
     text = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), jax.eval_shape(encode.function, *encode.arguments(1))
     )
-    sampler = make_sampler(pipeline.scheduler_config, rollout.num_inference_steps, rollout.sampler or None, rollout.eta)
+    scheduler = with_shift(pipeline.scheduler_config, rollout.shift, "rollout.shift")
+    sampler = make_sampler(scheduler, rollout.num_inference_steps, rollout.sampler or None, rollout.eta)
     algorithm = ALGORITHMS[config.algorithm.name].make(
         Setting(
             config=config,
             denoise=policy.denoise,
             denoise_float32=policy.in_float32().denoise,
-            process=pipeline.process,
+            process=pipeline.family.process if not rollout.shift else make_process(scheduler),
             sampler=sampler,
             optimizer=make_optimizer(config.optimizer),
             rewards=rewards,
@@ -102,8 +105,8 @@ def make_programs(
     if algorithm.keeps_trajectories:
         check_stochastic(sampler)
     rolled = make_rollout(
-        policy.denoise, sampler, latents.shape, rollout.guidance_scale, micro, rollout.guidance_rescale,
-        algorithm.keeps_trajectories,
+        policy.denoise, sampler, latents.shape, pipeline.guidance(rollout.guidance_scale, rollout.guidance_scale_2,
+        rollout.guidance_rescale), micro, algorithm.keeps_trajectories,
     )  # fmt: skip
 
     def of_rollout(batch: int) -> tuple[Tree, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 from vpo_jax.algorithms.protocol import Algorithm, Denoise, Frozen, Rollout
 from vpo_jax.algorithms.state import TrainState
 from vpo_jax.data.index import PromptIndex
-from vpo_jax.diffusion.guidance import guided
+from vpo_jax.diffusion.guidance import Guidance, guided
 from vpo_jax.diffusion.samplers import Sampler, sample
 from vpo_jax.diffusion.trajectory import Trajectory, sample_trajectory
 from vpo_jax.rewards.scoring import bring
@@ -42,15 +42,13 @@ def make_rollout(
     denoise: Denoise,
     sampler: Sampler,
     latent_shape: tuple[int, ...],
-    guidance_scale: float,
+    guidance: Guidance,
     microbatch: int = 0,
-    guidance_rescale: float = 0.0,
     keep_trajectory: bool = False,
 ) -> Callable[[Tree, Tree, Tree, Tree, jax.Array], jax.Array | Trajectory]:
     """`rollout(frozen, trainable, text of B, negative text of one, keys [B]) -> clean latents [B, F, h, w, C]`, jitted.
 
-    With `keep_trajectory` it gives the whole `Trajectory`. A guidance scale of 1 or less is no guidance, as in
-    diffusers, and saves half of the work.
+    With `keep_trajectory` it gives the whole `Trajectory`.
     """
 
     def of_chunk(
@@ -64,7 +62,7 @@ def make_rollout(
         def predict(latents: jax.Array, timestep: jax.Array, text: Tree) -> jax.Array:
             return denoise(frozen, trainable, latents, jnp.full(latents.shape[0], timestep), text)
 
-        predict_guided = guided(predict, text, negative, guidance_scale, guidance_rescale)
+        predict_guided = guided(predict, text, negative, guidance)
         if keep_trajectory:
             return sample_trajectory(sampler, predict_guided, noise, split[:, 1])
         return constrain(sample(sampler, predict_guided, noise, split[:, 1]), VIDEO)

@@ -88,7 +88,8 @@ class DPO:
         microbatch = 2 * train.microbatch  # a pair is two videos
         share = preference.timestep_low, preference.timestep_high
         dropout = preference.caption_dropout
-        self.draw = make_draw(setting.process, config.seed, train.updates_per_step, dropout, share)
+        process = setting.process.with_density(preference.timestep_density)
+        self.draw = make_draw(process, config.seed, train.updates_per_step, dropout, share)
         self.errors = make_errors(setting.denoise, microbatch)
         rounds = config.model.dtype != "float32"
         self.errors_float32 = make_errors(setting.denoise_float32, microbatch) if rounds else self.errors

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from vpo_jax.algorithms.dpo.selection import PAIRS, group_size
+from vpo_jax.diffusion.process import DENSITIES
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.fields import FLAG, POSITIVE, Field, Values, number, one_of, whole
 
@@ -21,6 +22,7 @@ FIELDS: Mapping[str, Field] = {
     "preference.caption_dropout": number(0, 1),
     "preference.timestep_low": number(0, 1),
     "preference.timestep_high": number(0, 1),
+    "preference.timestep_density": one_of(*DENSITIES),
 }
 
 

@@ -47,6 +47,8 @@ class TextToVideoSD:
         "videocrafter": Importer(read_videocrafter, "VideoCrafter2's checkpoint as safetensors")
     }
 
+    boundary: ClassVar[float | None] = None
+
     unet: UNet3DConditionModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
