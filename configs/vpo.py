@@ -112,7 +112,7 @@ def _shapes() -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 16  # 0 = full fine-tuning
     config.lora.alpha = 16.0
-    config.lora.path = ""  # a PEFT adapter folder: policy and reference start from base + adapter
+    config.lora.path = ""  # an adapter's folder or file: policy and reference start from base + adapter
     config.lora.targets = ""  # comma-separated patterns of module paths; "" = every attention layer
     config.lora.merge = False  # merge adapters into kernels inside programs: faster for small layers; float32 only
 

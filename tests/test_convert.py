@@ -3,6 +3,7 @@ import json
 import pytest
 
 from vpo_jax import convert, main
+from vpo_jax.families.text_to_video_sd.family import TextToVideoSD
 from vpo_jax.runtime import cli
 
 
@@ -58,9 +59,34 @@ def test_lora_only_is_an_adapter_folder(finished, tmp_path, capsys):
     assert "PeftModel.from_pretrained(pipe.unet" in capsys.readouterr().out
 
 
+def test_a_family_chooses_the_form_of_an_adapter_and_a_flag_another(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(TextToVideoSD, "adapter_forms", ("diffusers", "peft"))
+    shown = staticmethod(lambda folder, base, form, components: [f"load {form} {folder} on {base} {components}"])
+    monkeypatch.setattr(TextToVideoSD, "adapter_lines", shown)
+    files = {}
+    for name, flags in (("default", []), ("peft", ["--lora_format=peft"]), ("diffusers", ["--lora_format=diffusers"])):
+        convert.main([f"--workdir={finished[0]}", f"--output={tmp_path}/{name}", "--lora_only", *flags])
+        form = "peft" if name == "peft" else "diffusers"
+        assert f"    load {form} {tmp_path}/{name} on " in capsys.readouterr().out
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"load {form} THIS_FOLDER" in card and f'library_name: "{form}"' in card
+        files[name] = files_of(tmp_path / name)
+    assert {str(path) for path in files["default"]} == {"pytorch_lora_weights.safetensors", "README.md"}
+    assert files["default"] == files["diffusers"]
+    assert "original" in refusal(
+        capsys, f"--workdir={finished[0]}", f"--output={tmp_path}/no", "--lora_only", "--lora_format=original"
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (
+            ["--lora_only", "--lora_format=diffusers"],
+            "--lora_format: TextToVideoSDPipeline has no adapters of the form diffusers; choose one of peft",
+        ),
+        (["--lora_only", "--lora_format=foo"], "--lora_format: invalid choice: 'foo'"),
+        (["--lora_format=peft"], "--lora_format: is the form of an adapter; give --lora_only too"),
         (["--step=9"], "no checkpoint of step 9; there are 1, 2"),
         (["--weights=ema"], "this run kept no average"),
         (["--weights=best"], "invalid choice: 'best'"),

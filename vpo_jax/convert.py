@@ -1,6 +1,7 @@
-"""A run's checkpoint becomes a diffusers folder or a PEFT adapter folder; another format's file a diffusers folder.
+"""A run's checkpoint becomes a diffusers folder or a LoRA; another format's file a diffusers folder.
 
-python -m vpo_jax.convert --workdir=DIR [--step=N] [--weights=ema|policy] --output=DIR [--lora_only] [--dtype=float32]
+python -m vpo_jax.convert --workdir=DIR [--step=N] [--weights=ema|policy] --output=DIR [--dtype=float32]
+python -m vpo_jax.convert --workdir=DIR [--step=N] [--weights=ema|policy] --output=DIR --lora_only [--lora_format=FORM]
 python -m vpo_jax.convert --from_FORMAT=model.safetensors [--base=DIR] --output=DIR [--dtype=float32]
 """
 
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from vpo_jax.checkpoints.folders import Configs, PipelineParts, check_target, write_pipeline
+from vpo_jax.checkpoints.lora_files import FORMS, PEFT
 from vpo_jax.checkpoints.orbax_store import CheckpointStore
 from vpo_jax.checkpoints.peft import check_adapter_target, write_adapter
 from vpo_jax.families.protocol import Family, Importer
@@ -26,7 +28,7 @@ from vpo_jax.runtime.buckets import local_folder
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.paths import check_output_folder, expand_user
 from vpo_jax.training.check import check
-from vpo_jax.training.policy import make_policy
+from vpo_jax.training.policy import adapted_components, make_policy
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,7 +42,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
     parser.add_argument("--weights", choices=("ema", "policy"), default=None, help="default: ema where the run has it")
     parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--lora_only", action="store_true", help="write a PEFT adapter folder")
+    parser.add_argument("--lora_only", action="store_true", help="write the adapters alone")
+    parser.add_argument(
+        "--lora_format",
+        choices=FORMS,
+        default=None,
+        help="of --lora_only: a PEFT folder, a file with diffusers' names, or one with the original code's, as ComfyUI "
+        "reads (default: what the model's pipeline loads)",
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the tensors that are written")
     parser.add_argument("--base", default="", help="diffusers folder with what --from_FORMAT's file lacks: a tokenizer")
     flags = parser.parse(argv)
@@ -50,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
         file = expand_user(getattr(flags, f"from_{name}") or "", f"--from_{name}")
         if not file:
             continue
-        _refuse(flags, ("step", "weights", "lora_only"), f"--from_{name}")
+        _refuse(flags, ("step", "weights", "lora_only", "lora_format"), f"--from_{name}")
         parts, absent = convert_file(importer, file, flags.output, flags.base, flags.dtype)
         print(f"{flags.output}: {', '.join(parts.params)} of {file}")
         if absent:
@@ -62,23 +71,33 @@ def main(argv: Sequence[str]) -> None:
     _refuse(flags, ("base",), "--workdir")
     if flags.lora_only and flags.dtype != "float32":
         raise UserError("--dtype: an adapter folder is always float32; leave the flag out")
-    made = convert(flags.workdir, flags.output, flags.step, flags.weights, flags.lora_only, flags.dtype)
+    if flags.lora_format and not flags.lora_only:
+        raise UserError("--lora_format: is the form of an adapter; give --lora_only too, or leave it out")
+    made = convert(
+        flags.workdir, flags.output, flags.step, flags.weights, flags.lora_only, flags.dtype, flags.lora_format
+    )
     print(f"{flags.output}: the {made.weights} weights of step {made.step}")
     output = str(Path(flags.output).resolve())
     base = str(SHIPPED.get(made.base, made.base))  # diffusers knows no name of ours
-    family = made.family
-    lines = family.adapter_lines(output, base) if flags.lora_only else family.loading_lines(output, flags.dtype)
-    _print_lines(lines, family, made.configs)
+    _print_lines(loading_lines(made.family, output, base, flags.dtype, made.adapter), made.family, made.configs)
+
+
+class Adapter(NamedTuple):
+    """What an adapter folder holds: its form, and the components that it adapts where the family trains several."""
+
+    form: str
+    components: Sequence[str]
 
 
 class Converted(NamedTuple):
-    """A checkpoint that was written: its step, which weights, the base model's path, family and configs."""
+    """A checkpoint that was written: its step, which weights, the base model's path, family, configs; of an adapter."""
 
     step: int
     weights: str
     base: str
     family: Family
     configs: Configs
+    adapter: Adapter | None
 
 
 def convert(
@@ -88,10 +107,14 @@ def convert(
     weights: str | None = None,
     lora_only: bool = False,
     dtype: str = "float32",
+    lora_format: str | None = None,
 ) -> Converted:
     """Writes the checkpoint of `step` (the newest when None) to `output`, its tensors in `dtype`.
 
-    Raises UserError when there is no such run, checkpoint, average or adapter, or `output` cannot be written.
+    With `lora_only` its adapters alone, in `lora_format` or the first form that the family offers.
+
+    Raises UserError when there is no such run, checkpoint, average, adapter or form of it, or `output` cannot be
+    written.
     """
     workdir = local_folder(workdir)
     config = read_config(workdir)
@@ -106,19 +129,37 @@ def convert(
     step, state, _ = store.read(step, parts=[weights])
     adapters = state[weights]
     pipeline = load_pipeline(config.model.path)
+    adapter = None
+    if lora_only:
+        form = _adapter_form(pipeline.family, lora_format)
+        adapter = Adapter(form, adapted_components(pipeline.family, adapters))
     policy = make_policy(config, pipeline.family, pipeline.trainable, adapters)
     if weights == "ema":
         adapters = policy.extrapolated(policy.initial, adapters, config.ema.extrapolation)
-    if not lora_only:
-        check_output_folder(output, "--output", partial(check_target, layout=pipeline.family.layout))
-    if lora_only:
+    if adapter is not None:
         assert policy.lora is not None
-        write_adapter(output, adapters, policy.lora, config.model.path)
+        names = pipeline.family.original_names
+        write_adapter(output, adapters, policy.lora, config.model.path, adapter.form, names, adapter.components)
     else:
+        check_output_folder(output, "--output", partial(check_target, layout=pipeline.family.layout))
         tuned = pipeline.with_trainable(policy.merged(pipeline.trainable, adapters))
         tuned.save_pretrained(output, dict.fromkeys(pipeline.params, dtype))
-    write_card(output, model_card(config, pipeline.family, workdir, step, weights, lora_only, dtype))
-    return Converted(step, weights, config.model.path, pipeline.family, pipeline.configs)
+    write_card(output, model_card(config, pipeline.family, workdir, step, weights, adapter, dtype))
+    return Converted(step, weights, config.model.path, pipeline.family, pipeline.configs, adapter)
+
+
+def _adapter_form(family: Family, form: str | None) -> str:
+    if form is not None and form not in family.adapter_forms:
+        offered, name = ", ".join(family.adapter_forms), family.layout.class_name
+        raise UserError(f"--lora_format: {name} has no adapters of the form {form}; choose one of {offered}")
+    return form or family.adapter_forms[0]
+
+
+def loading_lines(family: Family, folder: str, base: str, dtype: str, adapter: Adapter | None) -> list[str]:
+    """Lines of Python that load an export, or an adapter on its base."""
+    if adapter is None:
+        return family.loading_lines(folder, dtype)
+    return family.adapter_lines(folder, base, adapter.form, adapter.components)
 
 
 def model_card(
@@ -127,22 +168,21 @@ def model_card(
     workdir: str | Path,
     step: int,
     weights: str,
-    lora_only: bool = False,
+    adapter: Adapter | None = None,
     dtype: str = "float32",
 ) -> ModelCard:
     """The card of an export; with scores where the run has compared just these weights with the initial ones."""
-    base, folder = config.model.path, "THIS_FOLDER"
-    loading = family.adapter_lines(folder, base) if lora_only else family.loading_lines(folder, dtype)
+    base = config.model.path
     last = step == config.train.steps and weights == ("ema" if config.ema.decay > 0 else "policy")
     return ModelCard(
         base=base,
         licence=licence_of(base),
         step=step,
         weights=weights,
-        loading=loading,
+        loading=loading_lines(family, "THIS_FOLDER", base, dtype, adapter),
         config=dict(cli.flatten_config(config)),
         scores=read_scores(workdir) if last else [],
-        is_adapter=lora_only,
+        library="peft" if adapter is not None and adapter.form == PEFT else "diffusers",
     )
 
 

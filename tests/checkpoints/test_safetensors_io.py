@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpo_jax.checkpoints.safetensors_io import read_file, read_weights, write_weights
+from vpo_jax.checkpoints.safetensors_io import read_file, read_metadata, read_weights, write_file, write_weights
 from vpo_jax.runtime.errors import UserError
 
 STATE = {
@@ -64,6 +64,15 @@ def test_an_index_that_names_a_missing_shard_is_an_error(tmp_path):
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"index\.json: names model-00002-of-00002\.safetensors, which is not there"):
         read_weights(tmp_path, "model")
+
+
+def test_a_file_with_texts_has_the_same_bytes_each_time(tmp_path):
+    texts = {"z": 'a "quoted"\n\tline\x1f\x7f\\ / <\u2028>', "ä\u5b57\U0001f534": "ü" * 50, "b": "", "a": "{}"}
+    files = [tmp_path / f"{i}.safetensors" for i in range(8)]  # the library's order is another one each time
+    for file in files:
+        write_file(file, STATE, texts)
+    assert len({file.read_bytes() for file in files}) == 1
+    assert read_metadata(files[0]) == {"format": "pt", **texts} and same(read_file(files[0]), STATE)
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "{", '{"weight_map": {"a": 3}}'])

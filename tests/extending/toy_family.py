@@ -106,6 +106,8 @@ class ToyFamily:
     boundary: ClassVar[float | None] = None
     sharding_rules: ClassVar[Rules] = PARAMETER_RULES
     lora_targets: ClassVar[tuple[str, ...]] = (r"to_v$", r"to_frames$")
+    adapter_forms: ClassVar[tuple[str, ...]] = ("peft",)
+    original_names: ClassVar[tuple[tuple[str, str], ...]] = ()
     published: ClassVar[Mapping[str, Configs]] = {}
     licences: ClassVar[Mapping[str, str]] = {}
     importers: ClassVar[Mapping[str, Any]] = {}
@@ -203,7 +205,7 @@ class ToyFamily:
         return lines if prompt is None else [*lines, f"video = pipe({prompt!r}, **{dict(settings or {})!r})"]
 
     @staticmethod
-    def adapter_lines(folder: str, base: str) -> list[str]:
+    def adapter_lines(folder: str, base: str, form: str, components: Sequence[str] = ()) -> list[str]:
         """diffusers has no such pipeline, so nothing loads an adapter."""
         return []
 

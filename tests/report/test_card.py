@@ -53,7 +53,7 @@ def test_a_strange_base_name_stays_one_string_of_the_header():
 
 
 def test_an_adapter_s_library_is_peft():
-    assert header(render(card(is_adapter=True)))["library_name"] == "peft"
+    assert header(render(card(library="peft")))["library_name"] == "peft"
     assert header(render(card()))["library_name"] == "diffusers"
 
 

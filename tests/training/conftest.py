@@ -69,6 +69,8 @@ class ToyFamily:
     layout: ClassVar[Any] = Layout("ToyPipeline", {}, (), lambda folder, configs: None, lambda folder, tokenizer: None)
     sharding_rules: ClassVar[Any] = PARAMETER_RULES
     lora_targets: ClassVar[tuple[str, ...]] = (r"\.to_q$", r"\.to_v$")
+    adapter_forms: ClassVar[tuple[str, ...]] = ("peft",)
+    original_names: ClassVar[Any] = ()
     published: ClassVar[Any] = {}
     licences: ClassVar[Any] = {}
     importers: ClassVar[Any] = {}
@@ -127,7 +129,7 @@ class ToyFamily:
         return ["import vpo_jax", f"pipe = vpo_jax.load_pipeline({folder!r}, {dtype!r})"]
 
     @staticmethod
-    def adapter_lines(folder: str, base: str) -> list[str]:
+    def adapter_lines(folder: str, base: str, form: str, components: Any = ()) -> list[str]:
         return []
 
     @staticmethod

@@ -1,19 +1,23 @@
-"""Files of LoRA weights as PEFT, diffusers and kohya's scripts write them, under one set of names.
+"""Files of LoRA weights in the layouts that are in use, under one set of names.
 
 | written by | module | factors | scale |
 | --- | --- | --- | --- |
 | PEFT | `base_model.model.a.b` | `lora_A`, `lora_B` | adapter_config.json |
 | diffusers | `unet.a.b`, `transformer.a.b` | `lora_A`, `lora_B`; older: `lora.down`, `lora.up`, `processor.to_q_lora.down` | `alpha` or the file's metadata; else 1 |
 | kohya | `lora_unet_a_b` | `lora_down`, `lora_up` | `alpha`; else 1 |
+| ComfyUI, original code | `diffusion_model.x.y`, `x.y` | `lora_A`, `lora_B`; `lora_down`, `lora_up` | `alpha`; else 1 |
 
-Source: diffusers 0.42 (`loaders/lora_base.py`, `utils/state_dict_utils.py`), kohya-ss/sd-scripts (`networks/lora.py`).
+`x.y` are the names of the model's original code, which kohya's layout may have too; a family says what they are.
+
+Source: diffusers 0.42 (`loaders/lora_base.py`, `loaders/lora_conversion_utils.py`, `utils/state_dict_utils.py`),
+kohya-ss/sd-scripts (`networks/lora.py`).
 """  # noqa: E501
 
 import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -26,7 +30,11 @@ CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS = (
     "adapter_model.safetensors",
     "pytorch_lora_weights.safetensors",
 )
-_PREFIXES = ("base_model.model.", "unet.", "transformer.")
+METADATA = "lora_adapter_metadata"  # of a file that diffusers wrote: JSON of a PEFT config
+# (pattern of a module's torch name, its name in the model's original code); the first that matches.
+NameTable: TypeAlias = tuple[tuple[str, str], ...]
+
+_PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.")
 _KOHYA = "lora_unet_"
 _TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_")
 _PROCESSOR = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
@@ -46,6 +54,11 @@ class LoraFile(NamedTuple):
 
     tensors: Mapping[str, np.ndarray]
     alphas: Mapping[str, float]
+
+
+def original_name(module: str, names: NameTable) -> str | None:
+    """What the model's original code calls a module ("blocks.0.attn1.to_q"); None where the table has no such one."""
+    return next((re.sub(pattern, name, module) for pattern, name in names if re.fullmatch(pattern, module)), None)
 
 
 def find_lora_file(path: Path, field: str) -> tuple[Path, bool]:
@@ -77,35 +90,54 @@ def find_lora_file(path: Path, field: str) -> tuple[Path, bool]:
     raise UserError(f"{field}: {path / absent} is not there; copy the adapter folder again")
 
 
-def read_lora_file(file: Path, modules: Collection[str], field: str) -> LoraFile:
-    """The factors of a file in any of the three layouts.
+def read_lora_file(file: Path, modules: Collection[str], field: str, names: NameTable = ()) -> LoraFile:
+    """The factors of a file in any of the layouts.
 
     Args:
         file: safetensors.
         modules: torch names ("a.0.to_q") of the modules that may be adapted; kohya's names say where their dots were.
         field: what errors name.
+        names: the modules' names in the model's original code, where a file may have those.
 
     Raises:
-        UserError: a broken file, adapters of a text encoder, or another method than LoRA, by the tensor's name.
+        UserError: a broken file, one whose scale is not clear, adapters of a text encoder, or another method than
+            LoRA, by the tensor's name.
     """
     where = f"{field}: {file}"
-    by_underscore = {module.replace(".", "_"): module for module in modules}
+    by_name = _by_original_name(modules, names)
+    by_underscore = {name.replace(".", "_"): module for name, module in by_name.items()}
     tensors: dict[str, np.ndarray] = {}
-    alphas = _metadata_alphas(file, where)
+    said, alphas = _metadata_alphas(file, where), {}
     for key, array in read_file(file).items():
         _refuse_other(key, where)
-        module, kind = _split(key)
-        if module.startswith(_KOHYA):
-            module = by_underscore.get(module.removeprefix(_KOHYA), module)
-        module = _without_prefix(module)
+        written, kind = _split(key)
+        if is_kohyas := written.startswith(_KOHYA):
+            written = by_underscore.get(written.removeprefix(_KOHYA), written)
+        written = _without_prefix(written)
+        module = by_name.get(written, written)
         if kind == "alpha":
+            # The loaders of such models read alpha from the metadata alone and refuse these keys, or pass over them.
+            is_torchs = not is_kohyas and written in modules and original_name(written, names) not in (None, written)
+            if is_torchs or key.endswith(".lora_alpha"):
+                raise UserError(
+                    f"{where}: {key}: diffusers reads no alpha beside these names, so the scale is not clear; multiply "
+                    "each lora_B by alpha / rank and remove the alphas"
+                )
             alphas[module] = _alpha(array, f"{where}: {key}")
         else:
             name = f"{module}/{kind}" if kind else key
             if name in tensors:
                 raise UserError(f"{where}: {key} stands there twice in two layouts; keep one of them")
             tensors[name] = array
-    return LoraFile(tensors, alphas)
+    if said and alphas:
+        raise UserError(f"{where}: has alphas beside {METADATA}; keep one of them")
+    return LoraFile(tensors, said or alphas)
+
+
+def _by_original_name(modules: Collection[str], names: NameTable) -> dict[str, str]:
+    """Modules by their torch names and, where they have one, by their names in the original code."""
+    originals = {original_name(module, names): module for module in modules}
+    return {name: module for name, module in originals.items() if name} | {module: module for module in modules}
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -115,8 +147,8 @@ def _split(key: str) -> tuple[str, str]:
         return f"{key[: found.start()]}.{layer}", _NAMES[found[2]]
     if found := _FACTOR.search(key):
         return key[: found.start()], _NAMES[re.split(r"[._]", found[1])[-1]]
-    if key.endswith(".alpha"):
-        return key.removesuffix(".alpha"), "alpha"
+    if key.endswith((".alpha", ".lora_alpha")):
+        return key.rpartition(".")[0], "alpha"
     return key, ""
 
 
@@ -141,17 +173,22 @@ def _alpha(array: Any, where: str) -> float:
 
 
 def _metadata_alphas(file: Path, where: str) -> dict[str, float]:
-    """diffusers' `lora_adapter_metadata`: {"unet.r": ..., "unet.lora_alpha": ...}, under the module name ""."""
-    text = read_metadata(file).get("lora_adapter_metadata")
+    """Of diffusers' metadata {"unet.r": ..., "unet.lora_alpha": ...}: alpha, under the module name ""."""
+    text = read_metadata(file).get(METADATA)
     if not isinstance(text, str):
         return {}
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: lora_adapter_metadata is not JSON; use an undamaged copy") from error
+        raise UserError(f"{where}: {METADATA} is not JSON; use an undamaged copy") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{where}: lora_adapter_metadata is no JSON object; use an undamaged copy")
+        raise UserError(f"{where}: {METADATA} is no JSON object; use an undamaged copy")
     prefix = next((prefix for prefix in ("unet.", "transformer.") if any(key.startswith(prefix) for key in raw)), "")
     config = {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}
-    refuse_unusual({"peft_type": "LORA", **config}, f"{where}: lora_adapter_metadata")
-    return {"": _alpha(config["lora_alpha"], where)} if "lora_alpha" in config else {}
+    refuse_unusual({"peft_type": "LORA", **config}, f"{where}: {METADATA}")
+    if "lora_alpha" not in config:
+        raise UserError(
+            f"{where}: {METADATA} has no lora_alpha, and diffusers would take PEFT's default of 8; write "
+            f"{prefix or 'transformer.'}lora_alpha into it, or remove {METADATA}: the scale is then 1"
+        )
+    return {"": _alpha(config["lora_alpha"], f"{where}: {METADATA}")}

@@ -100,12 +100,12 @@ def write_weights(folder: Path, stem: str, state: Mapping[str, np.ndarray], max_
         shards[-1][name] = array
         filled += array.nbytes
     if len(shards) == 1:
-        _write_file(folder / f"{stem}.safetensors", shards[0])
+        write_file(folder / f"{stem}.safetensors", shards[0])
         return
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         file = folder / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(file, shard)
+        write_file(file, shard)
         weight_map.update(dict.fromkeys(shard, file.name))
     total = sum(array.nbytes for array in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -204,10 +204,27 @@ def _view(data: np.ndarray, spec: Mapping[str, Any], where: str) -> np.ndarray:
         raise UserError(f"{where}: no shape of an array ({error}); copy or download the file again") from error
 
 
-def _write_file(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_file(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes one safetensors file with texts beside its tensors: the same bytes for the same arguments.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     # transformers and diffusers refuse a file that does not say whose layout it has
     try:
-        save_file(dict(tensors), file, metadata={"format": "pt"})
+        save_file(dict(tensors), file, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         # its own class, also for a full disk
         raise OSError(str(error)) from error
+    if metadata:
+        _sort_metadata(file)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Puts the texts in the order of their names: the library's order changes from call to call."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        stream.seek(8)
+        stream.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))

@@ -19,6 +19,7 @@ from vpo_jax.runtime.mesh import Rules
 
 if TYPE_CHECKING:  # pairs and losses know `Text` and no flax
     from vpo_jax.checkpoints.folders import Configs, Layout, PipelineParts
+    from vpo_jax.checkpoints.lora_layouts import NameTable
 
 Tree = Any
 # Parameter trees by component.
@@ -56,6 +57,9 @@ class Family(Protocol):
       layout: the family's diffusers folder: components, tokenizer, `_class_name`.
       sharding_rules: of the parameters; the first pattern that is found in a path wins.
       lora_targets: regular expressions, searched in dotted module names, of the layers that get an adapter by default.
+      adapter_forms: of `lora_files.FORMS`, those in which adapters can be written; the first is the default.
+      original_names: of modules that may be adapted: (pattern of the name here, name in the model's original code), for
+        LoRA files that have those names; () where there are none.
       published: name -> configs of published checkpoints, so that a run can be planned without weights.
       licences: part of a published checkpoint's name, in lower case -> licence of its weights, as the hub spells it.
       importers: name -> reader of another file format: `python -m vpo_jax.convert --from_NAME=FILE`.
@@ -64,6 +68,8 @@ class Family(Protocol):
     layout: ClassVar[Layout]
     sharding_rules: ClassVar[Rules]
     lora_targets: ClassVar[tuple[str, ...]]
+    adapter_forms: ClassVar[tuple[str, ...]]
+    original_names: ClassVar[NameTable]
     published: ClassVar[Mapping[str, Configs]]
     licences: ClassVar[Mapping[str, str]]
     importers: ClassVar[Mapping[str, Importer]]
@@ -180,8 +186,11 @@ class Family(Protocol):
         ...
 
     @staticmethod
-    def adapter_lines(folder: str, base: str) -> list[str]:
-        """Lines of Python that load an adapter folder on its base model in diffusers."""
+    def adapter_lines(folder: str, base: str, form: str, components: Sequence[str] = ()) -> list[str]:
+        """Lines of Python that load an adapter folder of `form` on its base model in diffusers.
+
+        `components` are those that it adapts, where several train; () where one does.
+        """
         ...
 
     @staticmethod

@@ -27,7 +27,7 @@ class ModelCard:
         loading: lines of Python that load the folder.
         config: the run's settings, flat ("train.steps": 100).
         scores: rows (dimension, base mean, tuned mean, win rate) where a comparison was made.
-        is_adapter: whether the folder holds an adapter alone.
+        library: the hub's name of what loads the folder: "diffusers", or "peft".
     """
 
     base: str
@@ -37,7 +37,7 @@ class ModelCard:
     loading: Sequence[str]
     config: Mapping[str, Any]
     scores: Sequence[tuple[str, float, float, float]] = ()
-    is_adapter: bool = False
+    library: str = "diffusers"
 
 
 def licence_of(base: str) -> str:
@@ -60,7 +60,7 @@ def render(card: ModelCard) -> str:
         "license": card.licence or "other",
         **({} if card.licence else {"license_name": "see-base-model"}),
         **({"base_model": card.base} if is_hub_id else {}),
-        "library_name": "peft" if card.is_adapter else "diffusers",
+        "library_name": card.library,
         "pipeline_tag": "text-to-video",
     }
     # JSON strings are YAML strings, whatever they hold.

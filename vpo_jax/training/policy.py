@@ -78,7 +78,7 @@ def lora_config(config: Any, family: Family) -> LoRAConfig | None:
 
 
 def read_initial(config: Any, family: Family, params: Tree) -> Tree | None:
-    """theta0 of the adapter folder `lora.path`; None where the config names none.
+    """theta0 of the adapter `lora.path`; None where the config names none.
 
     Args:
       config: reads lora.*.
@@ -92,7 +92,12 @@ def read_initial(config: Any, family: Family, params: Tree) -> Tree | None:
     if lora is None or not config.lora.path:
         return None
     shapes = jax.eval_shape(lambda: init_lora(jax.random.key(0), params, lora))
-    return read_adapter(config.lora.path, shapes, lora)
+    return read_adapter(config.lora.path, shapes, lora, family.original_names, adapted_components(family, shapes))
+
+
+def adapted_components(family: Family, adapters: Tree) -> tuple[str, ...]:
+    """The components that adapters belong to, where the family trains several and the tree is a dict by component."""
+    return tuple(name for name in adapters if name in family.layout.components)
 
 
 def make_policy(config: Any, family: Family, params: Tree, adapters: Tree | None = None) -> Policy:

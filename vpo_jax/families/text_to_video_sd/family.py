@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.checkpoints.folders import Configs, Layout
+from vpo_jax.checkpoints.lora_files import PEFT
+from vpo_jax.checkpoints.lora_layouts import NameTable
 from vpo_jax.diffusion.process import Process, make_process
 from vpo_jax.families.protocol import Importer, Params, Text, Tree
 from vpo_jax.families.text_to_video_sd.layout import LAYOUT
@@ -41,6 +43,8 @@ class TextToVideoSD:
     layout: ClassVar[Layout] = LAYOUT
     sharding_rules: ClassVar[Rules] = PARAMETER_RULES
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION_TARGETS
+    adapter_forms: ClassVar[tuple[str, ...]] = (PEFT,)
+    original_names: ClassVar[NameTable] = ()
     published: ClassVar[Mapping[str, Configs]] = PUBLISHED
     licences: ClassVar[Mapping[str, str]] = LICENCES
     importers: ClassVar[Mapping[str, Importer]] = {
@@ -184,7 +188,7 @@ class TextToVideoSD:
         return lines
 
     @staticmethod
-    def adapter_lines(folder: str, base: str) -> list[str]:
+    def adapter_lines(folder: str, base: str, form: str, components: Sequence[str] = ()) -> list[str]:
         """See `Family`. The UNet has no PEFT mixin, so `pipe.load_lora_weights` does not work (diffusers 0.42.1)."""
         return [
             "from diffusers import TextToVideoSDPipeline; from peft import PeftModel",
