@@ -5,7 +5,9 @@ with dots, is the checkpoint's key. Leaves are `kernel` (input before output, sp
 `scale` and `embedding`.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -132,16 +134,46 @@ class Conv(nn.Module):
             # The second axis of the batch is convolved with a kernel of size 1, so that its sharding stays as it is.
             kernel, strides, padding = kernel[None], (1, *strides), [(0, 0), *padding]
         else:
-            x = x.reshape(-1, *x.shape[len(lead) :])
-        axes = "DHW"[-len(strides) :]
-        y = jax.lax.conv_general_dilated(
-            x,
-            kernel.astype(self.dtype),
-            window_strides=strides,
-            padding=padding,
-            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
-        )
+            x = x.reshape(math.prod(lead), *x.shape[len(lead) :])  # -1 has no meaning for a video without frames
+        kernel = kernel.astype(self.dtype)
+        if len(strides) == 3 and len(lead) == 1:
+            y = jax.lax.platform_dependent(
+                x,
+                kernel,
+                cpu=partial(_convolve_by_frames, strides=strides, padding=padding),
+                default=partial(_convolve, strides=strides, padding=padding),
+            )
+        else:
+            y = _convolve(x, kernel, strides, padding)
         return y.reshape(*lead, *y.shape[y.ndim - len(self.kernel_size) - 1 :])
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> jax.Array:
+    axes = "DHW"[-len(strides) :]
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=strides,
+        padding=padding,
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+    )
+
+
+def _convolve_by_frames(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """The same over three axes, with a window's frames as channels: [B, F, H, W, C].
+
+    XLA's CPU backend is four to six times as fast over two axes as over three, gradients included.
+    """
+    window, every = kernel.shape[0], strides[0]
+    x = jnp.pad(x, [(0, 0), padding[0], (0, 0), (0, 0), (0, 0)])
+    frames = (x.shape[1] - window) // every + 1
+    parts = [x[:, i : i + (frames - 1) * every + 1 : every] for i in range(window)]
+    joined = jnp.concatenate(parts, axis=-1)  # [B, f, H, W, window * C]
+    kernel = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
+    y = _convolve(joined.reshape(-1, *joined.shape[2:]), kernel, strides[1:], padding[1:])
+    return y.reshape(*joined.shape[:2], *y.shape[1:])
 
 
 class GroupNorm(nn.Module):
