@@ -19,7 +19,7 @@ from vpo_jax.runtime.errors import UserError
 
 Number = jax.Array | np.ndarray | float  # traced or not, single or batched
 
-NUM_FRAMES = 8
+NUM_FRAMES = 8  # where nothing else is said
 SIZE = 32
 
 SIZES = ("small", "large")
@@ -153,7 +153,7 @@ def captions(split: str) -> list[str]:
     return [make_caption(ALL_ATTRIBUTES[index]) for index in caption_indices(split)]
 
 
-def sample_scene(key: jax.Array, attributes: Attributes) -> Scene:
+def sample_scene(key: jax.Array, attributes: Attributes, num_frames: int = NUM_FRAMES) -> Scene:
     """A clean video's natural variation: size, place, speed, heading and tints, as in `Scene`."""
     keys = jax.random.split(key, 8)
     low, high = jnp.asarray(RADIUS_RANGES)[attributes.size]
@@ -164,7 +164,7 @@ def sample_scene(key: jax.Array, attributes: Attributes) -> Scene:
     across = jnp.stack([-along[1], along[0]])
     velocity = speed * (jnp.cos(heading) * along + jnp.sin(heading) * across)
 
-    reach = radius + jnp.abs(velocity) * (NUM_FRAMES - 1) / 2
+    reach = radius + jnp.abs(velocity) * (num_frames - 1) / 2
     free = jnp.maximum(SIZE / 2 - reach, 0.0)
     center = SIZE / 2 + jax.random.uniform(keys[3], (2,), minval=-1.0) * free
 
@@ -235,33 +235,33 @@ class Track(NamedTuple):
     exposure: jax.Array  # [F], as `expose` takes it
 
 
-def follow(scene: Scene, degradation: Degradation, key: jax.Array) -> Track:
+def follow(scene: Scene, degradation: Degradation, key: jax.Array, num_frames: int = NUM_FRAMES) -> Track:
     """What the frames of one video show; `key` draws what the strengths leave to chance."""
     shake_key, jitter_key, exposure_key, flicker_key, _, morph_key = jax.random.split(key, 6)
-    time = jnp.arange(NUM_FRAMES, dtype=jnp.float32) - (NUM_FRAMES - 1) / 2
+    time = jnp.arange(num_frames, dtype=jnp.float32) - (num_frames - 1) / 2
 
     centers = scene.center + time[:, None] * scene.velocity * (1.0 - degradation.freeze)
-    centers += scene.shake * jax.random.normal(shake_key, (NUM_FRAMES, 2))
-    centers += JITTER_STD * degradation.jitter * jax.random.normal(jitter_key, (NUM_FRAMES, 2))
+    centers += scene.shake * jax.random.normal(shake_key, (num_frames, 2))
+    centers += JITTER_STD * degradation.jitter * jax.random.normal(jitter_key, (num_frames, 2))
 
     phase_key, rate_key, other_key = jax.random.split(morph_key, 3)
     rate = jax.random.uniform(rate_key, minval=0.5, maxval=1.5)
-    wave = jnp.sin(2 * jnp.pi * (rate * time / NUM_FRAMES + jax.random.uniform(phase_key)))  # [F]
+    wave = jnp.sin(2 * jnp.pi * (rate * time / num_frames + jax.random.uniform(phase_key)))  # [F]
     radii = scene.radius * jnp.exp(MORPH_GROWTH * degradation.morph * wave)
     step = jax.random.randint(other_key, (), 1, len(COLORS))
     other = jnp.asarray(COLOR_VALUES)[(scene.attributes.color + step) % len(COLORS)]
     drift = MORPH_COLOR * degradation.morph * (0.5 + 0.5 * wave)
     colors = scene.color + drift[:, None] * (other - scene.color)
 
-    flicker = jax.random.uniform(flicker_key, (NUM_FRAMES,), minval=-1.0)
-    exposure = scene.exposure * jax.random.normal(exposure_key, (NUM_FRAMES,))
+    flicker = jax.random.uniform(flicker_key, (num_frames,), minval=-1.0)
+    exposure = scene.exposure * jax.random.normal(exposure_key, (num_frames,))
     exposure = jnp.clip(exposure + FLICKER_AMPLITUDE * degradation.flicker * flicker, -0.9, 0.9)
     return Track(centers, radii, colors, exposure)
 
 
-def render(scene: Scene, degradation: Degradation, key: jax.Array) -> jax.Array:
+def render(scene: Scene, degradation: Degradation, key: jax.Array, num_frames: int = NUM_FRAMES) -> jax.Array:
     """Frames of one video, float32 [F, H, W, 3] in [0, 1]; `key` draws what the strengths leave to chance."""
-    track, noise_key = follow(scene, degradation, key), jax.random.split(key, 6)[4]
+    track, noise_key = follow(scene, degradation, key, num_frames), jax.random.split(key, 6)[4]
     axis = jnp.arange(SIZE, dtype=jnp.float32) + 0.5
     grid = jnp.stack(jnp.meshgrid(axis, axis, indexing="xy"), axis=-1)  # [H, W, 2]
     coverage = jax.vmap(lambda center, radius: _coverage(scene.attributes.shape, grid - center, radius))(
@@ -289,8 +289,10 @@ class Videos(NamedTuple):
     degradations: Degradation
 
 
-@jax.jit
-def render_videos(key: jax.Array, indices: jax.Array, probability: float | jax.Array = 0.5) -> Videos:
+@functools.partial(jax.jit, static_argnames="num_frames")
+def render_videos(
+    key: jax.Array, indices: jax.Array, probability: float | jax.Array = 0.5, num_frames: int = NUM_FRAMES
+) -> Videos:
     """Videos of the captions with these rows of ALL_ATTRIBUTES, each degraded with `probability`.
 
     indices int32 [B]. Video i depends on (key, i, indices[i]) alone, whatever the size of the batch.
@@ -298,23 +300,23 @@ def render_videos(key: jax.Array, indices: jax.Array, probability: float | jax.A
 
     def one(index: jax.Array, row: jax.Array) -> Videos:
         scene_key, degradation_key, render_key = jax.random.split(jax.random.fold_in(key, index), 3)
-        scene = sample_scene(scene_key, Attributes(*jnp.asarray(ALL_ATTRIBUTES)[row]))
+        scene = sample_scene(scene_key, Attributes(*jnp.asarray(ALL_ATTRIBUTES)[row]), num_frames)
         degradation = sample_degradation(degradation_key, probability)
-        return Videos(render(scene, degradation, render_key), scene, degradation)
+        return Videos(render(scene, degradation, render_key, num_frames), scene, degradation)
 
     return jax.vmap(one)(jnp.arange(indices.shape[0]), indices)
 
 
-@jax.jit
-def render_crossings(key: jax.Array, indices: jax.Array) -> Videos:
+@functools.partial(jax.jit, static_argnames="num_frames")
+def render_crossings(key: jax.Array, indices: jax.Array, num_frames: int = NUM_FRAMES) -> Videos:
     """Clean videos that cross the middle of the frame straight and at one speed; arguments as `render_videos`."""
 
     def one(index: jax.Array, row: jax.Array) -> Videos:
         scene_key, render_key = jax.random.split(jax.random.fold_in(key, index))
-        scene = sample_scene(scene_key, Attributes(*jnp.asarray(ALL_ATTRIBUTES)[row]))
+        scene = sample_scene(scene_key, Attributes(*jnp.asarray(ALL_ATTRIBUTES)[row]), num_frames)
         along = jnp.asarray(MOTION_VECTORS)[scene.attributes.motion]
         scene = scene._replace(center=jnp.full(2, SIZE / 2), velocity=sum(SPEED_RANGE) / 2 * along)
         degradation = jax.tree.map(jnp.asarray, Degradation())
-        return Videos(render(scene, degradation, render_key), scene, degradation)
+        return Videos(render(scene, degradation, render_key, num_frames), scene, degradation)
 
     return jax.vmap(one)(jnp.arange(indices.shape[0]), indices)

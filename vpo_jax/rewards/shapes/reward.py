@@ -38,7 +38,9 @@ class VideoScorerReward:
         return self.config.ranges
 
     def frame_indices(self, num_frames: int) -> tuple[int, ...]:
-        """As many frames as it was trained on, evenly."""
+        """As many frames as it was trained on, evenly; all of less than twice as many, since steps are compared."""
+        if num_frames < 2 * self.config.num_frames:
+            return tuple(range(num_frames))
         return even_indices(num_frames, self.config.num_frames)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
