@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.checkpoints import safetensors_io as io
-from vpo_jax.checkpoints.keys import torch_key, torch_shape
+from vpo_jax.checkpoints.keys import torch_tensors
 from vpo_jax.planning.chips import CHIPS, Chip
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import flatten
@@ -67,11 +67,14 @@ def write_random(folder: Path, stem: str, shapes: Mapping[str, Any], dtype: str)
     def scaled(scale: float) -> np.ndarray:
         return (noise * scale).astype(jnp.dtype(dtype))
 
-    def one(path: str, shape: tuple[int, ...]) -> np.ndarray:
-        if path.endswith("/scale"):
+    def one(leaf: str, shape: tuple[int, ...]) -> np.ndarray:  # [out, in, *space] of a kernel
+        if leaf == "scale":
             return np.ones(shape, jnp.dtype(dtype))
-        inputs = int(np.prod(shape[:-1]))
-        return np.resize(scaled(inputs**-0.5 if path.endswith("/kernel") else 0.02), torch_shape(path, shape))
+        return np.resize(scaled(int(np.prod(shape[1:])) ** -0.5 if leaf == "kernel" else 0.02), shape)
 
-    state = {torch_key(path): one(path, leaf.shape) for path, leaf in flatten(shapes).items()}
+    state = {
+        key: one(path.rpartition("/")[2], shape)
+        for path, leaf in flatten(shapes).items()
+        for key, shape in torch_tensors(path, leaf.shape).items()
+    }
     io.write_weights(folder, stem, state)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from vpo_jax.checkpoints.keys import from_torch, to_torch, torch_key, torch_shape
+from vpo_jax.checkpoints.keys import from_torch, to_torch, torch_key, torch_shape, torch_shapes
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import infer_shardings, make_mesh
 
@@ -116,3 +116,83 @@ def test_a_value_that_is_not_finite_is_found_on_the_way_to_the_devices():
     places = infer_shardings(TREE, make_mesh(), ())
     with pytest.raises(UserError, match=r"NaN or infinite values in 1 tensors \(latents\)"):
         from_torch(state, TREE, shardings=places)
+
+
+def stacked():
+    rng = np.random.default_rng(1)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    return {
+        "blocks.*": {
+            "attn1": {"to_q": {"kernel": normal(3, 4, 5), "bias": normal(3, 5)}, "norm_q": {"scale": normal(3, 5)}},
+            "conv": {"kernel": normal(3, 3, 3, 2, 6)},
+            "scale_shift_table": normal(3, 1, 6, 5),
+            "gain": normal(3),
+        },
+        "proj_out": {"kernel": normal(5, 2)},
+    }
+
+
+STACKED = stacked()
+
+
+def test_stacked_layers_have_a_tensor_each():
+    state = to_torch(STACKED)
+    assert {key: array.shape for key, array in state.items()} == torch_shapes(STACKED)
+    assert torch_shapes(STACKED) == {
+        "proj_out.weight": (2, 5),
+        **{
+            f"blocks.{i}.{name}": shape
+            for i in range(3)
+            for name, shape in {
+                "attn1.to_q.weight": (5, 4),
+                "attn1.to_q.bias": (5,),
+                "attn1.norm_q.weight": (5,),
+                "conv.weight": (6, 2, 3, 3),
+                "scale_shift_table": (1, 6, 5),
+                "gain": (),
+            }.items()
+        },
+    }
+    kernel = STACKED["blocks.*"]["attn1"]["to_q"]["kernel"]
+    for i in range(3):
+        np.testing.assert_array_equal(state[f"blocks.{i}.attn1.to_q.weight"], kernel[i].T)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_stacked_layers_come_back_on_the_host_and_on_devices(dtype):
+    state = to_torch(STACKED)
+    host = from_torch(state, STACKED, dtype=dtype)
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b.astype(dtype)), host, STACKED))
+    assert not any(np.shares_memory(leaf, array) for leaf in jax.tree.leaves(host) for array in state.values())
+    places = infer_shardings(STACKED, make_mesh(), ((r"kernel$", PartitionSpec(None, "fsdp", "tensor")),))
+    placed = from_torch(state, STACKED, dtype=dtype, shardings=places)
+    jax.tree.map(np.testing.assert_array_equal, placed, host)
+    assert jax.tree.map(lambda leaf: leaf.sharding, placed) == places
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("blocks.1.gain"), r"here: 1 missing tensors \(blocks\.1\.gain\); use the weights"),
+        (
+            lambda s: s.update({"blocks.3.gain": s["blocks.2.gain"]}),
+            r"1 tensors that .* no place for \(blocks\.3\.gain\)",
+        ),
+        (
+            lambda s: s.update({"blocks.*.gain": s["blocks.2.gain"]}),
+            r"1 tensors that .* no place for \(blocks\.\*\.gain\)",
+        ),
+        (
+            lambda s: s.update({"blocks.2.attn1.to_q.weight": s["blocks.2.attn1.to_q.weight"].T}),
+            r"blocks\.2\.attn1\.to_q\.weight is \[4, 5\], config.json makes it \[5, 4\]",
+        ),
+        (lambda s: s["blocks.1.conv.weight"].fill(np.nan), r"NaN or .* in 1 tensors \(blocks\.1\.conv\.weight\)"),
+    ],
+)
+@pytest.mark.parametrize("on_devices", [False, True])
+def test_what_does_not_fit_in_stacked_layers_is_listed_by_its_tensor(change, message, on_devices):
+    state = {key: array.copy() for key, array in to_torch(STACKED).items()}
+    change(state)
+    places = infer_shardings(STACKED, make_mesh(), ()) if on_devices else None
+    with pytest.raises(UserError, match=message):
+        from_torch(state, STACKED, "here", shardings=places)

@@ -7,6 +7,9 @@ The modules are named as in PyTorch ("down_blocks.0", "resnets.1", "norm1"), so 
     flax kernel [*space, in, out]  torch weight [out, in, *space]        (Conv1d, Conv2d, Conv3d)
     flax scale, embedding          torch weight, the same layout         (norms, Embedding)
     flax any other name            the same name and layout              (bias, latents, ...)
+
+Below a module whose name ends in ".*" the layers are stacked: a leaf's first axis counts them, and each has a tensor
+of its own. "blocks.*/norm/scale" [N, C] is "blocks.0.norm.weight" [C] to "blocks.N-1.norm.weight".
 """
 
 import re
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.trees import flatten, unflatten
+from vpo_jax.runtime.trees import flatten, is_stacked, layer_paths, unflatten
 
 _LISTED = 5  # names in an error message before "and N more"
 
@@ -45,14 +48,29 @@ def init_shapes(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 def torch_key(path: str) -> str:
-    """The state-dict key of the parameter at `path` ("a/b/kernel" gives "a.b.weight")."""
+    """The state-dict key of the parameter at `path` ("a/b/kernel" gives "a.b.weight"), not of stacked layers."""
     *parents, leaf = path.split("/")
     return ".".join([*parents, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
 
 
 def torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that the parameter at `path` has in PyTorch."""
+    """The shape that the parameter at `path` has in PyTorch; of stacked layers give one layer's."""
     return tuple(shape[axis] for axis in _to_torch_axes(path, len(shape)))
+
+
+def torch_tensors(path: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes, in PyTorch, of the parameter at `path`: one, or one a layer, in order, of stacked layers."""
+    if not is_stacked(path):
+        return {torch_key(path): torch_shape(path, shape)}
+    return {torch_key(layer): torch_shape(layer, shape[1:]) for layer in layer_paths(path, shape[0])}
+
+
+def torch_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the state dict of a parameter tree, whose leaves need only a `shape`."""
+    tensors: dict[str, tuple[int, ...]] = {}
+    for path, leaf in flatten(tree).items():
+        tensors |= torch_tensors(path, tuple(leaf.shape))
+    return tensors
 
 
 def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -60,7 +78,9 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     state = {}
     for path, leaf in flatten(params).items():
         array = np.asarray(leaf)
-        state[torch_key(path)] = np.ascontiguousarray(array.transpose(_to_torch_axes(path, array.ndim)))
+        layers = array if is_stacked(path) else array[None]
+        for key, layer in zip(torch_tensors(path, array.shape), layers, strict=True):
+            state[key] = np.asarray(layer.transpose(_to_torch_axes(path, layer.ndim)), order="C")
     return state
 
 
@@ -73,8 +93,8 @@ def from_torch(
 ) -> dict[str, Any]:
     """A parameter tree of `shapes` from a flat state dict, one tensor at a time.
 
-    From a mapped file no tensor is in memory twice: each goes straight into its dtype and place, and of a sharded
-    one a process reads only the slices that its own devices hold.
+    From a mapped file no tensor is in memory twice: each goes straight into its dtype and place, stacked layers one
+    after the other, and of a sharded one a process reads only the slices that its own devices hold.
 
     Args:
         state: torch key -> array; legacy names are accepted (`text_model.` prefix, old VAE attention).
@@ -86,17 +106,16 @@ def from_torch(
     Raises:
         UserError: tensors are missing, extra, of another shape or not finite; the first few are listed.
     """
-    state = _modern_names(state, {torch_key(path) for path in flatten(shapes)})
-    wanted = {path: tuple(leaf.shape) for path, leaf in flatten(shapes).items()}
-    keys = {path: torch_key(path) for path in wanted}
-    compare_names(set(keys.values()), set(state), where, "config.json", "use the weights that belong to it")
-    _check_shapes({keys[path]: torch_shape(path, shape) for path, shape in wanted.items()}, state, where)
+    wanted = torch_shapes(shapes)
+    state = _modern_names(state, set(wanted))
+    compare_names(set(wanted), set(state), where, "config.json", "use the weights that belong to it")
+    _check_shapes(wanted, state, where)
     places = flatten(shardings) if shardings is not None else {}
     leaves, damaged = {}, []
-    for path in wanted:
-        leaves[path], finite = _place(_to_flax(path, state[keys[path]]), dtype, places.get(path))
-        if not finite:
-            damaged.append(keys[path])
+    for path, leaf in flatten(shapes).items():
+        views = {key: _to_flax(path, state[key]) for key in torch_tensors(path, tuple(leaf.shape))}
+        leaves[path], bad = _place(views, is_stacked(path), dtype, places.get(path))
+        damaged += [key for key in views if key in bad]
     if damaged:
         raise UserError(
             f"{where}: NaN or infinite values in {len(damaged)} tensors ({_some(damaged)}); use an undamaged copy"
@@ -115,22 +134,41 @@ def _to_flax(path: str, array: np.ndarray) -> np.ndarray:
     return array.transpose(np.argsort(_to_torch_axes(path, array.ndim)))
 
 
-def _place(view: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -> tuple[Any, bool]:
-    """The view's values in `dtype` where `sharding` wants them, and whether all that were read are finite."""
-    target = dtype if jnp.issubdtype(view.dtype, jnp.floating) else view.dtype
-    finite = []
+def _place(
+    views: Mapping[str, np.ndarray], stacked: bool, dtype: Any, sharding: jax.sharding.Sharding | None
+) -> tuple[Any, set[str]]:
+    """The views' values as one leaf, in `dtype` where `sharding` wants them, and the keys of those not finite.
 
-    def read(index: Any) -> np.ndarray:
+    Args:
+        views: key -> a tensor in the leaf's layout; a single one unless `stacked`.
+        stacked: whether the leaf's first axis counts the views.
+        dtype: of the leaf, if its numbers are floating.
+        sharding: None gives a numpy array.
+    """
+    arrays = list(views.values())
+    floating = any(jnp.issubdtype(array.dtype, jnp.floating) for array in arrays)
+    target = dtype if floating else arrays[0].dtype
+    shape = (len(arrays), *arrays[0].shape)
+    damaged: set[str] = set()
+
+    def read(layers: slice, *index: Any) -> np.ndarray:
         # Always a copy: what was read may be a view of a mapped file, which somebody may overwrite.
-        part = np.array(view[index], dtype=target, order="C", copy=True)
-        finite.append(_finite(part))
-        return part
+        chosen = list(views)[layers]
+        part = np.empty((len(chosen), *arrays[0][index].shape), target)
+        for i, key in enumerate(chosen):
+            part[i] = views[key][index]
+            if not _finite(part[i]):
+                damaged.add(key)
+        return part if stacked else part.reshape(part.shape[1:])
+
+    def slices(index: Any) -> np.ndarray:
+        return read(*index) if stacked else read(slice(None), *index)
 
     if sharding is None:
-        return read(...), finite[0]
-    leaf = jax.make_array_from_callback(view.shape, sharding, read)
+        return read(slice(None), ...), damaged
+    leaf = jax.make_array_from_callback(shape if stacked else shape[1:], sharding, slices)
     # Else the host copies of many tensors wait for their transfer at the same time.
-    return leaf.block_until_ready(), all(finite)
+    return leaf.block_until_ready(), damaged
 
 
 def _modern_names(state: Mapping[str, np.ndarray], wanted: set[str]) -> dict[str, np.ndarray]:

@@ -4,37 +4,79 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from vpo_jax.runtime.mesh import frames_are_sharded
+from vpo_jax.runtime.mesh import fit, frames_are_sharded
 
-Backend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+# (query, key, value, mask, bias)
+Backend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None], jax.Array]
+
+QUERIES = PartitionSpec(("data", "fsdp"), "context", "tensor")  # [B, Q, H, D]
+KEYS = PartitionSpec(("data", "fsdp"), None, "tensor")  # [B, K, G, D]; every query sees every key
+_SCORES = PartitionSpec(("data", "fsdp"), "tensor", "context")  # [B, H, Q, K]
 
 
-def _xla(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _xla(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, bias: jax.Array | None = None
+) -> jax.Array:
     scale = query.shape[-1] ** -0.5
     if query.shape[-2] != key.shape[-2]:
-        return _grouped(query * scale, key, value, mask)
+        return _grouped(query * scale, key, value, mask, bias)
     scores = jnp.einsum("...qhd,...khd->...hqk", query * scale, key, preferred_element_type=jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = _softmax(scores, mask, bias).astype(value.dtype)
     return jnp.einsum("...hqk,...khd->...qhd", weights, value)
 
 
-def _grouped(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _grouped(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, bias: jax.Array | None
+) -> jax.Array:
     batch, length, heads, size = query.shape
     groups = key.shape[2]
     query = query.reshape(batch, length, groups, heads // groups, size)  # no copy of a key is made for its queries
     scores = jnp.einsum("bqgrd,bkgd->bgrqk", query, key, preferred_element_type=jnp.float32)
-    if mask is not None:
-        mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(*scores.shape[:3], *mask.shape[2:])
-        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+
+    def grouped(x: jax.Array) -> jax.Array:  # [B, 1 or H, Q, K]
+        return x[:, :, None] if x.shape[1] == 1 else x.reshape(x.shape[0], *scores.shape[1:3], *x.shape[2:])
+
+    mask, bias = (None if x is None else grouped(x) for x in (mask, bias))
+    weights = _softmax(scores, mask, bias).astype(value.dtype)
     return jnp.einsum("bgrqk,bkgd->bqgrd", weights, value).reshape(batch, length, heads, size)
 
 
-def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+def _softmax(scores: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> jax.Array:
+    if bias is not None:
+        scores = scores + bias.astype(scores.dtype)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def _cudnn(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, bias: jax.Array | None = None
+) -> jax.Array:
+    batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
+    odd_queries, odd_keys = (0, queries % 2), (0, keys % 2)
+
+    def whole(x: jax.Array) -> jax.Array:  # [B, H, Q, K] in the last two axes, and even there
+        x = jnp.broadcast_to(x, (*x.shape[:2], queries, keys))
+        return jnp.pad(x, ((0, 0), (0, 0), odd_queries, odd_keys))
+
+    lengths: tuple[jax.Array | None, ...] = (None, None)
+    if queries % 2 or keys % 2:  # which the kernel's backward pass refuses, with a bias or without
+        query = jnp.pad(query, ((0, 0), odd_queries, (0, 0), (0, 0)))
+        key, value = (jnp.pad(x, ((0, 0), odd_keys, (0, 0), (0, 0))) for x in (key, value))
+        lengths = tuple(jnp.full(batch, length, jnp.int32) for length in (queries, keys))
+    y = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias=None if bias is None else whole(bias).astype(query.dtype),
+        mask=None if mask is None else whole(mask),
+        query_seq_lengths=lengths[0],
+        key_value_seq_lengths=lengths[1],
+        implementation="cudnn",
+    )
+    return y[:, :queries]
 
 
 BACKENDS: dict[str, Backend] = {"xla": _xla, "cudnn": _cudnn}
@@ -46,8 +88,9 @@ def attention(
     value: jax.Array,
     mask: jax.Array | None = None,
     backend: str = "xla",
+    bias: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax(query key^T / sqrt(D)) value, with scores and softmax in float32.
+    """Softmax(query key^T / sqrt(D) + bias) value, with scores and softmax in float32.
 
     Args:
       query: [B, Q, H, D]; or [B, N, Q, H, D] with keys and values alike, each of N attending by itself.
@@ -56,14 +99,40 @@ def attention(
       mask: bool, broadcastable to [B, H, Q, K]; True where a query may look at a key.
       backend: a name in `BACKENDS`. "cudnn" wants half precision on an NVIDIA GPU and D a multiple of 8, at
         most 128; a TPU kernel finds its place in the same table.
+      bias: four axes, broadcastable to [B, H, Q, K]; "cudnn" rounds it to the dtype of `query`.
 
     Returns:
       As `query`, in the dtype of `value`.
     """
     if query.ndim == 4:
-        return BACKENDS[backend](query, key, value, mask)
-    assert mask is None
+        if backend != "xla" and frames_are_sharded():
+            return _by_shard(BACKENDS[backend], query, key, value, mask, bias)
+        return BACKENDS[backend](query, key, value, mask, bias)
+    assert mask is None and bias is None
     if frames_are_sharded():  # the two axes cannot become one; see there
         return _xla(query, key, value, None)
     one = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-    return BACKENDS[backend](one(query), one(key), one(value), None).reshape(query.shape)
+    return BACKENDS[backend](one(query), one(key), one(value), None, None).reshape(query.shape)
+
+
+def _by_shard(
+    run: Backend,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None,
+) -> jax.Array:
+    """Each device's queries with all keys: a kernel of its own is not divided along the queries by the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    heads = "tensor" if key.shape[2] % mesh.shape["tensor"] == 0 else None  # a group stays with its queries
+    queries, keys, scores = (
+        PartitionSpec(*(heads if axis == "tensor" else axis for axis in spec)) for spec in (QUERIES, KEYS, _SCORES)
+    )
+    specs = tuple(
+        None if x is None else fit(spec, x.shape, mesh)
+        for x, spec in ((query, queries), (key, keys), (value, keys), (mask, scores), (bias, scores))
+    )
+    mapped = jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=False)
+    y: jax.Array = mapped(query, key, value, mask, bias)
+    return y

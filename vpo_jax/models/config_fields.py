@@ -15,7 +15,7 @@ MOST_BLOCKS = 8  # of a denoiser or autoencoder: each halves the sides
 _LARGEST_FLOAT = 1e12
 _LONGEST_TEXT = 1000
 _SMALLEST_DIVISOR = 1e-12
-LAYERS = {"layers_per_block": 16, "num_hidden_layers": 128, "depth": 128, "resampler_depth": 128}
+LAYERS = {"layers_per_block": 16, "num_hidden_layers": 128, "num_layers": 128, "depth": 128, "resampler_depth": 128}
 
 # Fields that transformers writes and that cannot change a last hidden state at inference: initialisation,
 # dropout, outputs to collect, generation, book-keeping of releases.

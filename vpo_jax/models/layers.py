@@ -12,6 +12,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import frames_are_sharded
@@ -40,6 +41,14 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     if name not in _ACTIVATIONS:
         raise UserError(f"act_fn: unknown activation {name!r}; known: {', '.join(sorted(_ACTIVATIONS))}")
     return _ACTIVATIONS[name]
+
+
+def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
+    """Sinusoids [cos, sin] of the timestep at frequencies 10000^(-i / (dim / 2)), float32 [B, dim]."""
+    half = dim // 2
+    frequencies = np.exp(-np.log(10000.0) * np.arange(half, dtype=np.float32) / half).astype(np.float32)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    return jnp.pad(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1), ((0, 0), (0, dim % 2)))
 
 
 def adapter(module: nn.Module, dtype: DType) -> tuple[jax.Array, jax.Array]:
@@ -204,6 +213,14 @@ class GroupNorm(nn.Module):
         return (centred * factor + bias).reshape(x.shape).astype(self.dtype)
 
 
+def standardise(x: jax.Array, epsilon: float) -> jax.Array:
+    """The last axis with mean 0 and variance 1, in float32: layer normalisation without parameters."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + epsilon)
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis; statistics in float32."""
 
@@ -214,10 +231,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        centred = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+        return (standardise(x, self.epsilon) * scale + bias).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vpo_jax.models.attention import BACKENDS
-from vpo_jax.models.layers import GroupNorm
+from vpo_jax.models.layers import GroupNorm, timestep_embedding
 from vpo_jax.models.unet3d_config import UNet3DConfig
 from vpo_jax.models.unet3d_layers import (
     Compute,
@@ -17,7 +17,6 @@ from vpo_jax.models.unet3d_layers import (
     Transformer2DModel,
     TransformerTemporalModel,
     resize_nearest,
-    timestep_embedding,
 )
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import VIDEO, constrain

@@ -53,14 +53,6 @@ class Compute:
         return LayerNorm(dtype=self.dtype, name=name)
 
 
-def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
-    """Sinusoids [cos, sin] of the timestep at frequencies 10000^(-i / (dim / 2)), float32 [B, dim]."""
-    half = dim // 2
-    frequencies = np.exp(-np.log(10000.0) * np.arange(half, dtype=np.float32) / half).astype(np.float32)
-    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
-    return jnp.pad(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1), ((0, 0), (0, dim % 2)))
-
-
 def resize_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
     """Nearest neighbour on [B, F, H, W, C]; a plain repeat where the size doubles."""
     rows = np.arange(height) * x.shape[2] // height

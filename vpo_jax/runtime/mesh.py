@@ -215,12 +215,13 @@ def infer_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
         path = path_of(keypath)
         spec = next((spec for pattern, spec in compiled if pattern.search(path)), PartitionSpec())
         spec = spec.spec(len(leaf.shape)) if isinstance(spec, Trailing) else spec
-        return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
+        return NamedSharding(mesh, fit(spec, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+def fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """`spec` for an array of this shape: a dimension that its axes do not divide, or that it lacks, is replicated."""
     fitted = []
     for size, axes in zip(shape, spec, strict=False):
         names = (axes,) if isinstance(axes, str) else tuple(axes or ())
@@ -252,7 +253,7 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, _fit(spec, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, fit(spec, x.shape, mesh))
 
 
 def frames_are_sharded() -> bool:

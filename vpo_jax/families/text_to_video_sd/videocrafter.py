@@ -17,11 +17,10 @@ import numpy as np
 
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.folders import PipelineParts
-from vpo_jax.checkpoints.keys import from_torch, torch_key, torch_shape
+from vpo_jax.checkpoints.keys import from_torch, torch_shapes
 from vpo_jax.families.text_to_video_sd.layout import LAYOUT, param_shapes
 from vpo_jax.families.text_to_video_sd.published import MODELSCOPE
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.trees import flatten
 
 State = dict[str, np.ndarray]
 
@@ -306,7 +305,7 @@ def _renamed(state: Mapping[str, np.ndarray], modules: Mapping[str, str]) -> Sta
 
 def _squeezed(state: State, shapes: Any) -> State:
     """The state with convolutions of window 1 as the dense layers that they are."""
-    wanted = {torch_key(path): torch_shape(path, leaf.shape) for path, leaf in flatten(shapes).items()}
+    wanted = torch_shapes(shapes)
     for key, array in state.items():
         shape = wanted.get(key, array.shape)
         if array.ndim > len(shape) and array.shape == (*shape, *(1,) * (array.ndim - len(shape))):

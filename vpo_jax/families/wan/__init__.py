@@ -1,1 +1,1 @@
-"""Wan 2.1 and 2.2, text to video: diffusers' WanPipeline."""
+"""diffusers' WanPipeline: Wan 2.1 and 2.2, text to video."""
