@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -44,6 +45,33 @@ def rewrite_steps(workdir, steps):
 
 def without_time(line):
     return {name: value for name, value in line.items() if not name.startswith("time/")}
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def joining(port, number, processes):
+    """Environment of process `number` of a run of so many; of a single one nothing."""
+    if processes == 1:
+        return {}
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(number),
+    }
+
+
+def ends(started):
+    """(exit code, stdout, stderr) of each."""
+    try:
+        said = [process.communicate(timeout=600) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
 
 
 def start_program(name, *arguments, devices=1, **environment):

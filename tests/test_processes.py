@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -10,15 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.running import ROOT, lines, wait_for_step
+from tests.running import ROOT, ends, free_port, joining, lines, wait_for_step
 
 STEPS, PROMPTS = 3, 4
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def start_together(job, workdir, processes, devices=1, flags=()):
@@ -32,12 +25,7 @@ def start_together(job, workdir, processes, devices=1, flags=()):
     ]
     for number in range(processes):
         environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        if processes > 1:
-            environment |= {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": str(processes),
-                "JAX_PROCESS_ID": str(number),
-            }
+        environment |= joining(port, number, processes)
         command = [sys.executable, "-m", "vpo_jax.main", *job, *more]
         started.append(
             subprocess.Popen(
@@ -45,16 +33,6 @@ def start_together(job, workdir, processes, devices=1, flags=()):
             )
         )
     return started
-
-
-def ends(started):
-    """(exit code, stdout, stderr) of each."""
-    try:
-        said = [process.communicate(timeout=600) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +46,10 @@ def alone(job, tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_stop_together_and_four_go_on_to_what_one_process_makes(job, alone, tmp_path):
-    workdir = tmp_path / "run"
+    workdir, cache = tmp_path / "run", f"--config.data.text_cache={tmp_path / 'text'}"
     # Weights sharded over both processes to update and to score, and gathered from both to sample.
     roles = "--config.mesh.fsdp=4", "--config.mesh.rollout=data=4", "--config.mesh.score=fsdp=2,tensor=2"
-    two = start_together(job, workdir, 2, devices=2, flags=roles)
+    two = start_together(job, workdir, 2, devices=2, flags=(*roles, cache))
     wait_for_step(two[0], workdir, 1)
     two[1].send_signal(signal.SIGTERM)  # a preemption notice that one host alone gets
     ended = ends(two)
@@ -79,8 +57,10 @@ def test_two_processes_stop_together_and_four_go_on_to_what_one_process_makes(jo
     done = len(lines(workdir))
     assert 1 <= done < STEPS and (workdir / "checkpoints" / str(done)).is_dir()
 
-    ended = ends(start_together(job, workdir, 4))
+    ended = ends(start_together(job, workdir, 4, flags=(cache,)))
     assert [code for code, _, _ in ended] == [0] * 4, ended
+    # Each process's encoder is the same, however it is sharded: the second run reads what the first has encoded.
+    assert len(list((tmp_path / "text").iterdir())) == 1
     # One of them speaks; what the CPU's collectives print of themselves is not ours.
     said = ["".join(line for line in stdout.splitlines() if "[Gloo]" not in line) for _, stdout, _ in ended]
     assert "win rate" in said[0] and not any(said[1:])

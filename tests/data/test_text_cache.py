@@ -1,9 +1,12 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpo_jax.data.text_cache import open_text_cache
+from tests.running import ends, free_port, joining, start_program
+from vpo_jax.data.text_cache import _checksums, open_text_cache
 from vpo_jax.families.protocol import Text
 from vpo_jax.runtime.errors import UserError
 
@@ -76,3 +79,75 @@ def test_an_encoding_may_be_a_tree_with_a_mask(tmp_path):
     found, expected = cache(["moving left", ""]), encode(["moving left", ""])
     assert isinstance(found, Text) and found.mask.dtype == bool and not found.mask[1].any()
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_disk_that_refuses_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
+    appended = []
+
+    def append(file, rows):
+        appended.append(len(rows))
+        if len(appended) == 2:
+            raise UserError("data.text_cache: the disk is full")
+
+    monkeypatch.setattr("vpo_jax.data.text_cache._append", append)
+    with pytest.raises(UserError, match="the disk is full"):
+        opened(tmp_path / "text")
+    assert appended == [3, 1] and not list((tmp_path / "text").iterdir())
+
+
+def test_checksums_see_every_bit_and_its_place():
+    rng = np.random.default_rng(0)
+    leaf = rng.normal(size=(3, 5, 4)).astype(np.float32)
+    swapped, flipped = leaf.copy(), leaf.copy()
+    swapped[0, 0, 0], swapped[2, 4, 3] = leaf[2, 4, 3], leaf[0, 0, 0]
+    flipped.view(np.uint32)[1, 2, 3] ^= 1
+    others = [
+        leaf, swapped, flipped, -leaf, leaf[::-1], leaf.transpose(1, 0, 2), np.float32(0.0), np.float32(-0.0),
+        leaf.astype(jnp.bfloat16), leaf > 0, (leaf > 0).astype(np.int8), np.zeros(0, np.float32), np.zeros(1, np.int32),
+    ]  # fmt: skip
+    sums = np.asarray(_checksums(tuple(jnp.asarray(x) for x in others)))
+    assert sums.shape == (13, 2) and sums.dtype == np.uint32
+    # Booleans and their numbers have the same bits, and zeros none; the digest has shapes and dtypes beside the sums.
+    assert [i for i in range(13) if (sums[:i] == sums[i]).all(axis=1).any()] == [10, 11, 12]
+    assert _checksums(()).shape == (0, 2)
+
+
+def run_together(processes, devices, folder, *more):
+    port = free_port()
+    started = [
+        start_program("text_cache_of_processes.py", folder, *more, devices=devices, **joining(port, number, processes))
+        for number in range(processes)
+    ]
+    return ends(started)
+
+
+def said_by(ended):
+    assert [code for code, _, _ in ended] == [0] * len(ended), ended
+    return [json.loads(stdout.splitlines()[-1]) for _, stdout, _ in ended]
+
+
+@pytest.mark.slow
+def test_several_processes_fill_one_file_that_does_not_depend_on_their_number(tmp_path):
+    (alone,) = said_by(run_together(1, 4, tmp_path / "one"))
+    assert alone["freed"] and len(alone["files"]) == 1
+    for processes, devices in ((2, 2), (4, 1)):
+        for said in said_by(run_together(processes, devices, tmp_path / str(processes))):
+            assert said == alone
+    # It is there: only the shape of an encoding is asked for, and one call is the program's own.
+    for said in said_by(run_together(2, 2, tmp_path / "one")):
+        assert said == alone | {"calls": 2}
+
+
+@pytest.mark.slow
+def test_folders_that_the_processes_do_not_share_are_refused_before_the_work(tmp_path):
+    for code, _, stderr in run_together(2, 1, tmp_path / "of {}", 0.5):
+        assert code == 2 and "data.text_cache" in stderr and "not the same folder in all processes" in stderr
+    assert not list((tmp_path / "of 0").iterdir())
+
+
+@pytest.mark.slow
+def test_all_processes_stop_where_the_main_one_cannot_write(tmp_path):
+    (tmp_path / "text").write_text("a file")
+    first, second = run_together(2, 1, tmp_path / "text")
+    assert first[0] == second[0] == 2
+    assert "cannot be written" in first[2] and "the main process stopped" in second[2]

@@ -1,5 +1,7 @@
 """The loop: what it writes, how it goes on after a stop, and what stops it."""
 
+import dataclasses
+import gc
 import json
 
 import jax
@@ -7,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.training.conftest import PROMPTS
 from vpo_jax.algorithms.dpo.algorithm import DPO
 from vpo_jax.checkpoints.peft import write_adapter
 from vpo_jax.models.lora import init_lora
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import Meshes, make_mesh
 from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.signals import Interrupted, Stop
 from vpo_jax.runtime.trees import flatten
@@ -19,6 +23,7 @@ from vpo_jax.training.policy import lora_config, read_initial
 from vpo_jax.training.progress import Progress
 from vpo_jax.training.record import RunRecord
 from vpo_jax.training.run import NonFinite, mean_of
+from vpo_jax.training.setup import make_setup
 
 
 def stopping_reward(toy_reward, stop, at_call):
@@ -283,6 +288,29 @@ def test_cached_encodings_train_to_the_same_bits(configure, run, tmp_path):
     assert_same_state(plain.state.policy, cached.state.policy)
     assert lines(tmp_path / "plain") == lines(tmp_path / "cached")
     assert len(list((tmp_path / "text").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("cached", "on_devices"), [(True, False), (True, True), (False, False)])
+def test_the_text_encoder_leaves_the_devices_once_its_encodings_are_cached(
+    configure, pipeline, toy_reward, tmp_path, cached, on_devices
+):
+    config = configure(data__text_cache=str(tmp_path / "text") if cached else "")
+    if on_devices:
+        pipeline = dataclasses.replace(pipeline, params=jax.device_put(pipeline.params))
+    own = pipeline.text_params["embedding"]
+    meshes = Meshes.of(make_mesh(1, devices=jax.devices()[:1]))
+
+    def alive():
+        gc.collect()
+        return sum(x.shape == own.shape and x is not own for x in jax.live_arrays())
+
+    before = alive()
+    with jax.set_mesh(meshes.update):
+        setup = make_setup(config, pipeline, (toy_reward(),), meshes, PROMPTS)
+        assert setup.encode(PROMPTS[:2]).hidden.shape == (2, 6, 8)
+    # What a person has put on the devices stays there, and a run takes no second copy of it.
+    assert alive() == before + (not cached)
+    assert np.isfinite(np.asarray(own)).all()
 
 
 def test_a_run_starts_from_an_adapter_with_the_reference_there_too(configure, run, pipeline_of, tmp_path):

@@ -1,8 +1,12 @@
-"""The embedded world's CLIP tokenizer: byte-level BPE whose merges make each word of the captions one token."""
+"""The embedded world's tokenizers, in which each word of the captions is one token: CLIP's and umT5's."""
 
 import itertools
+import json
+import string
+from collections.abc import Sequence
 from typing import Any
 
+from vpo_jax.families.wan.prompts import WanTokenizer
 from vpo_jax.shapes.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZES
 
 MAX_LENGTH = 24
@@ -50,3 +54,31 @@ def make_tokenizer() -> Any:
         pad_token=_END,
         model_max_length=MAX_LENGTH,
     )
+
+
+def make_umt5_tokenizer(words: Sequence[str] = _WORDS) -> WanTokenizer:
+    """A tokenizer in umT5's layout: <pad> 0, </s> 1, <s> 2, <unk> 3, then bytes, characters and `words`.
+
+    Any text has tokens: a word that is not among `words` those of its characters, an unknown character those of its
+    bytes in UTF-8. diffusers, which loads it as a T5Tokenizer, gives texts of ASCII the same ids.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    specials = ["<pad>", "</s>", "<s>", "<unk>"]
+    characters = string.ascii_letters + string.digits + string.punctuation
+    # Scores are log-probabilities: a word costs less than its first character.
+    scores = dict.fromkeys(specials, 0.0) | {f"<0x{byte:02X}>": -20.0 for byte in range(256)}
+    scores |= dict.fromkeys(("\u2581", *characters), -10.0) | {f"\u2581{word}": -5.0 for word in words}
+    tokenizer = Tokenizer(models.Unigram(list(scores.items()), unk_id=3, byte_fallback=True))
+    split = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), split])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(replacement="\u2581")])
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    tokenizer.add_special_tokens(specials)
+    named = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    config = named | {"extra_ids": 0, "model_max_length": 512, "tokenizer_class": "T5Tokenizer"}
+    return WanTokenizer({
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": json.dumps(config, indent=2, sort_keys=True).encode(),
+        "special_tokens_map.json": json.dumps(named, indent=2, sort_keys=True).encode(),
+    })  # fmt: skip

@@ -131,6 +131,13 @@ def place(tree: Tree, shardings: Tree) -> Tree:
     return jax.tree.map(one, tree, shardings)
 
 
+def free(placed: Tree, source: Tree) -> None:
+    """Frees the arrays that `place` made of `source`; those that lay on the devices before are left alone."""
+    for leaf, original in zip(jax.tree.leaves(placed), jax.tree.leaves(source), strict=True):
+        if not isinstance(original, jax.Array):
+            leaf.delete()
+
+
 def move(tree: Tree, shardings: Tree) -> Tree:
     """Global arrays with other shardings over the same devices; an array that has its sharding already is not copied.
 

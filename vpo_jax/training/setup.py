@@ -14,7 +14,7 @@ from vpo_jax.pipeline import Pipeline
 from vpo_jax.rewards.combine import dimension_names
 from vpo_jax.rewards.scoring import Scores, Weights, bring
 from vpo_jax.runtime.mesh import Meshes, infer_shardings, replicated
-from vpo_jax.runtime.processes import place
+from vpo_jax.runtime.processes import free, place
 from vpo_jax.runtime.transfers import allowed
 from vpo_jax.training.check import check_context, check_meshes
 from vpo_jax.training.evaluator import Evaluator
@@ -81,9 +81,7 @@ def make_setup(
     def placed(tree: Tree, mesh: Any) -> Tree:
         return place(tree, infer_shardings(tree, mesh, rules))
 
-    # Policy, reference and initial policy share one frozen backbone. The copies on the host are not needed any more.
-    backbone, theta0 = placed(policy.frozen, meshes.update), placed(policy.initial, meshes.update)
-    policy = dataclasses.replace(policy, frozen=backbone, initial=theta0)
+    # Before the backbone: a large text encoder whose encodings are cached is gone when that comes.
     text_params = placed(pipeline.text_params, meshes.update)
     encode = TextEncoding(programs.encode.function, text_params, pipeline.tokenize, config.train.prompts_per_step)
     # As many prompts as a step has, at least two: no further program is compiled.
@@ -94,6 +92,10 @@ def make_setup(
     )
     if config.data.text_cache:
         encode.cache(config.data.text_cache, [*prompts, *tuning_prompts])
+        free(text_params, pipeline.text_params)
+    # Policy, reference and initial policy share one frozen backbone. The copies on the host are not needed any more.
+    backbone, theta0 = placed(policy.frozen, meshes.update), placed(policy.initial, meshes.update)
+    policy = dataclasses.replace(policy, frozen=backbone, initial=theta0)
     frozen = Frozen(backbone, theta0, empty)
 
     algorithm, rollout = programs.algorithm, programs.rollout.function

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from vpo_jax.data.text_cache import TextCache, open_text_cache
-from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import BATCH, constrain
 from vpo_jax.runtime.transfers import put
 
@@ -39,13 +38,13 @@ class TextEncoding:
         return self._tokenize(list(prompts))
 
     def cache(self, folder: str, prompts: Sequence[str]) -> None:
-        """Encodes all prompts to a file in `folder`. After it only these have encodings, and the encoder is freed.
+        """Encodes all prompts to a file in `folder`; all processes of a run have to call it.
+
+        After it only these prompts have encodings, and the encoder is not needed any more.
 
         Raises:
-          UserError: several processes, or the disk refuses.
+          UserError: the disk refuses, or the processes do not share `folder`.
         """
-        if jax.process_count() > 1:
-            raise UserError("data.text_cache: made by one process only; leave it empty on several hosts")
         params = self._params
 
         def encode(batch: Sequence[str]) -> Tree:
