@@ -46,6 +46,7 @@ class Component:
         module: linen class, made as `module(config)`; its name is the library's.
         inputs: config -> what `module.init` takes, as shapes.
         model_type: of a transformers config.
+        rename: (state dict, where it was read) -> the same under one set of names, where files have several.
     """
 
     library: str
@@ -54,6 +55,7 @@ class Component:
     module: Callable[..., nn.Module]
     inputs: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]]
     model_type: str = ""
+    rename: Callable[[dict[str, np.ndarray], str], dict[str, np.ndarray]] | None = None
 
     @property
     def class_name(self) -> str:
@@ -76,7 +78,7 @@ class Layout:
         write_tokenizer: (tokenizer/, tokenizer), writes its files.
         optional: components that a folder may lack; model_index.json then has null for them.
         settings: entries of model_index.json that are values and not parts, with their defaults. What a folder says
-            of them is `configs["model_index"]`.
+            of them, and of its tokenizer's class, is `configs["model_index"]`.
     """
 
     class_name: str
@@ -131,6 +133,8 @@ def read_component(
     config = io.read_json(folder / "config.json")
     _check_class(config, component, folder / "config.json")
     state = io.read_weights(folder, component.stem)
+    if component.rename is not None:
+        state = component.rename(state, str(folder))
     check_layers(config, len(state), str(folder))
     shapes = param_shapes(component, config)
     return config, from_torch(state, shapes, str(folder), dtype, place and place(shapes))
@@ -333,7 +337,9 @@ def _read_index_of(root: Path, layout: Layout) -> tuple[list[str], dict[str, Map
             raise UserError(f"{file}: {name} is a part that {layout.class_name} does not have; remove it")
     if not layout.settings:
         return present, {}
-    return present, {"model_index": {name: index.get(name, value) for name, value in layout.settings.items()}}
+    # The class of the tokenizer too: transformers' classes read the same file differently.
+    values = {name: index.get(name, value) for name, value in layout.settings.items()}
+    return present, {"model_index": {**values, "tokenizer": index["tokenizer"]}}
 
 
 def _check_class(config: Mapping[str, Any], part: Component, file: Path) -> None:

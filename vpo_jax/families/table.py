@@ -16,9 +16,11 @@ from vpo_jax.checkpoints.folders import (
 )
 from vpo_jax.families.protocol import Family
 from vpo_jax.families.text_to_video_sd.family import TextToVideoSD
+from vpo_jax.families.wan.family import Wan
 from vpo_jax.runtime.errors import UserError
 
 FAMILIES: dict[str, type[Family]] = {
+    "WanPipeline": Wan,
     "TextToVideoSDPipeline": TextToVideoSD,
 }
 

@@ -29,8 +29,8 @@ _ACTIVATIONS = {
 # Dropout, initialisation, the decoder and heads, which the encoder does not depend on. transformers does not read
 # scalable_attention and output_past, which the original checkpoints carry.
 _IGNORED = BOOKKEEPING | {
-    "classifier_dropout", "dropout_rate", "initializer_factor", "num_decoder_layers", "output_past",
-    "n_positions", "scalable_attention", "scale_decoder_outputs",
+    "classifier_dropout", "dropout_rate", "initializer_factor", "n_positions", "num_decoder_layers", "output_past",
+    "scalable_attention", "scale_decoder_outputs",
 }  # fmt: skip
 
 _SHARED, _TIED = "shared.weight", "encoder.embed_tokens.weight"

@@ -66,8 +66,9 @@ class Job:
             "frozen backbone": (self.policy.frozen, "update"),
             "initial policy": (self.policy.initial, "update"),
             "training state": (self.state, "update"),
-            "text encoder": (self.pipeline.text_params, "update"),
         }
+        if not self.config.data.text_cache:  # else it has left the devices
+            trained["text encoder"] = (self.pipeline.text_params, "update")
         return trained | autoencoder | (scorers if self.role == "all" else {})
 
 
@@ -107,4 +108,7 @@ def make_job(config: Any) -> Job:
         policy.initial,
     )
     size = programs.num_frames, programs.height, programs.width
-    return Job(config, pipeline, policy, state, programs.algorithm.infer_shardings, rewards, programs.all, size)
+    every_step = programs.all
+    if config.data.text_cache:
+        every_step = tuple(program for program in every_step if program is not programs.encode)
+    return Job(config, pipeline, policy, state, programs.algorithm.infer_shardings, rewards, every_step, size)

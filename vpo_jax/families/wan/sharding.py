@@ -12,5 +12,5 @@ WAN_PARAMETER_RULES: Rules = (
     (r"patch_embedding/kernel$", Trailing(None, "fsdp")),  # few inputs
     (r"(^|/)proj_out/kernel$", Trailing("fsdp", None)),  # few outputs
     (r"(to_out\.0|net\.2|linear_2)/kernel$", Trailing("tensor", "fsdp")),
-    (r"kernel$", Trailing("fsdp", "tensor")),
+    (r"(kernel|embedding)$", Trailing("fsdp", "tensor")),
 )
