@@ -1,15 +1,58 @@
-"""The loop that the embedded world's recipes share: update, log, checkpoint, resume."""
+"""What the embedded world's recipes share: one update, and the loop that updates, logs, checkpoints and resumes."""
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from vpo_jax.checkpoints.orbax_store import CheckpointStore
 
 State = TypeVar("State")  # a pytree of arrays
+Tree = Any
+Metrics = dict[str, jax.Array]
+Loss = Callable[..., tuple[jax.Array, Metrics]]  # (parameters, step, *data) -> (loss, metrics)
+
+
+class Fitted(NamedTuple):
+    """State of a stage: parameters, their moving average, the optimizer."""
+
+    params: Tree
+    ema: Tree
+    optimizer: Tree
+
+
+Update = Callable[..., tuple[Fitted, Metrics]]  # (state, step, *data) -> (state, metrics)
+
+
+def make_schedule(peak: float, steps: int, decay_from: float) -> optax.Schedule:
+    """Warm-up over 1 % of the steps, constant, then linear to zero from `decay_from` of them on."""
+    warm, hold = max(1, steps // 100), int(steps * decay_from)
+    parts = [
+        optax.linear_schedule(0.0, peak, warm),
+        optax.constant_schedule(peak),
+        optax.linear_schedule(peak, 0.0, steps - hold),
+    ]
+    return optax.join_schedules(parts, [warm, hold])
+
+
+def make_update(loss: Loss, optimizer: optax.GradientTransformation, decay: float) -> Update:
+    """Jitted (state, step, *data) -> (state, metrics) for `loss(params, step, *data)`."""
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: Fitted, step: jax.Array, *data: jax.Array) -> tuple[Fitted, Metrics]:
+        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, step, *data)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+        ema = jax.tree.map(lambda average, new: keep * average + (1 - keep) * new, state.ema, params)
+        return Fitted(params, ema, moments), metrics
+
+    return update
 
 
 def fit(
