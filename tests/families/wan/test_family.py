@@ -70,7 +70,7 @@ def test_sizes_of_the_published_models():
     assert small.video_size() == (81, 480, 832)
     assert small.latent_shape(*small.video_size()) == (21, 60, 104, 16)
     assert five.latent_shape(*five.video_size(121, 704, 1280)) == (31, 44, 80, 48)
-    with pytest.raises(UserError, match="height: 720 .* 32, .* 704 and 736"):
+    with pytest.raises(UserError, match=r"height: 720 .* 32, .* 704 and 736"):
         five.video_size(121, 720, 1280)
 
 
@@ -92,7 +92,7 @@ def test_parts_that_do_not_fit_are_refused_by_name(part, fields, message):
 
 
 def test_float16_is_refused_since_umt5_overflows(folder):
-    with pytest.raises(UserError, match="float16.*bfloat16"):
+    with pytest.raises(UserError, match=r"float16.*bfloat16"):
         vpo_jax.load_pipeline(folder, dtype="float16")
 
 
