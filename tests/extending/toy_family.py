@@ -121,9 +121,13 @@ class ToyFamily:
         return cls(transformer, ToyTextEncoder(parsed["text_encoder"]), ToyDecoder(parsed["vae"]), scheduler)
 
     def with_options(
-        self, dtype: Any = None, remat: bool | None = None, lora_scale: float | None = None
+        self,
+        dtype: Any = None,
+        remat: bool | None = None,
+        lora_scale: float | None = None,
+        attention: str | None = None,
     ) -> "ToyFamily":
-        """None leaves an option as it is."""
+        """None leaves an option as it is; it has no attention."""
         options = {"dtype": dtype, "lora_scale": lora_scale}
         transformer = self.transformer.clone(**{name: value for name, value in options.items() if value is not None})
         return dataclasses.replace(self, transformer=transformer, remat=self.remat if remat is None else remat)

@@ -32,7 +32,9 @@ def test_a_folder_of_a_class_that_no_family_has_is_refused(model_folder, tmp_pat
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "WeatherPipeline"}))
     for read in (load_pipeline, lambda path: read_shapes(str(path))):
-        with pytest.raises(UserError, match=r"_class_name is 'WeatherPipeline'; only TextToVideoSDPipeline can be"):
+        with pytest.raises(
+            UserError, match=r"_class_name is 'WeatherPipeline'; only TextToVideoSDPipeline, WanPipeline can be"
+        ):
             read(folder)
 
 
@@ -72,7 +74,7 @@ def test_a_published_checkpoint_has_sizes_and_a_licence_without_weights():
     for name, (family, configs) in published().items():
         model = make_pipeline(shapes_of_configs(family.layout, configs))
         frames, height, width = model.video_size()
-        assert model.latent_shape()[0] == frames and height % 8 == width % 8 == 0
+        assert 1 <= model.latent_shape()[0] <= frames and height % 8 == width % 8 == 0
         assert known_licence(f"someone/{name}") and not known_licence("someone/else")
 
 

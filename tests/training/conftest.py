@@ -82,7 +82,7 @@ class ToyFamily:
     def from_configs(cls, configs: Any, dtype: Any = jnp.float32) -> "ToyFamily":
         return cls(TinyDenoiser(dtype=dtype))
 
-    def with_options(self, **options: Any) -> "ToyFamily":
+    def with_options(self, attention: str | None = None, **options: Any) -> "ToyFamily":
         return ToyFamily(self.unet.clone(**{name: value for name, value in options.items() if value is not None}))
 
     def trainable(self, params: Any) -> Any:

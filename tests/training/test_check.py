@@ -4,10 +4,11 @@ import pytest
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
+from vpo_jax.pipeline import load_pipeline
 from vpo_jax.runtime.cli import flatten_config, load_config, override
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.mesh import AXES, Meshes, make_mesh
-from vpo_jax.training.check import FIELDS, check, check_meshes
+from vpo_jax.runtime.mesh import AXES, Meshes, make_mesh, make_meshes
+from vpo_jax.training.check import FIELDS, check, check_inputs, check_meshes
 
 
 def changed(key, value):
@@ -25,6 +26,16 @@ def test_the_shipped_configs_pass_and_hold_every_field(preset):
     config = load_config(f"configs/vpo.py:{preset}")
     check(config)
     assert {key for key, _ in flatten_config(config)} == set(FIELDS)
+
+
+@pytest.mark.parametrize("preset", ["wan", "wan_14b", "wan22_a14b", "wan22_5b"])
+def test_a_preset_of_wan_wants_a_model_and_prompts(preset):
+    config = load_config(f"configs/vpo.py:{preset}")
+    for key in ("model.path", "data.prompts"):
+        with pytest.raises(UserError, match=re.escape(key)):
+            check(config)
+        override(config, [(key, "given")])
+    check(config)
 
 
 @pytest.mark.parametrize("preset", ["custom", "modelscope", "zeroscope", "videocrafter2"])
@@ -200,3 +211,10 @@ def test_microbatches_divide_the_videos_that_are_learnt_from_and_may_split_a_gro
     config.preference.pairs = "best_worst"
     with pytest.raises(UserError, match=r"train\.microbatch: 4 does not divide train\.prompts_per_step=3; choose"):
         check(config)
+
+
+def test_cudnn_is_refused_where_it_cannot_compute():
+    config = changed("model.attention", "cudnn")
+    check(config)  # a plan for GPUs may be made anywhere
+    with pytest.raises(UserError, match=r"model\.attention: cudnn wants an NVIDIA GPU and found cpu; take xla"):
+        check_inputs(config, load_pipeline("shapes"), [], [], make_meshes(config.mesh))

@@ -85,8 +85,17 @@ class Family(Protocol):
         """
         ...
 
-    def with_options(self, dtype: Any = None, remat: bool | None = None, lora_scale: float | None = None) -> Self:
-        """The family whose trainable modules compute in `dtype`, rematerialise, or scale adapters; None: as before."""
+    def with_options(
+        self,
+        dtype: Any = None,
+        remat: bool | None = None,
+        lora_scale: float | None = None,
+        attention: str | None = None,
+    ) -> Self:
+        """The family whose trainable modules have these options; None: as before.
+
+        They compute in `dtype`, rematerialise, scale adapters, or attend by a name of `models.attention.BACKENDS`.
+        """
         ...
 
     # Parameters.

@@ -20,8 +20,8 @@ from vpo_jax.families.wan.family import Wan
 from vpo_jax.runtime.errors import UserError
 
 FAMILIES: dict[str, type[Family]] = {
-    "WanPipeline": Wan,
     "TextToVideoSDPipeline": TextToVideoSD,
+    "WanPipeline": Wan,
 }
 
 

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from vpo_jax.models.config_fields import require
 from vpo_jax.runtime.mesh import fit, frames_are_sharded
+from vpo_jax.runtime.types import DType
 
 # (query, key, value, mask, bias)
 Backend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None], jax.Array]
@@ -136,3 +138,11 @@ def _by_shard(
     mapped = jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=False)
     y: jax.Array = mapped(query, key, value, mask, bias)
     return y
+
+
+def check_attention(field: str, backend: str, dtype: DType) -> None:
+    """Raises UserError, naming `field`, for a backend that cannot compute in this dtype on these devices."""
+    if backend == "cudnn":
+        kind, size = jax.devices()[0].platform, jnp.dtype(dtype).itemsize
+        require(kind == "gpu", field, f"cudnn wants an NVIDIA GPU and found {kind}; take xla")
+        require(size == 2, field, f"cudnn wants bfloat16 weights and found {jnp.dtype(dtype)}; take xla")

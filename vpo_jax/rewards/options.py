@@ -8,9 +8,6 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-import jax
-import jax.numpy as jnp
-
 from vpo_jax.models.attention import BACKENDS
 from vpo_jax.models.config_fields import require, require_int
 
@@ -99,11 +96,3 @@ class ModelOptions:
     videos_at_a_time: int = option(4, low=1)
     dtype: str = option("")
     attention: str = option("xla", choices=BACKENDS, in_config=True)
-
-
-def check_attention(name: str, attention: str, dtype: jnp.dtype) -> None:
-    """Raises UserError for an attention that cannot compute in this dtype on these devices."""
-    if attention == "cudnn":
-        kind, field = jax.devices()[0].platform, f"{name}.attention"
-        require(kind == "gpu", field, f"cudnn wants an NVIDIA GPU and found {kind}; take xla")
-        require(dtype.itemsize == 2, field, f"cudnn wants bfloat16 weights and found {dtype}; take xla")

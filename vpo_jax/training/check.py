@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from vpo_jax.algorithms.table import ALGORITHMS
 from vpo_jax.diffusion.config import with_shift
 from vpo_jax.diffusion.samplers import make_sampler
+from vpo_jax.models.attention import check_attention
 from vpo_jax.pipeline import Pipeline
 from vpo_jax.rewards.protocol import Reward
 from vpo_jax.runtime.cli import flatten_config, nearest
@@ -16,7 +17,7 @@ from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import Meshes, batch_size, parse_axes
 from vpo_jax.runtime.profile import parse_steps
 from vpo_jax.training.fields import FIELDS
-from vpo_jax.training.policy import Policy, abstract_policy
+from vpo_jax.training.policy import DTYPES, Policy, abstract_policy
 from vpo_jax.training.programs import make_programs
 
 
@@ -95,6 +96,7 @@ def check_inputs(
         refuse is refused here, before anything is written.
     """
     rollout = config.rollout
+    check_attention("model.attention", config.model.attention, DTYPES[config.model.dtype])
     check_meshes(config, meshes)
     num_frames, height, width = pipeline.video_size(rollout.num_frames, rollout.height, rollout.width)
     check_context(meshes, pipeline.latent_shape(num_frames, height, width)[0])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from vpo_jax.algorithms.table import ALGORITHMS
+from vpo_jax.models.attention import BACKENDS
 from vpo_jax.rewards.options import Limits, config_limits
 from vpo_jax.rewards.table import SCORERS
 from vpo_jax.runtime.fields import DECAY, FLAG, POSITIVE, TEXT, Field, above, named, number, one_of, whole
@@ -39,6 +40,7 @@ FIELDS: Mapping[str, Field] = {
     "seed": whole(0, bits=SEED_BITS),
     "model.path": named("a diffusers folder, a hub id, or shapes"),
     "model.dtype": one_of("float32", "bfloat16"),
+    "model.attention": one_of(*BACKENDS),
     "data.prompts": named("a file of prompts, or shapes:train"),
     "data.held_out": TEXT,
     "data.shuffle": FLAG,

@@ -49,8 +49,8 @@ class Policy:
         return self.family.denoise(self.variables(frozen, trainable), latents, timesteps, text)
 
     def in_float32(self) -> "Policy":
-        """The same policy, computed in float32."""
-        return dataclasses.replace(self, family=self.family.with_options(dtype=jnp.float32))
+        """The same policy, computed in float32, for which cuDNN has no attention."""
+        return dataclasses.replace(self, family=self.family.with_options(dtype=jnp.float32, attention="xla"))
 
     def extrapolated(self, initial: Tree, trainable: Tree, factor: float) -> Tree:
         """Parameters `factor` times as far from the initial ones as these are (ExPO, arXiv 2404.16792).
@@ -104,7 +104,7 @@ def make_policy(config: Any, family: Family, params: Tree, adapters: Tree | None
     """The policy of a config.
 
     Args:
-      config: reads seed, model.dtype, lora.* and train.remat.
+      config: reads seed, model.dtype, model.attention, lora.* and train.remat.
       family: the model.
       params: its parameters that training changes, as `family.trainable` returns them.
       adapters: theta0 = phi of a run that starts from an adapter; None starts fresh ones, which change nothing.
@@ -119,10 +119,12 @@ def make_policy(config: Any, family: Family, params: Tree, adapters: Tree | None
         raise UserError(f"lora.rank: {config.lora.rank} is below 0; 0 is full fine-tuning")
     lora = lora_config(config, family)
     if lora is None:
-        options = family.with_options(dtype=dtype, remat=config.train.remat)
+        options = family.with_options(dtype=dtype, remat=config.train.remat, attention=config.model.attention)
         return Policy(options, None, {}, cast_floating(params, jnp.float32))
     initial = init_lora(stream_key(config.seed, "init"), params, lora) if adapters is None else adapters
-    family = family.with_options(dtype=dtype, remat=config.train.remat, lora_scale=lora.scale)
+    family = family.with_options(
+        dtype=dtype, remat=config.train.remat, lora_scale=lora.scale, attention=config.model.attention
+    )
     return Policy(family, lora, cast_floating(params, dtype), initial, config.lora.merge)
 
 

@@ -69,10 +69,14 @@ class TextToVideoSD:
         )
 
     def with_options(
-        self, dtype: Any = None, remat: bool | None = None, lora_scale: float | None = None
+        self,
+        dtype: Any = None,
+        remat: bool | None = None,
+        lora_scale: float | None = None,
+        attention: str | None = None,
     ) -> "TextToVideoSD":
         """See `Family`."""
-        options = {"dtype": dtype, "remat": remat, "lora_scale": lora_scale}
+        options = {"dtype": dtype, "remat": remat, "lora_scale": lora_scale, "attention_backend": attention}
         chosen = {name: value for name, value in options.items() if value is not None}
         return dataclasses.replace(self, unet=self.unet.clone(**chosen))
 

@@ -59,7 +59,6 @@ class Wan:
     importers: ClassVar[Mapping[str, Importer]] = {}
     adapter_forms: ClassVar[tuple[str, ...]] = ADAPTER_FORMS
     original_names: ClassVar[NameTable] = ORIGINAL_NAMES
-    adapter_lines = staticmethod(adapter_lines)
 
     transformer: WanTransformer3DModel
     transformer_2: WanTransformer3DModel | None
@@ -97,9 +96,15 @@ class Wan:
         )
         return dataclasses.replace(family, boundary=_boundary(configs, family.process) if second else None)
 
-    def with_options(self, dtype: Any = None, remat: bool | None = None, lora_scale: float | None = None) -> "Wan":
+    def with_options(
+        self,
+        dtype: Any = None,
+        remat: bool | None = None,
+        lora_scale: float | None = None,
+        attention: str | None = None,
+    ) -> "Wan":
         """See `Family`."""
-        options = {"dtype": dtype, "remat": remat, "lora_scale": lora_scale}
+        options = {"dtype": dtype, "remat": remat, "lora_scale": lora_scale, "attention_backend": attention}
         chosen = {name: value for name, value in options.items() if value is not None}
         second = self.transformer_2 and self.transformer_2.clone(**chosen)
         return dataclasses.replace(self, transformer=self.transformer.clone(**chosen), transformer_2=second)
@@ -220,8 +225,9 @@ class Wan:
             {kind: tree[name] for kind, tree in variables.items() if name in tree}
             for name in ("transformer", "transformer_2")
         )
-        low = self.transformer_2
-        noisy = jnp.broadcast_to(timesteps, latents.shape[:1]) >= self.boundary
+        low, boundary = self.transformer_2, self.boundary
+        assert boundary is not None
+        noisy = jnp.broadcast_to(timesteps, latents.shape[:1]) >= boundary
 
         def high_noise() -> jax.Array:
             return _predict(self.transformer, first, latents, timesteps, text)
@@ -266,6 +272,11 @@ class Wan:
             chosen = "".join(f", {name}={value}" for name, value in (settings or {}).items())
             lines.append(f"video = pipe({prompt!r}{chosen}).frames")
         return lines
+
+    @staticmethod
+    def adapter_lines(folder: str, base: str, form: str, components: Sequence[str] = ()) -> list[str]:
+        """See `Family`."""
+        return adapter_lines(folder, base, form, components)
 
     @staticmethod
     def beyond_diffusers(configs: Configs) -> list[str]:

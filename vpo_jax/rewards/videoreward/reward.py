@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.checkpoints.scorer_folder import read_text
+from vpo_jax.models.attention import check_attention
 from vpo_jax.models.config_fields import require
 from vpo_jax.models.qwen2_vl import Qwen2VLRewardModel, count_positions, grid_positions
 from vpo_jax.rewards.frames import prepare_frames, see_in_parts
-from vpo_jax.rewards.options import ModelOptions, check_attention, check_options, option
+from vpo_jax.rewards.options import ModelOptions, check_options, option
 from vpo_jax.rewards.protocol import PyTree, check_videos, repeat_rows
 from vpo_jax.rewards.query import QUERY_FILE
 from vpo_jax.rewards.videoreward.folder import REWARD_TOKENS, RewardSettings, read_videoreward
@@ -207,7 +208,7 @@ def load(folder: str | Path, name: str | None = None, options: Options | None = 
     require(options.num_frames % unit == 0, "videoreward.num_frames", whole)
     frames = SmartFrameSettings.from_dict(parts.image_processor, config.vision.factor, options.min_pixels, most)
     dtype = jax.tree.leaves(parts.params)[0].dtype
-    check_attention("videoreward", options.attention, dtype)
+    check_attention("videoreward.attention", options.attention, dtype)
     model = Qwen2VLRewardModel(config, queries.reward_token_ids, settings.outputs, dtype, options.attention)
     return VideoRewardReward(
         name or Path(folder).resolve().name, model, parts.params, queries, frames, settings, options

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.checkpoints.scorer_folder import read_text
+from vpo_jax.models.attention import check_attention
 from vpo_jax.models.idefics2 import Idefics2ForSequenceClassification
 from vpo_jax.rewards.frames import prepare_frames, see_in_parts
-from vpo_jax.rewards.options import ModelOptions, check_attention, check_options, option
+from vpo_jax.rewards.options import ModelOptions, check_options, option
 from vpo_jax.rewards.protocol import DIMENSIONS, PyTree, candidates_of, check_videos
 from vpo_jax.rewards.query import QUERY_FILE
 from vpo_jax.rewards.videoscore.folder import read_videoscore
@@ -162,7 +163,7 @@ def load(folder: str | Path, name: str | None = None, options: Options | None = 
     tokens = config.perceiver.resampler_n_latents
     queries = QueryEncoder(parts.tokenizer, query, config.image_token_id, tokens, options.max_prompt_tokens)
     dtype = jax.tree.leaves(parts.params)[0].dtype
-    check_attention("videoscore", options.attention, dtype)
+    check_attention("videoscore.attention", options.attention, dtype)
     model = Idefics2ForSequenceClassification(config, len(DIMENSIONS), dtype, options.attention)
     frames = FrameSettings.from_dict(parts.image_processor)
     if frames.shortest < config.vision.patch_size:
