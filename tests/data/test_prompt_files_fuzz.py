@@ -32,6 +32,7 @@ CONTENTS = st.one_of(
 @given(content=CONTENTS, ending=st.sampled_from([*ENDINGS, ".JSON", ".md", ""]))
 @example(content='{"prompt": {"a": "b", "c": 1}}', ending=".json")
 @example(content='{"prompt": ["a"], "caption": ["b"]}', ending=".json")
+@example(content='{"": []}', ending=".json")
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_file_is_read_or_refused_by_its_name(content, ending, tmp_path):
     path = tmp_path / f"p{ending}"

@@ -194,7 +194,8 @@ def _read_json(text: str, where: str) -> PromptFile:
     value = _json(text, where)
     if isinstance(value, dict):
         keys = {key.lower(): key for key in value}
-        lists = [keys[key] for key in (*_LISTS, *TEXTS) if isinstance(value.get(keys.get(key, "")), list | dict)]
+        present = [keys[key] for key in (*_LISTS, *TEXTS) if key in keys]
+        lists = [key for key in present if isinstance(value[key], list | dict)]
         if len(lists) == 1:
             value = value[lists[0]]
     if isinstance(value, dict) and isinstance(_value(value, TEXTS), str):
