@@ -185,7 +185,7 @@ def _embedded(config: ConfigDict) -> None:
     config.rollout.microbatch = 16
     config.preference.pairs = "group"
     config.preference.beta = 1000.0
-    config.preference.anchor = 60.0
+    config.preference.anchor = 15.0
     config.preference.margin = 0.25
     config.preference.motion_tolerance = 1.0
     config.preference.timestep_low = 0.5
@@ -216,6 +216,7 @@ def _pairs(config: ConfigDict) -> None:
     _embedded(config)
     config.optimizer.learning_rate = 4e-4
     config.train.updates_per_step = 2
+    config.preference.anchor = 60.0
     config.preference.pairs = "best_worst"
     config.preference.label_temperature = 1.0
     config.ema.decay = 0.98
