@@ -130,6 +130,7 @@ class Pipeline:
         if low_scale and boundary is None:
             raise UserError(
                 f"guidance_scale_2: {low_scale} is for models of two experts, and this has one; leave it out"
+                " (rollout.guidance_scale_2=0)"
             )
         return Guidance(float(scale), float(rescale), boundary, float(low_scale or scale))
 
