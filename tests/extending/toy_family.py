@@ -104,6 +104,7 @@ class ToyFamily:
         "ToyPipeline", COMPONENTS, ("ByteTokenizer",), lambda folder, configs: None, lambda folder, tokenizer: None
     )
     boundary: ClassVar[float | None] = None
+    float32_parameters: ClassVar[tuple[str, ...]] = ()
     sharding_rules: ClassVar[Rules] = PARAMETER_RULES
     lora_targets: ClassVar[tuple[str, ...]] = (r"to_v$", r"to_frames$")
     adapter_forms: ClassVar[tuple[str, ...]] = ("peft",)

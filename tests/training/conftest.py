@@ -77,6 +77,7 @@ class ToyFamily:
     scheduler_config: ClassVar[Any] = SCHEDULER
     text_length: ClassVar[int] = 6
     boundary: ClassVar[float | None] = None
+    float32_parameters: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_configs(cls, configs: Any, dtype: Any = jnp.float32) -> "ToyFamily":

@@ -46,6 +46,7 @@ class Component:
         module: linen class, made as `module(config)`; its name is the library's.
         inputs: config -> what `module.init` takes, as shapes.
         model_type: of a transformers config.
+        float32_parameters: patterns of the paths of those that are read as float32 whatever dtype the others have.
         rename: (state dict, where it was read) -> the same under one set of names, where files have several.
     """
 
@@ -55,6 +56,7 @@ class Component:
     module: Callable[..., nn.Module]
     inputs: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]]
     model_type: str = ""
+    float32_parameters: tuple[str, ...] = ()
     rename: Callable[[dict[str, np.ndarray], str], dict[str, np.ndarray]] | None = None
 
     @property
@@ -137,7 +139,8 @@ def read_component(
         state = component.rename(state, str(folder))
     check_layers(config, len(state), str(folder))
     shapes = param_shapes(component, config)
-    return config, from_torch(state, shapes, str(folder), dtype, place and place(shapes))
+    places = place and place(shapes)
+    return config, from_torch(state, shapes, str(folder), dtype, places, component.float32_parameters)
 
 
 def read_index(root: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ of its own. "blocks.*/norm/scale" [N, C] is "blocks.0.norm.weight" [C] to "block
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.trees import flatten, is_stacked, layer_paths, unflatten
+from vpo_jax.runtime.trees import flatten, is_stacked, layer_paths, matches, unflatten
 
 _LISTED = 5  # names in an error message before "and N more"
 
@@ -90,6 +90,7 @@ def from_torch(
     where: str = "state dict",
     dtype: Any = jnp.float32,
     shardings: Any = None,
+    float32_parameters: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A parameter tree of `shapes` from a flat state dict, one tensor at a time.
 
@@ -102,6 +103,7 @@ def from_torch(
         where: file or folder, for the error messages.
         dtype: of floating leaves in the result.
         shardings: tree of the result's shardings; None gives numpy arrays on the host.
+        float32_parameters: patterns of the paths of leaves that are float32 in the result whatever `dtype` is.
 
     Raises:
         UserError: tensors are missing, extra, of another shape or not finite; the first few are listed.
@@ -114,7 +116,8 @@ def from_torch(
     leaves, damaged = {}, []
     for path, leaf in flatten(shapes).items():
         views = {key: _to_flax(path, state[key]) for key in torch_tensors(path, tuple(leaf.shape))}
-        leaves[path], bad = _place(views, is_stacked(path), dtype, places.get(path))
+        kind = jnp.float32 if matches(path, float32_parameters) else dtype
+        leaves[path], bad = _place(views, is_stacked(path), kind, places.get(path))
         damaged += [key for key in views if key in bad]
     if damaged:
         raise UserError(

@@ -60,6 +60,7 @@ class Family(Protocol):
       adapter_forms: of `lora_files.FORMS`, those in which adapters can be written; the first is the default.
       original_names: of modules that may be adapted: (pattern of the name here, name in the model's original code), for
         LoRA files that have those names; () where there are none.
+      float32_parameters: regular expressions, searched in parameter paths: float32 in a half-precision model too.
       published: name -> configs of published checkpoints, so that a run can be planned without weights.
       licences: part of a published checkpoint's name, in lower case -> licence of its weights, as the hub spells it.
       importers: name -> reader of another file format: `python -m vpo_jax.convert --from_NAME=FILE`.
@@ -68,6 +69,7 @@ class Family(Protocol):
     layout: ClassVar[Layout]
     sharding_rules: ClassVar[Rules]
     lora_targets: ClassVar[tuple[str, ...]]
+    float32_parameters: ClassVar[tuple[str, ...]]
     adapter_forms: ClassVar[tuple[str, ...]]
     original_names: ClassVar[NameTable]
     published: ClassVar[Mapping[str, Configs]]

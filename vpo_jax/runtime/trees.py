@@ -1,6 +1,7 @@
 """Small pure helpers for pytrees of arrays."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -76,9 +77,19 @@ def bytes_of(tree: Tree) -> int:
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def cast_floating(tree: Tree, dtype: DType) -> Tree:
-    """Floating leaves cast to `dtype`; the others as they are."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+def cast_floating(tree: Tree, dtype: DType, but: Sequence[str] = ()) -> Tree:
+    """Floating leaves cast to `dtype`, except where a pattern of `but` is found in the path; the others as they are."""
+
+    def cast(keypath: tuple[Any, ...], x: Any) -> Any:
+        kept = not jnp.issubdtype(x.dtype, jnp.floating) or matches(path_of(keypath), but)
+        return x if kept else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, tree)
+
+
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the regular expressions is found in a path "a/b/c"."""
+    return any(re.search(pattern, path) for pattern in patterns)
 
 
 def select(predicate: jax.Array, new: Tree, old: Tree) -> Tree:

@@ -125,7 +125,8 @@ def make_policy(config: Any, family: Family, params: Tree, adapters: Tree | None
     family = family.with_options(
         dtype=dtype, remat=config.train.remat, lora_scale=lora.scale, attention=config.model.attention
     )
-    return Policy(family, lora, cast_floating(params, dtype), initial, config.lora.merge)
+    frozen = cast_floating(params, dtype, family.float32_parameters)
+    return Policy(family, lora, frozen, initial, config.lora.merge)
 
 
 def abstract_policy(config: Any, pipeline: Pipeline) -> Policy:

@@ -96,6 +96,25 @@ def test_float16_is_refused_since_umt5_overflows(folder):
         vpo_jax.load_pipeline(folder, dtype="float16")
 
 
+@pytest.mark.parametrize("loaded", [True, False], ids=["loaded in bfloat16", "cast by a run"])
+def test_half_precision_leaves_in_float32_what_diffusers_does(folder, pipe, loaded):
+    """`from_pretrained(torch_dtype=torch.bfloat16)` is the reference; `.to(torch.bfloat16)` would round all."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from vpo_jax.checkpoints.keys import torch_tensors
+    from vpo_jax.runtime.trees import cast_floating, flatten
+
+    theirs = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16).state_dict()
+    if loaded:
+        ours = vpo_jax.load_pipeline(folder, dtype="bfloat16").params["transformer"]
+    else:
+        ours = cast_floating(pipe.params["transformer"], jnp.bfloat16, Wan.float32_parameters)
+    kinds = {key: leaf.dtype for path, leaf in flatten(ours).items() for key in torch_tensors(path, leaf.shape)}
+    assert kinds.keys() == theirs.keys() and {str(kind) for kind in kinds.values()} == {"float32", "bfloat16"}
+    assert {key: f"torch.{kind}" for key, kind in kinds.items()} == {key: str(x.dtype) for key, x in theirs.items()}
+
+
 def test_an_expert_that_is_gone_is_named(folder, tmp_path):
     import shutil
 

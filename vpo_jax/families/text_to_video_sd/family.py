@@ -43,6 +43,7 @@ class TextToVideoSD:
     layout: ClassVar[Layout] = LAYOUT
     sharding_rules: ClassVar[Rules] = PARAMETER_RULES
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION_TARGETS
+    float32_parameters: ClassVar[tuple[str, ...]] = ()
     adapter_forms: ClassVar[tuple[str, ...]] = (PEFT,)
     original_names: ClassVar[NameTable] = ()
     published: ClassVar[Mapping[str, Configs]] = PUBLISHED

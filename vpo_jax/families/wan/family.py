@@ -13,7 +13,7 @@ from vpo_jax.checkpoints.folders import Configs, Layout
 from vpo_jax.checkpoints.lora_layouts import NameTable
 from vpo_jax.diffusion.process import Process, RectifiedFlow, make_process
 from vpo_jax.families.protocol import Importer, Params, Text, Tree
-from vpo_jax.families.wan.layout import LAYOUT
+from vpo_jax.families.wan.layout import FLOAT32_PARAMETERS, LAYOUT
 from vpo_jax.families.wan.lora_names import ADAPTER_FORMS, ORIGINAL_NAMES, adapter_lines
 from vpo_jax.families.wan.prompts import WanTokenizer, clean_prompt, token_mask
 from vpo_jax.families.wan.published import LICENCES, PUBLISHED
@@ -54,6 +54,7 @@ class Wan:
     layout: ClassVar[Layout] = LAYOUT
     sharding_rules: ClassVar[Rules] = WAN_PARAMETER_RULES
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION_TARGETS
+    float32_parameters: ClassVar[tuple[str, ...]] = FLOAT32_PARAMETERS
     published: ClassVar[Mapping[str, Configs]] = PUBLISHED
     licences: ClassVar[Mapping[str, str]] = LICENCES
     importers: ClassVar[Mapping[str, Importer]] = {}

@@ -41,13 +41,22 @@ def _write_tokenizer(folder: Path, tokenizer: WanTokenizer) -> None:
     tokenizer.save(folder)
 
 
-_TRANSFORMER = Component("diffusers", DIFFUSERS_STEM, WanTransformerConfig, WanTransformer3DModel, _transformer_inputs)
+# What diffusers keeps in float32 where the model is loaded in half precision.
+FLOAT32_PARAMETERS = (r"(^|/)(time_embedder|scale_shift_table|norm2)(/|$)",)
+_TRANSFORMER = Component(
+    "diffusers",
+    DIFFUSERS_STEM,
+    WanTransformerConfig,
+    WanTransformer3DModel,
+    _transformer_inputs,
+    float32_parameters=FLOAT32_PARAMETERS,
+)
 COMPONENTS: dict[str, Component] = {
     "transformer": _TRANSFORMER,
     "transformer_2": _TRANSFORMER,
     "vae": Component("diffusers", DIFFUSERS_STEM, AutoencoderKLWanConfig, AutoencoderKLWan, _vae_inputs),
     "text_encoder": Component(
-        "transformers", TRANSFORMERS_STEM, UMT5Config, UMT5EncoderModel, _text_inputs, "umt5", one_embedding
+        "transformers", TRANSFORMERS_STEM, UMT5Config, UMT5EncoderModel, _text_inputs, "umt5", rename=one_embedding
     ),
 }
 LAYOUT = Layout(
