@@ -258,7 +258,13 @@ def _compiled_sampler(
         if guidance.scale > 1.0:
             negative = family.encode_text(family.text_params(params), negative_ids)
         variables = {"params": family.trainable(params)}
-        denoise = guided(lambda x, t, text: family.denoise(variables, x, t, text), text, negative, guidance)
+        denoise = guided(
+            lambda x, t, text: family.denoise(variables, x, t, text),
+            text,
+            negative,
+            guidance,
+            lambda text: family.read_text(variables, text),
+        )
         return family.decode(family.decoder_params(params), sample(sampler, denoise, noise, keys))
 
     return jax.jit(run)

@@ -61,3 +61,22 @@ def test_a_second_scale_holds_below_the_boundary():
 def test_one_scale_needs_no_boundary():
     assert Guidance(4.0).at(3.0) == 4.0
     assert Guidance(4.0, boundary=875.0, low_scale=4.0).at(3.0) == 4.0
+
+
+def test_the_text_is_read_once_for_all_steps():
+    latents, text, negative = np.ones((2, 3), np.float32), np.full(2, 2.0, np.float32), np.zeros((), np.float32)
+    reads = []
+
+    def read_text(text):
+        reads.append(text.shape)
+        return 3.0 * text
+
+    def predict(x, timestep, text):
+        return text[:, None] * jax.numpy.ones_like(x)
+
+    for scale, size, value in ((4.0, (4,), 24.0), (1.0, (2,), 6.0)):
+        reads.clear()
+        denoise = guided(predict, text, negative, Guidance(scale), read_text)
+        for timestep in (900.0, 500.0):
+            np.testing.assert_array_equal(denoise(latents, timestep), np.full((2, 3), value))
+        assert reads == [size]

@@ -189,6 +189,10 @@ class ToyFamily:
         """Hidden states [B, L, width]; the denoiser attends to padding too."""
         return Text(self.text_encoder.apply({"params": params}, ids))
 
+    def read_text(self, variables: Tree, text: Text) -> Tree:
+        """It computes nothing of the text alone."""
+        return text
+
     def denoise(self, variables: Tree, latents: jax.Array, timesteps: jax.Array, text: Text) -> jax.Array:
         """A prediction float32 [B, f, h, w, C]."""
         apply = jax.checkpoint(self.transformer.apply) if self.remat else self.transformer.apply

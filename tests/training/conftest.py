@@ -117,6 +117,9 @@ class ToyFamily:
     def encode_text(self, params: Any, ids: Any) -> Text:
         return Text(params["embedding"][ids])
 
+    def read_text(self, variables: Any, text: Any) -> Any:
+        return text
+
     def denoise(self, variables: Any, latents: jax.Array, timesteps: jax.Array, text: Text) -> jax.Array:
         return self.unet.apply(variables, latents, timesteps, text.hidden)
 

@@ -59,7 +59,11 @@ class Guidance(NamedTuple):
 
 
 def guided(
-    predict: Predict, text: Tree, negative: Tree, guidance: Guidance
+    predict: Predict,
+    text: Tree,
+    negative: Tree,
+    guidance: Guidance,
+    read_text: Callable[[Tree], Tree] = lambda text: text,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`(latents [B, F, ...], timestep) -> prediction` of a denoiser under guidance; what a sampler takes.
 
@@ -68,16 +72,18 @@ def guided(
       text: tree of encodings [B, ...].
       negative: tree of what guidance leads away from, [B, ...] or one [...] for all; not read without guidance.
       guidance: its scales.
+      read_text: encodings to what `predict` takes in their place, once for all steps.
     """
     if guidance.scale <= 1.0:
-        return lambda latents, timestep: predict(latents, timestep, text)
+        read = read_text(text)
+        return lambda latents, timestep: predict(latents, timestep, read)
 
     def side_by_side(without: jax.Array, given: jax.Array) -> jax.Array:
         # So that a device that holds a video holds both of its predictions.
         both = jnp.stack([jnp.broadcast_to(without, given.shape), given], axis=1)
         return constrain(both.reshape(-1, *given.shape[1:]), BATCH)
 
-    both_texts = jax.tree.map(side_by_side, negative, text)
+    both_texts = read_text(jax.tree.map(side_by_side, negative, text))
 
     def prediction(latents: jax.Array, timestep: jax.Array) -> jax.Array:
         twice = constrain(jnp.repeat(latents, 2, axis=0), VIDEO)

@@ -166,6 +166,13 @@ class Family(Protocol):
         """`Text` of token ids [B, L]; `params` as `text_params` returns them."""
         ...
 
+    def read_text(self, variables: Tree, text: Text) -> Tree:
+        """What `denoise` takes in place of `text`: what it computes of it alone, so that many steps share that.
+
+        Where there is no such thing, the text as it is.
+        """
+        ...
+
     def denoise(self, variables: Tree, latents: jax.Array, timesteps: jax.Array, text: Text) -> jax.Array:
         """Prediction float32 [B, f, h, w, C].
 
@@ -173,7 +180,7 @@ class Family(Protocol):
           variables: {"params": as `trainable` returns them, "lora": adapters, or absent}.
           latents: [B, f, h, w, C].
           timesteps: [B] or a scalar, in the units of the process.
-          text: of B prompts.
+          text: of B prompts, or what `read_text` made of it.
         """
         ...
 

@@ -56,14 +56,12 @@ class TextContext(NamedTuple):
     """What the blocks read of a text; it depends on the weights and adapters, not on the video or the timestep.
 
     Attributes:
-      hidden: the projected text, [B, K, D].
       keys: [layers, B, K, H, D / H], normalised.
       values: as `keys`.
       bias: of each row's scores, float32 [1, 1, 1, K]: the logarithm of how many rows it stands for; None where each
         stands for itself.
     """
 
-    hidden: jax.Array
     keys: jax.Array
     values: jax.Array
     bias: jax.Array | None
@@ -181,7 +179,7 @@ class WanTransformer3DModel(nn.Module):
           text: the text encoder's states, [B, L, text_dim], zero after a prompt's tokens; L at most `text_length`.
 
         Returns:
-          Its projection, keys and values, with K = L rows, or L + 2 where L is less than `text_length`.
+          Its keys and values, with K = L rows, or L + 2 where L is less than `text_length`.
 
         Raises:
           UserError: more rows than `text_length`.
@@ -198,7 +196,7 @@ class WanTransformer3DModel(nn.Module):
             bias = jnp.asarray(np.concatenate([np.zeros(rows - 1, np.float32), counts]))[None, None, None]
         hidden = constrain(self.condition_embedder.text(text), BATCH)
         _, (keys, values) = self.blocks.encode_text((), hidden)
-        return TextContext(hidden, constrain(keys, _STACKED_KEYS), constrain(values, _STACKED_KEYS), bias)
+        return TextContext(constrain(keys, _STACKED_KEYS), constrain(values, _STACKED_KEYS), bias)
 
     def __call__(self, sample: jax.Array, timesteps: jax.Array, text: jax.Array | TextContext) -> jax.Array:
         """The model's prediction, a velocity, for noisy latents.

@@ -48,6 +48,10 @@ class Policy:
         """Prediction float32 [B, f, h, w, C] for latents [B, f, h, w, C], timesteps [B] and B prompts' text."""
         return self.family.denoise(self.variables(frozen, trainable), latents, timesteps, text)
 
+    def read_text(self, frozen: Tree, trainable: Tree, text: Text) -> Tree:
+        """What `denoise` takes in place of `text`; see `Family.read_text`."""
+        return self.family.read_text(self.variables(frozen, trainable), text)
+
     def in_float32(self) -> "Policy":
         """The same policy, computed in float32, for which cuDNN has no attention."""
         return dataclasses.replace(self, family=self.family.with_options(dtype=jnp.float32, attention="xla"))

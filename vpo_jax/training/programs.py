@@ -106,7 +106,7 @@ def make_programs(
         check_stochastic(sampler)
     rolled = make_rollout(
         policy.denoise, sampler, latents.shape, pipeline.guidance(rollout.guidance_scale, rollout.guidance_scale_2,
-        rollout.guidance_rescale), micro, algorithm.keeps_trajectories,
+        rollout.guidance_rescale), micro, algorithm.keeps_trajectories, policy.read_text,
     )  # fmt: skip
 
     def of_rollout(batch: int) -> tuple[Tree, ...]:

@@ -25,6 +25,8 @@ from vpo_jax.runtime.transfers import allowed, put
 from vpo_jax.training.text import TextEncoding
 
 Tree = Any
+# (frozen, trainable, text of B) -> what a denoiser takes in place of the text, computed once for all steps.
+ReadText = Callable[[Tree, Tree, Tree], Tree]
 
 
 def make_candidate_keys(seed: int, prompts: int, candidates: int) -> Callable[[Any], jax.Array]:
@@ -45,6 +47,7 @@ def make_rollout(
     guidance: Guidance,
     microbatch: int = 0,
     keep_trajectory: bool = False,
+    read_text: ReadText = lambda frozen, trainable, text: text,
 ) -> Callable[[Tree, Tree, Tree, Tree, jax.Array], jax.Array | Trajectory]:
     """`rollout(frozen, trainable, text of B, negative text of one, keys [B]) -> clean latents [B, F, h, w, C]`, jitted.
 
@@ -62,7 +65,7 @@ def make_rollout(
         def predict(latents: jax.Array, timestep: jax.Array, text: Tree) -> jax.Array:
             return denoise(frozen, trainable, latents, jnp.full(latents.shape[0], timestep), text)
 
-        predict_guided = guided(predict, text, negative, guidance)
+        predict_guided = guided(predict, text, negative, guidance, lambda text: read_text(frozen, trainable, text))
         if keep_trajectory:
             return sample_trajectory(sampler, predict_guided, noise, split[:, 1])
         return constrain(sample(sampler, predict_guided, noise, split[:, 1]), VIDEO)

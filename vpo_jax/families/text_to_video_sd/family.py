@@ -159,6 +159,10 @@ class TextToVideoSD:
         hidden: Any = self.text_encoder.apply({"params": params}, ids)
         return Text(hidden)
 
+    def read_text(self, variables: Tree, text: Text) -> Tree:
+        """See `Family`."""
+        return text
+
     def denoise(self, variables: Tree, latents: jax.Array, timesteps: jax.Array, text: Text) -> jax.Array:
         """See `Family`."""
         prediction: Any = self.unet.apply(variables, latents, timesteps, text.hidden)

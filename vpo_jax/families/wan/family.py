@@ -21,7 +21,7 @@ from vpo_jax.families.wan.sharding import WAN_PARAMETER_RULES
 from vpo_jax.models.autoencoder_kl_wan import AutoencoderKLWan
 from vpo_jax.models.lora import ATTENTION_TARGETS
 from vpo_jax.models.umt5 import UMT5Config, UMT5EncoderModel
-from vpo_jax.models.wan_transformer import WanTransformer3DModel
+from vpo_jax.models.wan_transformer import TextContext, WanTransformer3DModel
 from vpo_jax.models.wan_transformer_config import WanTransformerConfig
 from vpo_jax.models.wan_vae_config import AutoencoderKLWanConfig, denormalise_latents
 from vpo_jax.runtime.errors import UserError
@@ -218,29 +218,43 @@ class Wan:
         hidden: Any = self.text_encoder.apply({"params": params}, ids, mask)
         return Text(jnp.where(mask[..., None], hidden, 0))
 
-    def denoise(self, variables: Tree, latents: jax.Array, timesteps: jax.Array, text: Text) -> jax.Array:
+    def read_text(self, variables: Tree, text: Text) -> Tree:
+        """See `Family`: keys and values of every block, of two experts those of both."""
+        if self.transformer_2 is None:
+            return _read(self.transformer, variables, text)
+        first, second = self._by_expert(variables)
+        return _read(self.transformer, first, text), _read(self.transformer_2, second, text)
+
+    def denoise(self, variables: Tree, latents: jax.Array, timesteps: jax.Array, text: Tree) -> jax.Array:
         """See `Family`: the velocity eps - x_0. Where timesteps of a batch lie on both sides, both experts compute."""
+        if isinstance(text, Text):
+            text = self.read_text(variables, text)
         if self.transformer_2 is None:
             return _predict(self.transformer, variables, latents, timesteps, text)
-        first, second = (
-            {kind: tree[name] for kind, tree in variables.items() if name in tree}
-            for name in ("transformer", "transformer_2")
-        )
-        low, boundary = self.transformer_2, self.boundary
+        (first, second), low, boundary = self._by_expert(variables), self.transformer_2, self.boundary
         assert boundary is not None
         noisy = jnp.broadcast_to(timesteps, latents.shape[:1]) >= boundary
 
         def high_noise() -> jax.Array:
-            return _predict(self.transformer, first, latents, timesteps, text)
+            return _predict(self.transformer, first, latents, timesteps, text[0])
 
         def low_noise() -> jax.Array:
-            return _predict(low, second, latents, timesteps, text)
+            return _predict(low, second, latents, timesteps, text[1])
 
         def each() -> jax.Array:
             return jnp.where(noisy[:, None, None, None, None], high_noise(), low_noise())
 
         which = jnp.where(jnp.all(noisy), 0, jnp.where(jnp.any(noisy), 2, 1))
         return jax.lax.switch(which, (high_noise, low_noise, each))
+
+    @staticmethod
+    def _by_expert(variables: Tree) -> tuple[Tree, Tree]:
+        """Each expert's own variables; an expert without adapters has none."""
+        first, second = (
+            {kind: tree[name] for kind, tree in variables.items() if name in tree}
+            for name in ("transformer", "transformer_2")
+        )
+        return first, second
 
     def decode(self, params: Tree, latents: jax.Array, frame_indices: Sequence[int] | None = None) -> jax.Array:
         """See `Family`: causal, so that nothing after the last frame of `frame_indices` is decoded."""
@@ -285,10 +299,15 @@ class Wan:
         return []
 
 
+def _read(transformer: WanTransformer3DModel, variables: Tree, text: Text) -> TextContext:
+    context: Any = transformer.apply(variables, text.hidden, method="encode_text")
+    return context
+
+
 def _predict(
-    transformer: WanTransformer3DModel, variables: Tree, latents: jax.Array, timesteps: jax.Array, text: Text
+    transformer: WanTransformer3DModel, variables: Tree, latents: jax.Array, timesteps: jax.Array, text: TextContext
 ) -> jax.Array:
-    prediction: Any = transformer.apply(variables, latents, timesteps, text.hidden)
+    prediction: Any = transformer.apply(variables, latents, timesteps, text)
     return prediction.astype(jnp.float32)
 
 
