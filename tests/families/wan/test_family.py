@@ -103,13 +103,16 @@ def test_half_precision_leaves_in_float32_what_diffusers_does(folder, pipe, load
     from diffusers import WanTransformer3DModel
 
     from vpo_jax.checkpoints.keys import torch_tensors
-    from vpo_jax.runtime.trees import cast_floating, flatten
+    from vpo_jax.runtime.cli import load_config
+    from vpo_jax.runtime.trees import flatten
+    from vpo_jax.training.policy import make_policy
 
     theirs = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16).state_dict()
     if loaded:
         ours = vpo_jax.load_pipeline(folder, dtype="bfloat16").params["transformer"]
     else:
-        ours = cast_floating(pipe.params["transformer"], jnp.bfloat16, Wan.float32_parameters)
+        config = load_config("configs/vpo.py:wan")
+        ours = make_policy(config, pipe.family, pipe.trainable).frozen["transformer"]
     kinds = {key: leaf.dtype for path, leaf in flatten(ours).items() for key in torch_tensors(path, leaf.shape)}
     assert kinds.keys() == theirs.keys() and {str(kind) for kind in kinds.values()} == {"float32", "bfloat16"}
     assert {key: f"torch.{kind}" for key, kind in kinds.items()} == {key: str(x.dtype) for key, x in theirs.items()}
