@@ -5,7 +5,7 @@ time: room for preference training. `lessons` come first where the UNet does not
 which left is right.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from vpo_jax.recipes.fit import Fitted, Metrics, fit, make_schedule, make_update
 from vpo_jax.recipes.frame_code import init_frame_code
+from vpo_jax.recipes.pools import encode_pool
 from vpo_jax.recipes.tokenizer import MAX_LENGTH, make_tokenizer, vocabulary
 from vpo_jax.runtime.files import write_json
 from vpo_jax.runtime.trees import count
@@ -30,7 +31,6 @@ from vpo_jax.shapes import world
 
 Tree = Any
 TRAINED = ("unet", "text_encoder")  # what the second stage trains
-Render = Callable[[jax.Array, jax.Array], world.Videos]  # (key, rows of captions) -> videos
 
 _LATENT_CHANNELS = 6
 VAE = {
@@ -192,19 +192,6 @@ def _encode(vae: AutoencoderKL, params: Tree, frames: jax.Array) -> tuple[jax.Ar
 # Stage 2: captions and noise to latents.
 
 
-def encode_pool(
-    seed_key: jax.Array, vae: AutoencoderKL, params: Tree, number: int, size: int, render: Render = world.render_videos
-) -> tuple[jax.Array, ...]:
-    """Pool `number` of encoded videos: latent means, latent standard deviations, rows of the training captions."""
-    rows = jnp.asarray(world.caption_indices("train"))
-    parts = []
-    for chunk in range(size // 256):
-        render_key, row_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(seed_key, number), chunk))
-        chosen = jax.random.randint(row_key, (256,), 0, len(rows))
-        parts.append((*_encode(vae, params, render(render_key, rows[chosen]).frames), chosen))
-    return tuple(jnp.concatenate(part) for part in zip(*parts, strict=True))
-
-
 def train_denoiser(
     seed: int,
     steps: int,
@@ -282,7 +269,7 @@ def train_denoiser(
             pools.clear()
             key = jax.random.fold_in(seed_key, 1 if number >= 0 else 3)
             size, render = (_POOL, world.render_videos) if number >= 0 else (_LESSON_POOL, world.render_crossings)
-            pools[number] = encode_pool(key, vae, vae_params, max(number, 0), size, render)
+            pools[number] = encode_pool(key, max(number, 0), size, partial(_encode, vae, vae_params), render)
         return update(state, step, *pools[number])
 
     state = Fitted(params, jax.tree.map(jnp.copy, params), optimizer.init(params))

@@ -21,6 +21,7 @@ from vpo_jax.families.wan.published import SCHEDULER as PUBLISHED_SCHEDULER
 from vpo_jax.models.autoencoder_kl_wan import AutoencoderKLWan
 from vpo_jax.models.wan_vae_config import AutoencoderKLWanConfig, normalise_latents
 from vpo_jax.recipes.fit import Fitted, Metrics, fit, make_schedule, make_update
+from vpo_jax.recipes.pools import encode_pool
 from vpo_jax.recipes.tokenizer import MAX_LENGTH, make_umt5_tokenizer
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.files import write_json
@@ -176,19 +177,6 @@ def _encode(vae: AutoencoderKLWan, params: Tree, frames: jax.Array) -> jax.Array
 # Stage 2: captions and noise to latents.
 
 
-def encode_pool(seed_key: jax.Array, vae: AutoencoderKLWan, params: Tree, number: int) -> tuple[jax.Array, jax.Array]:
-    """Pool `number` of encoded videos: latents as the transformer sees them, and rows of the training captions."""
-    rows = jnp.asarray(world.caption_indices("train"))
-    parts = []
-    for chunk in range(_POOL // 256):
-        render_key, row_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(seed_key, number), chunk))
-        chosen = jax.random.randint(row_key, (256,), 0, len(rows))
-        frames = world.render_videos(render_key, rows[chosen], num_frames=NUM_FRAMES).frames
-        parts.append((normalise_latents(_encode(vae, params, frames), vae.config), chosen))
-    latents, captioned = zip(*parts, strict=True)
-    return jnp.concatenate(latents), jnp.concatenate(captioned)
-
-
 def train_denoiser(
     seed: int,
     steps: int,
@@ -239,14 +227,18 @@ def train_denoiser(
         optax.clip_by_global_norm(1.0), optax.adamw(make_schedule(rate, steps, 0.5), b2=0.99, weight_decay=1e-3)
     )
     update = make_update(loss, optimizer, 0.999)
-    pools: dict[int, tuple[jax.Array, jax.Array]] = {}
+    render = partial(world.render_videos, num_frames=NUM_FRAMES)
+    pools: dict[int, tuple[jax.Array, ...]] = {}
     steps_a_pool = _POOL * _POOL_PASSES // batch
+
+    def encode(frames: jax.Array) -> tuple[jax.Array]:
+        return (normalise_latents(_encode(family.vae, vae_params, frames), family.vae.config),)
 
     def step_with_pool(state: Fitted, step: int) -> tuple[Fitted, Metrics]:
         number = step // steps_a_pool
         if number not in pools:
             pools.clear()
-            pools[number] = encode_pool(jax.random.fold_in(seed_key, 1), family.vae, vae_params, number)
+            pools[number] = encode_pool(jax.random.fold_in(seed_key, 1), number, _POOL, encode, render)
         return update(state, step, *pools[number])
 
     state = Fitted(params, jax.tree.map(jnp.copy, params), optimizer.init(params))

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from vpo_jax.checkpoints import folders
-from vpo_jax.checkpoints.folders import Component, Configs, Layout, read_tokenizer, write_tokenizer
+from vpo_jax.checkpoints.folders import Component, Configs, Layout
 from vpo_jax.checkpoints.safetensors_io import DIFFUSERS_STEM, TRANSFORMERS_STEM
+from vpo_jax.checkpoints.tokenizers import read_tokenizer, write_tokenizer
 from vpo_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from vpo_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
