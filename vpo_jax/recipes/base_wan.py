@@ -103,8 +103,8 @@ _POOL_PASSES = 8  # times that a pool is gone through before the next
 def train_vae(seed: int, steps: int, rate: float, workdir: Path, seconds: float | None) -> tuple[Tree, dict[str, Any]]:
     """AutoencoderKLWan on the training mixture: frames by themselves for the first half of the steps, then videos.
 
-    Frames by themselves pass through all but the convolutions in time. They cost a fifth, and an autoencoder that
-    begins with videos learns to see the object only after hundreds of steps.
+    Frames by themselves pass through all but the convolutions in time. An autoencoder that begins with videos learns
+    to see the object only after hundreds of steps.
 
     Returns:
       The moving average of the parameters, and the config with mean and standard deviation of the latents.
@@ -132,7 +132,7 @@ def train_vae(seed: int, steps: int, rate: float, workdir: Path, seconds: float 
 
 
 def _init_vae(key: jax.Array, vae: AutoencoderKLWan) -> Tree:
-    """Fresh parameters whose convolutions keep the size of a signal: the norms do not take its mean away."""
+    """Fresh parameters; kernels have the variance 1 / fan_in, three times PyTorch's, and the latents little noise."""
     video = jnp.zeros((1, NUM_FRAMES, world.SIZE, world.SIZE, 3))
     params = flatten(jax.jit(lambda: vae.init(key, video)["params"])())
     params = {path: 3**0.5 * leaf if path.endswith("kernel") else leaf for path, leaf in params.items()}
