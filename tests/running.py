@@ -74,10 +74,15 @@ def ends(started):
     return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
 
 
+def on_devices(count):
+    """This environment with so many CPU devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return os.environ | {"XLA_FLAGS": flags.lstrip()}
+
+
 def start_program(name, *arguments, devices=1, **environment):
     """tests/programs/NAME in a process of its own, on so many CPU devices and with more environment variables."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | environment
+    env = on_devices(devices) | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
     command = [sys.executable, str(PROGRAMS / name), *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

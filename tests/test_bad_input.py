@@ -1,7 +1,6 @@
 """What wrong input gets: one line that names the field and the fix, exit code 2, and nothing written."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.running import ROOT, on_devices
 from vpo_jax import main
 from vpo_jax.runtime import cli
 
-ROOT = Path(__file__).resolve().parents[1]
 UNET = Path("unet", "diffusion_pytorch_model.safetensors")
 
 
@@ -140,7 +139,7 @@ def test_a_workdir_that_is_a_file(job, tmp_path, capsys):
 def test_a_batch_that_the_mesh_does_not_divide(job, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "vpo_jax.main", *job, f"--workdir={tmp_path}/run"],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=on_devices(8),
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,6 +1,5 @@
 """The main job as several processes, which start, stop and go on together."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.running import ROOT, ends, free_port, joining, lines, wait_for_step
+from tests.running import ROOT, ends, free_port, joining, lines, on_devices, wait_for_step
 
 STEPS, PROMPTS = 3, 4
 
@@ -24,8 +23,7 @@ def start_together(job, workdir, processes, devices=1, flags=()):
         *flags,
     ]
     for number in range(processes):
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        environment |= joining(port, number, processes)
+        environment = on_devices(devices) | joining(port, number, processes)
         command = [sys.executable, "-m", "vpo_jax.main", *job, *more]
         started.append(
             subprocess.Popen(

@@ -1,9 +1,6 @@
 """Scores of one device and of four: `python on_four_devices.py` prints a JSON object for `test_scoring.py`."""
 
 import json
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
 import numpy as np

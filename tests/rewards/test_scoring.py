@@ -1,7 +1,6 @@
 """Scorers on batches: a prompt is read once for its candidates, whatever the microbatch, the mesh and the place."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.running import ROOT, on_devices
 from tests.toy_scorer import ToyScorer
 from vpo_jax.rewards import scoring
 from vpo_jax.rewards.custom.origin import Origin
@@ -22,7 +22,6 @@ from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import make_mesh
 from vpo_jax.shapes import world
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["one", "two words"]
 
 
@@ -77,7 +76,7 @@ def test_microbatches_of_parts_of_prompts_read_one_for_as_many_candidates_as_lie
 
 
 def test_four_devices_keep_their_own_prompts_and_give_the_same_scores():
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env = on_devices(4) | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(Path(__file__).with_name("on_four_devices.py"))]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
