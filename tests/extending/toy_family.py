@@ -176,6 +176,10 @@ class ToyFamily:
         """One latent frame a frame."""
         return num_frames, height // FACTOR, width // FACTOR, CHANNELS
 
+    def context_length(self, num_frames: int, height: int, width: int) -> int:
+        """Frames."""
+        return num_frames
+
     def tokenize(self, tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
         """Bytes, padded with zeros."""
         rows = [prompt.encode()[:TOKENS].ljust(TOKENS, b"\0") for prompt in prompts]

@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from tests.training import conftest as tiny
 from vpo_jax.algorithms.dpo.update import make_gradients
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
+from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.scoring import bring
 from vpo_jax.runtime.mesh import Meshes, infer_shardings, make_mesh, make_meshes
 from vpo_jax.runtime.processes import place
@@ -45,14 +46,13 @@ def decode_every_frame(config, pipeline, programs, meshes, latents):
         return decode.function(params, bring(latents, meshes.score))
 
 
-def make_step(meshes, rank, chunk, unet, pairs):
+def make_step(pipeline, meshes, rank, chunk, pairs, **sizes):
     """(arrays of one step, how many leaves of the state are sharded, devices that hold the latents)."""
     meshes = meshes if isinstance(meshes, Meshes) else Meshes.of(meshes)
     config = tiny.make_config(
         lora__rank=rank, rollout__microbatch=4 * chunk, train__microbatch=chunk, preference__pairs=pairs,
-        data__shuffle=False,
+        data__shuffle=False, **sizes,
     )  # fmt: skip
-    pipeline = tiny.make_pipeline(unet)
     with jax.set_mesh(meshes.update):
         setup = make_setup(config, pipeline, [tiny.ToyReward()], meshes, PROMPTS)
         state, dpo, frozen = setup.fresh_state(), setup.algorithm, setup.frozen
@@ -123,13 +123,20 @@ def main(kind):
             ("context", make_mesh(1, 1, 4, devices=jax.devices()[:4]), 0),
             ("tensor", make_mesh(4, 1, 1, 2), 0),
         ],
+        # Three latent frames, which context does not divide, and twelve tokens, which it does.
+        "wan": [("together", make_mesh(1, 2, 2, 2), 0), ("roles", make_meshes(axes), 0)],
     }[kind]
-    rank, unet = (0 if kind == "full" else 2), (UNET if kind in ("denoiser", "axis") else None)
+    rank, sizes = (0 if kind == "full" else 2), {}
+    if kind == "wan":
+        pipeline = load_pipeline("shapes_wan")
+        sizes = {"rollout__num_frames": 5, "rollout__height": 16, "rollout__width": 16}
+    else:
+        pipeline = tiny.make_pipeline(UNET if kind in ("denoiser", "axis") else None)
     pairs = "group" if kind == "group" else "best_worst"
-    one, _, _ = make_step(make_mesh(1, devices=jax.devices()[:1]), rank, 0, unet, pairs)
+    one, _, _ = make_step(pipeline, make_mesh(1, devices=jax.devices()[:1]), rank, 0, pairs, **sizes)
     found = {}
     for name, mesh, chunk in meshes:
-        many, sharded, spread = make_step(mesh, rank, chunk, unet, pairs)
+        many, sharded, spread = make_step(pipeline, mesh, rank, chunk, pairs, **sizes)
         found[name] = {"sharded": sharded, "spread": spread, **compare(one, many)}
     print(json.dumps(found))
 

@@ -108,6 +108,10 @@ class ToyFamily:
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         return num_frames, height, width, 4
 
+    def context_length(self, num_frames, height, width):
+        """Frames."""
+        return num_frames
+
     def tokenize(self, tokenizer: Any, prompts: Any) -> np.ndarray:
         return np.array([[ord(c) % 31 for c in prompt.ljust(6)[:6]] for prompt in prompts], np.int32)
 

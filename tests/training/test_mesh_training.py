@@ -8,7 +8,9 @@ from tests.running import run_program
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "full", "group", "denoiser", pytest.param("axis", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "kind", ["lora", "full", "group", "denoiser", "wan", pytest.param("axis", marks=pytest.mark.long)]
+)
 def test_one_device_and_eight_give_the_same_videos_scores_pairs_and_gradients(kind):
     done = run_program("meshes_agree.py", kind, devices=8, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]

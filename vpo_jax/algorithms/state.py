@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from vpo_jax.diffusion.trajectory import Trajectory
 from vpo_jax.rewards.combine import RewardStatistics, init_statistics
@@ -135,5 +135,5 @@ def infer_state_shardings(
     return whole._replace(
         **by_rules,
         algorithm=infer_algorithm(state.algorithm, mesh),
-        prefetched=jax.tree.map(lambda _: NamedSharding(mesh, spec), state.prefetched),
+        prefetched=infer_shardings(state.prefetched, mesh, (("", spec),)),
     )

@@ -152,6 +152,10 @@ class Family(Protocol):
         """(f, h, w, C): the latents of one video of a size that `video_size` has returned."""
         ...
 
+    def context_length(self, num_frames: int, height: int, width: int) -> int:
+        """Positions of such a video that `mesh.context` shards: latent frames, or a transformer's tokens."""
+        ...
+
     # Pure functions of parameters.
 
     def tokenize(self, tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:

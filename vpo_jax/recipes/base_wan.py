@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from vpo_jax.checkpoints.folders import PipelineParts, write_pipeline
 from vpo_jax.families.wan.family import Wan
@@ -20,7 +19,7 @@ from vpo_jax.families.wan.layout import LAYOUT
 from vpo_jax.families.wan.published import SCHEDULER as PUBLISHED_SCHEDULER
 from vpo_jax.models.autoencoder_kl_wan import AutoencoderKLWan
 from vpo_jax.models.wan_vae_config import AutoencoderKLWanConfig, normalise_latents
-from vpo_jax.recipes.fit import Fitted, Metrics, fit, make_schedule, make_update
+from vpo_jax.recipes.fit import Fitted, Metrics, fit, make_muon, make_schedule, make_update
 from vpo_jax.recipes.pools import encode_pool
 from vpo_jax.recipes.tokenizer import MAX_LENGTH, make_umt5_tokenizer
 from vpo_jax.runtime.errors import UserError
@@ -35,26 +34,31 @@ NUM_FRAMES = 9
 _Z = 16
 VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKLWan",
-    "base_dim": 16,
-    "dim_mult": [1, 2, 3],
+    "base_dim": 32,
+    "decoder_base_dim": 40,
+    "dim_mult": [1, 1],
     "num_res_blocks": 1,
-    "temperal_downsample": [True, True],
+    "temperal_downsample": [True],
     "z_dim": _Z,
     "latents_mean": [0.0] * _Z,
     "latents_std": [1.0] * _Z,
-    "scale_factor_temporal": 4,
+    "is_residual": True,
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_temporal": 2,
     "scale_factor_spatial": 4,
 }
 TRANSFORMER: dict[str, Any] = {
     "_class_name": "WanTransformer3DModel",
     "patch_size": [1, 2, 2],
-    "num_attention_heads": 6,
-    "attention_head_dim": 24,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
     "in_channels": _Z,
     "out_channels": _Z,
     "text_dim": 64,
     "freq_dim": 64,
-    "ffn_dim": 576,
+    "ffn_dim": 512,
     "num_layers": 6,
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
@@ -88,7 +92,7 @@ DEFAULTS = {
     "num_inference_steps": 16,
 }
 
-_VIDEOS_A_VAE_STEP = 8
+_VIDEOS_A_VAE_STEP = 4
 _KL_WEIGHT = 1e-6
 _LOG_VARIANCE_AT_START = -6.0
 _MEASURED = 512  # videos whose latents are measured
@@ -101,10 +105,7 @@ _POOL_PASSES = 8  # times that a pool is gone through before the next
 
 
 def train_vae(seed: int, steps: int, rate: float, workdir: Path, seconds: float | None) -> tuple[Tree, dict[str, Any]]:
-    """AutoencoderKLWan on the training mixture: frames by themselves for the first half of the steps, then videos.
-
-    Frames by themselves pass through all but the convolutions in time. An autoencoder that begins with videos learns
-    to see the object only after hundreds of steps.
+    """AutoencoderKLWan on the training mixture.
 
     Returns:
       The moving average of the parameters, and the config with mean and standard deviation of the latents.
@@ -113,15 +114,11 @@ def train_vae(seed: int, steps: int, rate: float, workdir: Path, seconds: float 
     seed_key = jax.random.fold_in(jax.random.key(seed), 1)
     params = _init_vae(jax.random.fold_in(seed_key, 0), vae)
     print(f"vae: {count(params):,} parameters", flush=True)
-    first = steps // 2
-    for name, number in (("vae_frames", first), ("vae", steps - first)):
-        key = jax.random.fold_in(seed_key, 2 + (name == "vae"))
-        optimizer = optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adamw(make_schedule(rate, number, 0.3), b2=0.99, weight_decay=1e-4)
-        )
-        update = make_update(partial(_reconstruction_loss, vae, key, name == "vae"), optimizer, 0.998)
-        state = Fitted(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
-        params = fit(state, update, number, workdir / name, seconds=seconds).ema
+    # Orthogonalised steps: after 275 of them a reconstruction has 19.8 dB, after as many of AdamW's 17.
+    optimizer = make_muon(make_schedule(rate, steps, 0.3))
+    update = make_update(partial(_reconstruction_loss, vae, jax.random.fold_in(seed_key, 2)), optimizer, 0.998)
+    state = Fitted(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    params = fit(state, update, steps, workdir / "vae", seconds=seconds).ema
 
     rows = jnp.asarray(world.caption_indices("train"))
     key = jax.random.fold_in(seed_key, 1)
@@ -132,32 +129,36 @@ def train_vae(seed: int, steps: int, rate: float, workdir: Path, seconds: float 
 
 
 def _init_vae(key: jax.Array, vae: AutoencoderKLWan) -> Tree:
-    """Fresh parameters; kernels have the variance 1 / fan_in, three times PyTorch's, and the latents little noise."""
+    """Fresh parameters; kernels have the variance 1 / fan_in, three times PyTorch's, and the latents little noise.
+
+    Convolutions between frames begin near the identity: a latent frame is the last of its frames, and each of them it.
+    """
     video = jnp.zeros((1, NUM_FRAMES, world.SIZE, world.SIZE, 3))
     params = flatten(jax.jit(lambda: vae.init(key, video)["params"])())
     params = {path: 3**0.5 * leaf if path.endswith("kernel") else leaf for path, leaf in params.items()}
+    for path in [path for path in params if path.endswith("time_conv/kernel")]:
+        *_, channels, features = params[path].shape
+        copies = jnp.tile(jnp.eye(channels), features // channels)
+        params[path] = (0.1 * params[path]).at[-1, 0, 0].add(copies)
     params["quant_conv/bias"] = params["quant_conv/bias"].at[_Z:].set(_LOG_VARIANCE_AT_START)
     return unflatten(params)
 
 
 def _reconstruction_loss(
-    vae: AutoencoderKLWan, key: jax.Array, whole: bool, params: Tree, step: jax.Array
+    vae: AutoencoderKLWan, key: jax.Array, params: Tree, step: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """L1, squares, errors of differences and a light KL on `whole` videos, or on every other frame by itself."""
+    """L1, squares, errors of differences and a light KL."""
     data_key, row_key, noise_key = jax.random.split(jax.random.fold_in(key, step), 3)
     rows = jnp.asarray(world.caption_indices("train"))
     chosen = rows[jax.random.randint(row_key, (_VIDEOS_A_VAE_STEP,), 0, len(rows))]
     videos = 2 * world.render_videos(data_key, chosen, num_frames=NUM_FRAMES).frames - 1
-    if not whole:
-        videos = videos[:, ::2].reshape(-1, 1, *videos.shape[2:])
     mean, logvar = _moments(vae, params, videos)
     latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(noise_key, mean.shape)
     decoded: Any = vae.apply({"params": params}, latents, clip=False, method="decode")
     error = decoded - videos
     kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar).mean()
     # Errors of finite differences keep edges sharp and steps between frames true, where a plain L1 would blur them.
-    axes = [axis for axis in (1, 2, 3) if error.shape[axis] > 1]
-    differences = jnp.stack([jnp.abs(jnp.diff(error, axis=axis)).mean() for axis in axes]).sum()
+    differences = jnp.stack([jnp.abs(jnp.diff(error, axis=axis)).mean() for axis in (1, 2, 3)]).sum()
     squared = (error**2).mean()
     value = jnp.abs(error).mean() + squared + differences + _KL_WEIGHT * kl
     return value, {"loss": value, "kl": kl, "psnr": 10 * jnp.log10(4 / squared)}
@@ -223,9 +224,7 @@ def train_denoiser(
     params = _init(jax.random.fold_in(seed_key, 0), family) if start is None else jax.tree.map(jnp.asarray, start)
     sizes = {name: count(tree) for name, tree in params.items()}
     print("; ".join(f"{name}: {size:,} parameters" for name, size in sizes.items()), flush=True)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(make_schedule(rate, steps, 0.5), b2=0.99, weight_decay=1e-3)
-    )
+    optimizer = make_muon(make_schedule(rate, steps, 0.5))
     update = make_update(loss, optimizer, 0.999)
     render = partial(world.render_videos, num_frames=NUM_FRAMES)
     pools: dict[int, tuple[jax.Array, ...]] = {}

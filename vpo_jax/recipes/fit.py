@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from vpo_jax.checkpoints.orbax_store import CheckpointStore
+from vpo_jax.runtime.trees import path_of
 
 State = TypeVar("State")  # a pytree of arrays
 Tree = Any
@@ -38,6 +39,32 @@ def make_schedule(peak: float, steps: int, decay_from: float) -> optax.Schedule:
         optax.linear_schedule(peak, 0.0, steps - hold),
     ]
     return optax.join_schedules(parts, [warm, hold])
+
+
+def make_muon(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Muon on kernels, whose last axis is the output; AdamW at a tenth of the rate on the rest (Jordan et al., 2024).
+
+    The places of a convolution's window and its input channels are one side of the matrix; a stack of layers
+    ("blocks.*") is a matrix a layer.
+    """
+
+    def sides(params: Tree) -> Tree:
+        def of(keys: jax.tree_util.KeyPath, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+            path = path_of(keys)
+            if not path.endswith("/kernel") or min(leaf.shape[-2:]) == 1:
+                return None
+            return optax.contrib.MuonDimensionNumbers(tuple(range(int("*" in path), leaf.ndim - 1)), leaf.ndim - 1)
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    muon = optax.contrib.muon(
+        schedule,
+        adam_b2=0.99,
+        weight_decay=1e-4,
+        adam_learning_rate=lambda step: 0.1 * schedule(step),
+        muon_weight_dimension_numbers=sides,
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
 
 
 def make_update(loss: Loss, optimizer: optax.GradientTransformation, decay: float) -> Update:

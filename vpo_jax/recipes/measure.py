@@ -1,4 +1,4 @@
-"""Measures the shipped base model and scorer on held-out captions.
+"""Measures a shipped base model and the scorer on held-out captions.
 
     python -m vpo_jax.recipes.measure --base=DIR --scorer=DIR --workdir=DIR --output=quality.json
 
@@ -50,10 +50,12 @@ def summarise(videos: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
     return result | {f"right_{name}": float(x.mean()) for name, x in judge.matches(videos, captions).items()}
 
 
-def reference_videos(count: int, probability: float, seed: int = 1) -> tuple[np.ndarray, list[str]]:
+def reference_videos(
+    count: int, probability: float, seed: int = 1, num_frames: int = world.NUM_FRAMES
+) -> tuple[np.ndarray, list[str]]:
     """Rendered videos of training captions, degraded with `probability`, as the base model was trained on."""
     rows = np.resize(world.caption_indices("train"), count)
-    videos = world.render_videos(jax.random.key(seed), rows, probability)
+    videos = world.render_videos(jax.random.key(seed), rows, probability, num_frames)
     return np.asarray(world.to_uint8(videos.frames)), _captions(rows)
 
 
@@ -143,8 +145,8 @@ def measure_all(base: str | Path, scorer: str | Path, count: int, seed: int, wor
         "samples": count,
         "seed": seed,
         "base": summarise(videos, captions),
-        "clean": summarise(*reference_videos(960, 0.0)),
-        "mixture": summarise(*reference_videos(960, 0.5)),
+        "clean": summarise(*reference_videos(960, 0.0, num_frames=videos.shape[1])),
+        "mixture": summarise(*reference_videos(960, 0.5, num_frames=videos.shape[1])),
         "scorer": {
             "spearman_synthetic": synthetic_correlations(loaded),
             "spearman_as_trained": synthetic_correlations(loaded, presence=None),

@@ -76,13 +76,13 @@ def check_meshes(config: Any, meshes: Meshes) -> None:
                 )
 
 
-def check_context(meshes: Meshes, num_frames: int) -> None:
-    """Raises UserError where a mesh does not divide the latent frames of a video."""
+def check_context(meshes: Meshes, length: int) -> None:
+    """Raises UserError where a mesh does not divide what it shards of a video (`Family.context_length`)."""
     for key, mesh in (("mesh.context", meshes.update), ("mesh.rollout", meshes.rollout)):
-        if num_frames % mesh.shape["context"]:
+        if length % mesh.shape["context"]:
             raise UserError(
-                f"{key}: context {mesh.shape['context']} does not divide the {num_frames} frames of a video's latents"
-                f" (rollout.num_frames); choose a divisor"
+                f"{key}: context {mesh.shape['context']} does not divide the {length} latent frames or tokens of a"
+                f" video of this size (rollout.num_frames); choose a divisor"
             )
 
 
@@ -99,7 +99,7 @@ def check_inputs(
     check_attention("model.attention", config.model.attention, DTYPES[config.model.dtype])
     check_meshes(config, meshes)
     num_frames, height, width = pipeline.video_size(rollout.num_frames, rollout.height, rollout.width)
-    check_context(meshes, pipeline.latent_shape(num_frames, height, width)[0])
+    check_context(meshes, pipeline.family.context_length(num_frames, height, width))
     if config.eval.num_inference_steps or config.eval.shift:
         steps = config.eval.num_inference_steps or rollout.num_inference_steps
         scheduler = with_shift(pipeline.scheduler_config, config.eval.shift, "eval.shift")

@@ -73,7 +73,8 @@ def make_setup(
       UserError: sizes that do not fit each other or the mesh, a scorer that is for evaluation only.
     """
     check_meshes(config, meshes)
-    check_context(meshes, pipeline.latent_shape(*(config.rollout[k] for k in ("num_frames", "height", "width")))[0])
+    size = pipeline.video_size(*(config.rollout[k] for k in ("num_frames", "height", "width")))
+    check_context(meshes, pipeline.family.context_length(*size))
     rules = pipeline.family.sharding_rules
     policy = make_policy(config, pipeline.family, pipeline.trainable, initial)
     programs = make_programs(config, pipeline, policy, rewards, meshes.update)

@@ -142,6 +142,10 @@ class TextToVideoSD:
         factor = self.vae.config.scale_factor
         return num_frames, height // factor, width // factor, self.unet.config.in_channels
 
+    def context_length(self, num_frames: int, height: int, width: int) -> int:
+        """See `Family`: frames."""
+        return num_frames
+
     # Pure functions of parameters.
 
     def tokenize(self, tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -183,6 +184,12 @@ class Wan:
         """See `Family`."""
         every, down, right = self._latent_units
         return 1 + (num_frames - 1) // every, height // down, width // right, self.vae.config.z_dim
+
+    def context_length(self, num_frames: int, height: int, width: int) -> int:
+        """See `Family`: tokens."""
+        frames, *sides, _ = self.latent_shape(num_frames, height, width)
+        patches = zip((frames, *sides), self.transformer.config.patch_size, strict=True)
+        return math.prod(size // patch for size, patch in patches)
 
     @property
     def _latent_units(self) -> tuple[int, int, int]:
