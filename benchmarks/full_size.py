@@ -1,11 +1,12 @@
 """The main job with random weights of the published sizes: seconds of a step's parts, beside their floor, and memory.
 
     python benchmarks/full_size.py --folder=DIR --config.train.steps=4 [--config=configs/vpo.py:modelscope]
-        [--size=small] [--config.a.b=c] [--output=FILE.json]
+        [--size=small] [--only_steps] [--config.a.b=c] [--output=FILE.json]
 
 Makes DIR/full/base (ModelScope's networks, 3.7 GB in float16) and DIR/full/videoscore (8.3 billion parameters, 16.5 GB
 in bfloat16) where they are not there yet, with the shipped tokenizers, and runs the job in DIR/full/run as
 `vpo_jax.main` does: load, train, compare, export. The first step compiles and does not count. It learns nothing.
+`--only_steps` times the steps alone, each phase by itself, without a run around them.
 """
 
 import json
@@ -20,7 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
-from measuring import chip_of, write_random
+import throughput
+from measuring import chip_of, peak_bytes, write_random
 from safetensors import SafetensorError
 
 from vpo_jax.checkpoints import safetensors_io as io
@@ -30,20 +32,23 @@ from vpo_jax.main import run
 from vpo_jax.models.idefics2_config import Idefics2Config
 from vpo_jax.pipeline import SHIPPED
 from vpo_jax.planning.chips import Topology
-from vpo_jax.planning.fit import abstract_meshes, make_plan, measure_programs
+from vpo_jax.planning.fit import Plan, abstract_meshes, make_plan, measure_programs
 from vpo_jax.planning.job import make_job
 from vpo_jax.rewards.protocol import DIMENSIONS
 from vpo_jax.rewards.query import QUERY_FILE
 from vpo_jax.rewards.videoscore import published
 from vpo_jax.rewards.videoscore.folder import CLASSES, videoscore_shapes
 from vpo_jax.runtime import cli
-from vpo_jax.runtime.backend import keep_freed_memory
+from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.workdir import completed_steps
 from vpo_jax.training.check import check
 
 SHIPPED_VIDEOSCORE = cli.ROOT / "vpo_jax" / "shapes" / "assets" / "videoscore"
+# Phases of a step by the planner's stages, up to the algorithm's own; and those that a step has once.
+_PHASES = {"encode": "rollout", "rollout": "rollout", "decode": "score", "score": "score"}
+_ONCE = (("rollout", 1), ("score", 1), ("select", 1))
 INSTRUCTION = "rate the video in frames " * 50  # as many tokens as VideoScore's, in the shipped tokenizer's words
 
 
@@ -54,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--folder", type=Path, required=True, help="of the weights and the run; 25 GB")
     parser.add_argument("--config", default="configs/vpo.py:modelscope")
     parser.add_argument("--size", choices=("full", "small"), default="full", help="small: the shipped models' sizes")
+    parser.add_argument("--only_steps", action="store_true", help="no comparison, no export, nothing saved")
     parser.add_argument("--output", default="", help="JSON file to write beside what is printed")
     flags = parser.parse(words)
     folder = flags.folder / flags.size
@@ -72,6 +78,12 @@ def main(argv: Sequence[str]) -> None:
     written = time.perf_counter() - began
 
     keep_freed_memory()
+    if flags.only_steps:
+        keep_compiled_programs()
+        result = {"written_seconds": written, **steps(config)}
+        print(json.dumps(result, indent=2))
+        cli.write_output(flags.output, result)
+        return
     began = time.perf_counter()
     workdir = folder / "run"
     run(config, workdir)
@@ -97,13 +109,49 @@ def summary(config: Any, workdir: Path) -> dict[str, Any]:
         **times,
         "peak_bytes": (devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }
-    if chip := chip_of(devices[0]):
-        job = make_job(config)
-        topology = Topology(found["devices"], chip, len(devices))
-        plan = make_plan(job, measure_programs(job), topology, abstract_meshes(config.mesh, len(devices)))
+    if plan := plan_of(config):
         floors = {f"floor/{stage.name}": stage.floor for stage in plan.stages}
         found |= floors | {"planned_peak_bytes": plan.peak, "share_of_floor": sum(floors.values()) / times["time/step"]}
     return found
+
+
+def steps(config: Any) -> dict[str, Any]:
+    """Of the steps after the first: {"seconds": ..., "phases": {"rollout": {"seconds": ..., "floor": ...}}, ...}.
+
+    `seconds` is the sum of the phases' medians. A floor is the planner's: FLOPs over the device's published peak, or
+    bytes over its bandwidth where these take longer.
+    """
+    timed = throughput.measure(config, max(1, config.train.steps - 1))
+    updates = config.train.updates_per_step
+    phases = {name: {"seconds": timed["median"][name] * times} for name, times in (*_ONCE, ("update", updates))}
+    found = {
+        "seconds": timed["step"],
+        "all_phase_seconds": timed["all"],
+        "first_step_seconds": sum(timed["first"].values()),
+        "videos_a_step": timed["videos"],
+        "peak_bytes": peak_bytes(),
+        "phases": phases,
+    }
+    if plan := plan_of(config):
+        for stage in plan.stages:
+            phase = phases[_PHASES.get(stage.name.partition(" ")[0], "update")]
+            phase["floor"] = phase.get("floor", 0.0) + stage.floor
+        for phase in phases.values():
+            phase["share_of_floor"] = phase.get("floor", 0.0) / phase["seconds"]
+        flops, floor = (sum(getattr(stage, name) for stage in plan.stages) for name in ("flops", "floor"))
+        found |= {"tflop": flops / 1e12, "share_of_floor": floor / timed["step"], "planned_peak_bytes": plan.peak}
+    return found
+
+
+def plan_of(config: Any) -> Plan | None:
+    """The job's plan on this machine's devices; None where the planner does not know them."""
+    devices = jax.devices()
+    chip = chip_of(devices[0])
+    if chip is None:
+        return None
+    job = make_job(config)
+    topology = Topology(f"{len(devices)} x {devices[0].device_kind}", chip, len(devices))
+    return make_plan(job, measure_programs(job), topology, abstract_meshes(config.mesh, len(devices)))
 
 
 def make_base(folder: Path, size: str) -> None:

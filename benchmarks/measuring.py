@@ -2,6 +2,7 @@
 
 import functools
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import torch_tensors
 from vpo_jax.planning.chips import CHIPS, Chip
 from vpo_jax.runtime.errors import UserError
-from vpo_jax.runtime.trees import flatten
+from vpo_jax.runtime.trees import flatten, is_stacked
 
 _NOISE = 4_194_301  # numbers, repeated: a prime, so that rows differ
 
@@ -34,18 +35,31 @@ def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     return value, time.perf_counter() - began
 
 
+def repeated(repeats: int, function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """Of so many calls: {"seconds": the median, "all_seconds": each}."""
+    seconds = [timed(function, *args)[1] for _ in range(repeats)]
+    return {"seconds": statistics.median(seconds), "all_seconds": seconds}
+
+
+def peak_bytes() -> int | None:
+    """The most memory of the first device that this process has used; None where the device does not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def random_weights(shapes: Any) -> Any:
     """Arrays of those shapes, with a variance that keeps activations of order one."""
 
-    def one(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        inputs = int(np.prod(shape[:-1])) if len(shape) > 1 else 1
+    def one(key: jax.Array, shape: tuple[int, ...], dtype: Any, inputs: int) -> jax.Array:
         return (jax.random.normal(key, shape, dtype) / np.sqrt(inputs)).astype(dtype)
 
-    leaves, structure = jax.tree.flatten(shapes)
-    fill = jax.jit(one, static_argnums=(1, 2))
+    fill = jax.jit(one, static_argnums=(1, 2, 3))
+    leaves = flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    filled = [fill(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, filled)
+    filled = []
+    for key, (path, leaf) in zip(keys, leaves.items(), strict=True):
+        layer = leaf.shape[1:] if is_stacked(path) else leaf.shape
+        filled.append(fill(key, leaf.shape, leaf.dtype, int(np.prod(layer[:-1]))))
+    return jax.tree.unflatten(jax.tree.structure(shapes), filled)
 
 
 def run_peer(benchmark: str, case: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ Weights and inputs are random: configs by name download nothing. Each stage gets
 the compiler allocates. Prints one line for each stage.
 """
 
+import dataclasses
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
-from measuring import chip_of, random_weights, timed
+from measuring import chip_of, peak_bytes, random_weights, repeated, timed
 
 from vpo_jax.planning.chips import CHIPS, Topology
 from vpo_jax.planning.fit import abstract_meshes, make_plan, measure_programs
@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> None:
     check(config)
     keep_compiled_programs()
 
-    job = make_job(config)
+    whole = make_job(config)
+    job = dataclasses.replace(whole, programs=tuple(choose_programs(whole.programs, flags.stages)))
     device = jax.devices()[0]
     kind = chip_of(device) or CHIPS["h100"]  # an unknown device is compared with an H100
     topology = Topology(f"{len(jax.devices())} x {device.device_kind}", kind, len(jax.devices()))
@@ -56,11 +57,12 @@ def main(argv: Sequence[str]) -> None:
     meshes = make_meshes(config.mesh)
     found: dict[str, Any] = {"device": topology.name, "jax": jax.__version__, "floor_of": kind.name}
     rules = job.pipeline.family.sharding_rules
-    for stage in choose_programs(job.programs, flags.stages):
+    for stage in job.programs:
         measured = measure(stage, getattr(meshes, stage.mesh), rules, flags.repeats)
         floor = planned[stage.name].floor / stage.calls
         measured |= {
             "floor": floor,
+            "tflop": planned[stage.name].flops / stage.calls / 1e12,
             "bound": planned[stage.name].bound,
             "share_of_floor": floor / measured["seconds"],
             "estimated_temporaries": planned[stage.name].temporaries,
@@ -85,14 +87,15 @@ def measure(program: Program, mesh: Any, rules: Rules, repeats: int) -> dict[str
         compiled, compiling = timed(lambda: program.function.lower(*arguments).compile())
         memory: Any = compiled.memory_analysis()
         timed(compiled, *arguments)
-        seconds = statistics.median(timed(compiled, *arguments)[1] for _ in range(repeats))
+        seconds = repeated(repeats, compiled, *arguments)
     return {
         "batch": program.batch,
         "microbatch": program.microbatch,
-        "seconds": seconds,
+        **seconds,
         "compile_seconds": compiling,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": peak_bytes(),  # of this stage and those before it
     }
 
 

@@ -78,6 +78,7 @@ def measure(config: Any, repeats: int) -> dict[str, Any]:
         "jax": jax.__version__,
         "videos": videos,
         "prompts": config.train.prompts_per_step,
+        "all": {stage: values[1:] for stage, values in seconds.items()},
         "first": {stage: values[0] for stage, values in seconds.items()},
         "median": median,
         "videos_per_second": videos / (median["rollout"] + median["score"]),

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import ftfy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +24,8 @@ _LARGEST = 64 << 20  # bytes of a file; those of umT5 have up to 17 MB
 
 def clean_prompt(text: str) -> str:
     """The prompt without mojibake, HTML entities and runs of whitespace, as diffusers' `WanPipeline` reads it."""
+    import ftfy  # nothing else wants it: plans and benchmarks of Wan read no prompts
+
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
 
