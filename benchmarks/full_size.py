@@ -46,9 +46,8 @@ from vpo_jax.runtime.workdir import completed_steps
 from vpo_jax.training.check import check
 
 SHIPPED_VIDEOSCORE = cli.ROOT / "vpo_jax" / "shapes" / "assets" / "videoscore"
-# Phases of a step by the planner's stages, up to the algorithm's own; and those that a step has once.
+# Phases of a step by the planner's stages; the algorithm's own are its update.
 _PHASES = {"encode": "rollout", "rollout": "rollout", "decode": "score", "score": "score"}
-_ONCE = (("rollout", 1), ("score", 1), ("select", 1))
 INSTRUCTION = "rate the video in frames " * 50  # as many tokens as VideoScore's, in the shipped tokenizer's words
 
 
@@ -118,15 +117,18 @@ def summary(config: Any, workdir: Path) -> dict[str, Any]:
 def steps(config: Any) -> dict[str, Any]:
     """Of the steps after the first: {"seconds": ..., "phases": {"rollout": {"seconds": ..., "floor": ...}}, ...}.
 
-    `seconds` is the sum of the phases' medians. A floor is the planner's: FLOPs over the device's published peak, or
-    bytes over its bandwidth where these take longer.
+    A floor is the planner's: FLOPs over the device's published peak, or bytes over its bandwidth where these take longer.
     """
     timed = throughput.measure(config, max(1, config.train.steps - 1))
-    updates = config.train.updates_per_step
-    phases = {name: {"seconds": timed["median"][name] * times} for name, times in (*_ONCE, ("update", updates))}
+    calls = {name: config.train.updates_per_step if name == "update" else 1 for name in timed["all"]}
+    all_seconds = [
+        sum(calls[name] * seconds for name, seconds in zip(timed["all"], step, strict=True))
+        for step in zip(*timed["all"].values(), strict=True)
+    ]
+    phases = {name: {"seconds": timed["median"][name] * times} for name, times in calls.items()}
     found = {
-        "seconds": timed["step"],
-        "all_phase_seconds": timed["all"],
+        "seconds": statistics.median(all_seconds),
+        "all_seconds": all_seconds,
         "first_step_seconds": sum(timed["first"].values()),
         "videos_a_step": timed["videos"],
         "peak_bytes": peak_bytes(),
@@ -139,7 +141,7 @@ def steps(config: Any) -> dict[str, Any]:
         for phase in phases.values():
             phase["share_of_floor"] = phase.get("floor", 0.0) / phase["seconds"]
         flops, floor = (sum(getattr(stage, name) for stage in plan.stages) for name in ("flops", "floor"))
-        found |= {"tflop": flops / 1e12, "share_of_floor": floor / timed["step"], "planned_peak_bytes": plan.peak}
+        found |= {"tflop": flops / 1e12, "share_of_floor": floor / found["seconds"], "planned_peak_bytes": plan.peak}
     return found
 
 

@@ -1,7 +1,10 @@
 """Helpers of the benchmarks of full-size parts."""
 
 import functools
+import importlib.metadata
 import json
+import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -17,6 +20,7 @@ import numpy as np
 from vpo_jax.checkpoints import safetensors_io as io
 from vpo_jax.checkpoints.keys import torch_tensors
 from vpo_jax.planning.chips import CHIPS, Chip
+from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import flatten, is_stacked
 
@@ -92,3 +96,30 @@ def write_random(folder: Path, stem: str, shapes: Mapping[str, Any], dtype: str)
         for key, shape in torch_tensors(path, leaf.shape).items()
     }
     io.write_weights(folder, stem, state)
+
+
+def versions() -> dict[str, str | None]:
+    """Of what a time depends on; None of what is not there."""
+
+    def of(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def says(*command: str) -> str | None:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20, cwd=cli.ROOT)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip().partition("\n")[0] or None
+
+    cuda = re.search(r"cuda (\d+)", jax.devices()[0].client.platform_version)
+    packages = ("jax", "jaxlib", "flax", "torch", "transformers", "diffusers")
+    return {
+        "commit": says("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
+        "python": platform.python_version(),
+        **{package: of(package) for package in packages},
+        "cuda": cuda and f"{int(cuda[1]) // 1000}.{int(cuda[1]) % 1000 // 10}",  # 13000 is 13.0
+        "driver": says("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+    }

@@ -4,7 +4,7 @@
         --config.reward.scorers=videoscore [--config.a.b=c] [--stages=rollout,update] [--repeats=3] [--output=FILE.json]
 
 Weights and inputs are random: configs by name download nothing. Each stage gets the inputs of one step; memory is what
-the compiler allocates. Prints one line for each stage.
+the compiler allocates. Prints one line for each stage; one that fails, as for lack of memory, does not end the others.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
-from measuring import chip_of, peak_bytes, random_weights, repeated, timed
+from measuring import chip_of, random_weights, repeated, timed
 
 from vpo_jax.planning.chips import CHIPS, Topology
 from vpo_jax.planning.fit import abstract_meshes, make_plan, measure_programs
@@ -58,7 +58,13 @@ def main(argv: Sequence[str]) -> None:
     found: dict[str, Any] = {"device": topology.name, "jax": jax.__version__, "floor_of": kind.name}
     rules = job.pipeline.family.sharding_rules
     for stage in job.programs:
-        measured = measure(stage, getattr(meshes, stage.mesh), rules, flags.repeats)
+        try:
+            measured = measure(stage, getattr(meshes, stage.mesh), rules, flags.repeats)
+        except jax.errors.JaxRuntimeError as error:  # most often memory: the other stages may fit
+            found[stage.name] = {"error": str(error).partition("\n")[0]}
+            print(stage.name, json.dumps(found[stage.name]), flush=True)
+            cli.write_output(flags.output, found)
+            continue
         floor = planned[stage.name].floor / stage.calls
         measured |= {
             "floor": floor,
@@ -95,7 +101,7 @@ def measure(program: Program, mesh: Any, rules: Rules, repeats: int) -> dict[str
         "compile_seconds": compiling,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": peak_bytes(),  # of this stage and those before it
+        "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes,
     }
 
 

@@ -1,0 +1,125 @@
+"""docs/speed.md from what benchmarks/gpu.py measured.
+
+    python benchmarks/report.py [--results=DIR] [--output=docs/speed.md]
+
+Reads every JSON file of full-size results in DIR, benchmarks/results. Where there is none it writes nothing.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vpo_jax.runtime import cli
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.files import write_text_atomically
+from vpo_jax.runtime.paths import user_path
+
+_HEAD = """# Measured speed
+
+Full sizes with random weights, one GPU. A time is the median of repeated calls after the first, which compiles. A share
+is of the data sheet's dense bfloat16 peak; FLOPs are those of matrix products and convolutions. `python benchmarks/gpu.py`
+says what each row is; its JSON files in `benchmarks/results` hold every repeat and every command.
+
+    python benchmarks/gpu.py
+    python benchmarks/report.py
+"""
+_MEASURED = "| | s | TFLOP | share of peak | peak memory, GB | as fast as diffusers |\n| --- | --- | --- | --- | --- | --- |\n"
+_PHASES = "| phase of the step | s | floor, s | share of the floor |\n| --- | --- | --- | --- |\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Writes the page."""
+    parser = cli.Parser("benchmarks.report", (__doc__ or "").partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--output", default=str(cli.ROOT / "docs" / "speed.md"))
+    flags = parser.parse(argv)
+    found = [read(file) for file in sorted(flags.results.glob("*.json"))]
+    full = [one for one in found if one["size"] == "full"]
+    if not full:
+        print(f"{flags.results} has no results of full size: nothing is written; measure with benchmarks/gpu.py")
+        return
+    page = "\n".join([_HEAD, *(section(one) for one in full)])
+    try:
+        write_text_atomically(user_path(flags.output, "--output"), page)
+    except OSError as error:
+        raise UserError(f"--output: {flags.output} cannot be written: {error.strerror}") from error
+    print(f"{flags.output}: {', '.join(one['device'] for one in full)}")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The results of a file.
+
+    Raises:
+      UserError: it is none of `gpu.py`.
+    """
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--results: {file} cannot be read ({error}); remove it") from error
+    if not {"device", "size", "results"} <= set(found):
+        raise UserError(f"--results: {file} is no file of benchmarks/gpu.py; remove it")
+    return found
+
+
+def section(machine: Mapping[str, Any]) -> str:
+    """A device: its table, the phases of its step, what is not measured, and versions."""
+    results = {one["name"]: one for one in machine["results"]}
+    measured = {name: one for name, one in results.items() if "seconds" in one}
+    lines = [f"## {machine['device']}\n"]
+    if measured:
+        lines.append(_MEASURED + "".join(_row(name, one, measured) for name, one in measured.items()))
+    if "step" in measured:
+        step = measured["step"]
+        lines.append(f"A step of {step['videos_a_step']} videos, the first of them {step['first_step_seconds']:.0f} s:\n")
+        lines.append(_PHASES + "".join(_phase(name, one) for name, one in step["phases"].items()))
+    if rest := [one for one in results.values() if "seconds" not in one]:
+        lines.append("Not measured:\n")
+        lines.append("".join(f"- {one['name']}: {one.get('error') or one['skipped']}\n" for one in rest))
+    lines.append("".join(_versions(measured)))
+    return "\n".join(lines)
+
+
+def _row(name: str, found: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> str:
+    group, _, how = name.partition("/")
+    peer = measured.get(f"{group}/diffusers") if how else None
+    memory = found.get("peak_bytes")
+    cells = (
+        name,
+        _digits(found["seconds"]),
+        _digits(found.get("tflop")),
+        f"{found['share_of_peak']:.0%}" if "share_of_peak" in found else "",
+        f"{memory / 1e9:.1f}" if memory else "",
+        f"{peer['seconds'] / found['seconds']:.2f} times" if peer and peer is not found else "",
+    )
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _phase(name: str, found: Mapping[str, Any]) -> str:
+    floor, share = found.get("floor"), found.get("share_of_floor")
+    return f"| {name} | {_digits(found['seconds'])} | {_digits(floor)} | {f'{share:.0%}' if share else ''} |\n"
+
+
+def _digits(value: float | None) -> str:
+    """Three digits, never as a power of ten; "" of nothing."""
+    if not value:
+        return ""
+    text = f"{value:.3g}"
+    return f"{value:.0f}" if "e+" in text else text
+
+
+def _versions(measured: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each set of versions, with the results that were measured with it where there are several."""
+    groups: dict[str, list[str]] = {}
+    for name, found in measured.items():
+        said = ", ".join(f"{what} {value}" for what, value in found["versions"].items() if value)
+        groups.setdefault(said, []).append(name)
+    for said, names in groups.items():
+        yield f"Measured with {said}{f': {", ".join(names)}' if len(groups) > 1 else ''}.\n"
+
+
+if __name__ == "__main__":
+    cli.run(main)
