@@ -3,9 +3,9 @@
     python benchmarks/denoiser.py [--model=modelscope|wan] [--videos=N] [--frames=N] [--size=HEIGHTxWIDTH]
         [--attention=xla] [--profile=DIR] [--peer=eager|compiled [--peer_alone]] [--small] [--output=FILE.json]
 
-Guidance computes every video twice in a call, with its text and without. `wan` is the transformer of Wan 2.1 1.3B, whose
-keys and values of the text are computed once, as sampling does. The weights are random bfloat16: nothing is downloaded.
-The floor is the FLOPs of the products over the device's published peak. `--peer` also times diffusers' class on the same
+Guidance computes every video twice in a call, with its text and without. `wan` is the transformer of Wan 2.1 1.3B; keys
+and values of its text are computed once, as sampling does. The weights are random bfloat16: nothing is downloaded. The
+floor is the FLOPs of the products over the device's published peak. `--peer` also times diffusers' class on the same
 shapes in bfloat16 with PyTorch's own attention, as it is or through torch.compile.
 """
 
@@ -216,7 +216,7 @@ def torch_peer(
     torch.set_default_device(place)
     torch.set_default_dtype(torch.bfloat16)
     rows, frames, height, width, channels = latents
-    of = diffusers.UNet3DConditionModel if model == "modelscope" else diffusers.WanTransformer3DModel
+    of: Any = diffusers.UNet3DConditionModel if model == "modelscope" else diffusers.WanTransformer3DModel
     with torch.no_grad():
         denoiser: Any = of(**config).eval()
         if compiled:

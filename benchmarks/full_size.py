@@ -117,7 +117,7 @@ def summary(config: Any, workdir: Path) -> dict[str, Any]:
 def steps(config: Any) -> dict[str, Any]:
     """Of the steps after the first: {"seconds": ..., "phases": {"rollout": {"seconds": ..., "floor": ...}}, ...}.
 
-    A floor is the planner's: FLOPs over the device's published peak, or bytes over its bandwidth where these take longer.
+    A floor is the planner's: FLOPs over the device's published peak, or bytes over its bandwidth where this is longer.
     """
     timed = throughput.measure(config, max(1, config.train.steps - 1))
     calls = {name: config.train.updates_per_step if name == "update" else 1 for name in timed["all"]}
@@ -139,7 +139,8 @@ def steps(config: Any) -> dict[str, Any]:
             phase = phases[_PHASES.get(stage.name.partition(" ")[0], "update")]
             phase["floor"] = phase.get("floor", 0.0) + stage.floor
         for phase in phases.values():
-            phase["share_of_floor"] = phase.get("floor", 0.0) / phase["seconds"]
+            if "floor" in phase:
+                phase["share_of_floor"] = phase["floor"] / phase["seconds"]
         flops, floor = (sum(getattr(stage, name) for stage in plan.stages) for name in ("flops", "floor"))
         found |= {"tflop": flops / 1e12, "share_of_floor": floor / found["seconds"], "planned_peak_bytes": plan.peak}
     return found

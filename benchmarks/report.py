@@ -21,14 +21,14 @@ from vpo_jax.runtime.paths import user_path
 _HEAD = """# Measured speed
 
 Full sizes with random weights, one GPU. A time is the median of repeated calls after the first, which compiles. A share
-is of the data sheet's dense bfloat16 peak; FLOPs are those of matrix products and convolutions. `python benchmarks/gpu.py`
-says what each row is; its JSON files in `benchmarks/results` hold every repeat and every command.
+is of the data sheet's dense bfloat16 peak; FLOPs are those of matrix products and convolutions. The JSON files in
+`benchmarks/results` hold every repeat, and the command of each row.
 
     python benchmarks/gpu.py
     python benchmarks/report.py
 """
-_MEASURED = "| | s | TFLOP | share of peak | peak memory, GB | as fast as diffusers |\n| --- | --- | --- | --- | --- | --- |\n"
-_PHASES = "| phase of the step | s | floor, s | share of the floor |\n| --- | --- | --- | --- |\n"
+_MEASURED = ("", "s", "TFLOP", "share of peak", "peak memory, GB", "speed beside diffusers")
+_PHASES = ("phase of the step", "s", "floor, s", "share of the floor")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -71,11 +71,13 @@ def section(machine: Mapping[str, Any]) -> str:
     measured = {name: one for name, one in results.items() if "seconds" in one}
     lines = [f"## {machine['device']}\n"]
     if measured:
-        lines.append(_MEASURED + "".join(_row(name, one, measured) for name, one in measured.items()))
+        lines.append(_table(_MEASURED, [_row(name, one, measured) for name, one in measured.items()]))
     if "step" in measured:
         step = measured["step"]
-        lines.append(f"A step of {step['videos_a_step']} videos, the first of them {step['first_step_seconds']:.0f} s:\n")
-        lines.append(_PHASES + "".join(_phase(name, one) for name, one in step["phases"].items()))
+        lines.append(
+            f"A step has {step['videos_a_step']} videos. The first takes {step['first_step_seconds']:.0f} s.\n"
+        )
+        lines.append(_table(_PHASES, [_phase(name, one) for name, one in step["phases"].items()]))
     if rest := [one for one in results.values() if "seconds" not in one]:
         lines.append("Not measured:\n")
         lines.append("".join(f"- {one['name']}: {one.get('error') or one['skipped']}\n" for one in rest))
@@ -83,11 +85,15 @@ def section(machine: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, found: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> str:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, ["---"] * len(heads), *rows))
+
+
+def _row(name: str, found: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     group, _, how = name.partition("/")
     peer = measured.get(f"{group}/diffusers") if how else None
     memory = found.get("peak_bytes")
-    cells = (
+    return (
         name,
         _digits(found["seconds"]),
         _digits(found.get("tflop")),
@@ -95,12 +101,11 @@ def _row(name: str, found: Mapping[str, Any], measured: Mapping[str, Mapping[str
         f"{memory / 1e9:.1f}" if memory else "",
         f"{peer['seconds'] / found['seconds']:.2f} times" if peer and peer is not found else "",
     )
-    return f"| {' | '.join(cells)} |\n"
 
 
-def _phase(name: str, found: Mapping[str, Any]) -> str:
-    floor, share = found.get("floor"), found.get("share_of_floor")
-    return f"| {name} | {_digits(found['seconds'])} | {_digits(floor)} | {f'{share:.0%}' if share else ''} |\n"
+def _phase(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
+    share = found.get("share_of_floor")
+    return name, _digits(found["seconds"]), _digits(found.get("floor")), f"{share:.0%}" if share else ""
 
 
 def _digits(value: float | None) -> str:
@@ -118,7 +123,7 @@ def _versions(measured: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         said = ", ".join(f"{what} {value}" for what, value in found["versions"].items() if value)
         groups.setdefault(said, []).append(name)
     for said, names in groups.items():
-        yield f"Measured with {said}{f': {", ".join(names)}' if len(groups) > 1 else ''}.\n"
+        yield f"Measured with {said}{': ' + ', '.join(names) if len(groups) > 1 else ''}.\n"
 
 
 if __name__ == "__main__":
