@@ -55,7 +55,7 @@ def test_a_measurement_that_fails_is_recorded_and_the_others_run(fakes, tmp_path
         ("killed", ("crash",), 60),
         ("hanging", ("hang", f"--pid={tmp_path / 'pid'}"), 1),
         ("other", good(tmp_path), 60, ("a_package_that_is_not_there",)),
-        ("last", good(tmp_path), 60),
+        ("unet/peer", (*good(tmp_path), "--peer=eager"), 60),
     )
     assert time.monotonic() - started < 60
     assert found["unet/xla"]["seconds"] == 0.5 and found["unet/xla"]["share_of_peak"] == 0.1  # 50 TFLOP in 0.5 s
@@ -64,7 +64,7 @@ def test_a_measurement_that_fails_is_recorded_and_the_others_run(fakes, tmp_path
     assert found["killed"]["error"] == "ended by SIGKILL"
     assert found["hanging"]["error"] == "stopped after 3 s"
     assert found["other"]["skipped"] == "no a_package_that_is_not_there"
-    assert found["last"]["seconds"] == 0.5
+    assert (found["unet/peer"]["tflop"], found["unet/peer"]["share_of_peak"]) == (50.0, 0.1), "the FLOPs of ours"
     child = Path("/proc", (tmp_path / "pid").read_text())
     assert not child.exists() or "Z" in (child / "stat").read_text().rpartition(")")[2].split()[0]  # what it started
 
@@ -91,7 +91,8 @@ def test_nothing_is_started_that_does_not_fit_into_the_budget(fakes, tmp_path, c
     assert "left: long (500 s); short (5 s). The same command goes on." in capsys.readouterr().out
     assert set(fakes(*every, flags=["--budget=100"])) == {"short"}
     found = fakes(("stuck", ("hang", f"--pid={tmp_path / 'pid'}"), 2), flags=["--budget=4"])
-    assert "the end of the budget" in found["stuck"]["skipped"], "so it is tried again"
+    assert "the end of the budget" in found["stuck"]["skipped"]
+    assert fakes(("stuck", good(tmp_path), 2))["stuck"]["seconds"] == 0.5, "it is tried again"
 
 
 def test_a_stage_that_ends_the_process_does_not_end_those_after_it(fakes, tmp_path):
@@ -237,6 +238,28 @@ def test_the_page_shows_the_numbers_of_the_results(tmp_path, capsys):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(UserError, match=r"^--results: .*x\.json is no file of benchmarks/gpu\.py"):
         report.main(flags)
+
+
+def test_a_call_of_wan_computes_no_keys_and_values_of_its_text(tmp_path):
+    import denoiser
+
+    output = tmp_path / "found.json"
+    small = ["--model=wan", "--small", "--videos=1", "--frames=5", "--size=32", "--repeats=1", f"--output={output}"]
+    denoiser.main(small)
+    found = json.loads(output.read_text())
+    tokens, width, hidden, rows, layers = 2 * 2 * 2, 32, 64, 2, 2
+    products = 6 * width**2 + 2 * tokens * width + 2 * 512 * width + 2 * width * hidden  # of a token in a layer
+    ends = 2 * 64 * width * tokens + 256 * width + width**2 + 6 * width**2  # patches in and out, the timestep
+    assert round(found["tflop"] * 1e12) == 2 * rows * (layers * tokens * products + ends)
+    assert found["seconds"] > 0 and found["apart_from_xla"] == 0.0
+    for flag, said in (
+        ("--frames=6", r"^--frames: 6 is not 4 k \+ 1"),
+        ("--size=40", r"^--size: 40x40 .* multiple of 16"),
+        ("--size=big", r"^--size: big is no size"),
+        ("--peer_alone", r"^--peer_alone: there is no --peer"),
+    ):
+        with pytest.raises(UserError, match=said):
+            denoiser.main([*small, flag])
 
 
 def test_a_stacks_axis_counts_no_inputs_of_random_weights():
