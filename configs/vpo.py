@@ -35,7 +35,7 @@ def _shapes() -> ConfigDict:
     config.seed = 0
 
     config.model = ConfigDict()
-    config.model.path = "shapes"  # or shapes_wan, both shipped; a diffusers folder, or a hub id
+    config.model.path = "shapes"  # the shipped model, a diffusers folder, or a hub id
     config.model.dtype = "float32"  # of computation and frozen weights; or "bfloat16"
     config.model.attention = "xla"  # "cudnn" is faster on NVIDIA GPUs; its gradients do not repeat to the bit
 
@@ -223,16 +223,6 @@ def _pairs(config: ConfigDict) -> None:
     config.ema.extrapolation = 5.0
 
 
-def _shapes_wan(config: ConfigDict) -> None:
-    """The embedded job on a small Wan model: a rectified flow, a causal video autoencoder, 9 frames.
-
-    Hardware and time as the default job's.
-    """
-    _embedded(config)
-    config.model.path = "shapes_wan"
-    config.rollout.num_frames = 9
-
-
 def _tiny(config: ConfigDict) -> None:
     """Runs every stage of the embedded job in seconds; learns nothing."""
     config.rollout.num_inference_steps = 2
@@ -402,7 +392,6 @@ def _wan22_5b(config: ConfigDict) -> None:
 PRESETS = {
     "": _embedded,
     "pairs": _pairs,
-    "shapes_wan": _shapes_wan,
     "tiny": _tiny,
     "custom": _custom,
     "modelscope": _modelscope,

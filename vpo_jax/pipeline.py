@@ -24,8 +24,7 @@ from vpo_jax.runtime.mesh import VIDEO, constrain, infer_shardings
 
 Tree = Any
 
-_ASSETS = Path(__file__).parent / "shapes" / "assets"
-SHIPPED = {"shapes": _ASSETS / "base", "shapes_wan": _ASSETS / "wan"}
+SHIPPED = {"shapes": Path(__file__).parent / "shapes" / "assets" / "base"}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -272,10 +271,10 @@ def _compiled_sampler(
 
 
 def load_pipeline(path: str | Path, dtype: str = "float32", place: Place | None = None) -> Pipeline:
-    """Loads a diffusers text-to-video folder, a shipped model, or a model on the hub when online.
+    """Loads a diffusers text-to-video folder, the shipped model "shapes", or a model on the hub when online.
 
     Args:
-      path: a folder with model_index.json, "shapes" or "shapes_wan", or a hub id "owner/name".
+      path: a folder with model_index.json, "shapes", or a hub id "owner/name".
       dtype: "float32", "bfloat16" or "float16": of the parameters and the computation.
       place: a part's tree of shapes to its shardings, as `partial(infer_shardings, mesh=..., rules=...)`:
         each tensor goes from the file to its devices by itself. None keeps numpy arrays on the host.

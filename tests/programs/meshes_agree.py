@@ -9,8 +9,12 @@ from jax.flatten_util import ravel_pytree
 
 from tests.training import conftest as tiny
 from vpo_jax.algorithms.dpo.update import make_gradients
+from vpo_jax.checkpoints.keys import init_shapes
+from vpo_jax.families.wan.family import Wan
 from vpo_jax.models.unet3d import UNet3DConditionModel, UNet3DConfig
-from vpo_jax.pipeline import load_pipeline
+from vpo_jax.pipeline import Pipeline
+from vpo_jax.recipes import base_wan
+from vpo_jax.recipes.tokenizer import make_umt5_tokenizer
 from vpo_jax.rewards.scoring import bring
 from vpo_jax.runtime.mesh import Meshes, infer_shardings, make_mesh, make_meshes
 from vpo_jax.runtime.processes import place
@@ -35,6 +39,23 @@ UNET = UNet3DConditionModel(
     )
 )
 PROMPTS = [tiny.PROMPTS[i % 5] for i in range(8)]
+
+
+def make_wan():
+    """The recipe's small Wan with random weights."""
+    configs = base_wan.configs_of(base_wan.VAE)
+    family = Wan.from_configs(configs)
+    params = base_wan.init(jax.random.key(0), family)
+    video = jax.ShapeDtypeStruct((1, 1, 8, 8, 3), np.float32)
+    rng = np.random.default_rng(7)
+
+    def draw(leaf):  # kernels by their inputs; biases and gains around one
+        wide = leaf.ndim > 1 and leaf.shape[-1] > 1
+        scale = (leaf.size // leaf.shape[-1]) ** -0.5 if wide else 0.3
+        return (rng.normal(size=leaf.shape, scale=scale) + (0 if wide else 0.5)).astype(np.float32)
+
+    params["vae"] = jax.tree.map(draw, init_shapes(family.vae, video))
+    return Pipeline(family, jax.device_get(params), configs, make_umt5_tokenizer(), base_wan.DEFAULTS)
 
 
 def decode_every_frame(config, pipeline, programs, meshes, latents):
@@ -128,7 +149,7 @@ def main(kind):
     }[kind]
     rank, sizes = (0 if kind == "full" else 2), {}
     if kind == "wan":
-        pipeline = load_pipeline("shapes_wan")
+        pipeline = make_wan()
         sizes = {"rollout__num_frames": 5, "rollout__height": 16, "rollout__width": 16}
     else:
         pipeline = tiny.make_pipeline(UNET if kind in ("denoiser", "axis") else None)

@@ -221,7 +221,7 @@ def train_denoiser(
         value = jnp.square(prediction - process.target(clean, noise, timesteps)).mean()
         return value, {"loss": value}
 
-    params = _init(jax.random.fold_in(seed_key, 0), family) if start is None else jax.tree.map(jnp.asarray, start)
+    params = init(jax.random.fold_in(seed_key, 0), family) if start is None else jax.tree.map(jnp.asarray, start)
     sizes = {name: count(tree) for name, tree in params.items()}
     print("; ".join(f"{name}: {size:,} parameters" for name, size in sizes.items()), flush=True)
     optimizer = make_muon(make_schedule(rate, steps, 0.5))
@@ -244,11 +244,11 @@ def train_denoiser(
     return fit(state, step_with_pool, steps, workdir / "denoiser", seconds=seconds).ema
 
 
-def _init(key: jax.Array, family: Wan) -> Tree:
+def init(key: jax.Array, family: Wan) -> Tree:
     """Fresh parameters of the transformer and the text encoder."""
 
     @jax.jit
-    def init() -> Tree:
+    def draw() -> Tree:
         ids = jnp.ones((1, family.text_length), jnp.int32)
         text = family.text_encoder.init(key, ids, ids > 0)["params"]
         tokens = text["shared"]["embedding"]
@@ -260,7 +260,7 @@ def _init(key: jax.Array, family: Wan) -> Tree:
             "text_encoder": text,
         }
 
-    return init()
+    return draw()
 
 
 def configs_of(vae: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
