@@ -274,7 +274,7 @@ def _full_size(config: ConfigDict, num_frames: int, height: int, width: int, gui
 
     Memory a chip, calculated: backbone 2.8 GB in bfloat16, text encoder 1.4 GB and autoencoder 0.3 GB in float32,
     LoRA of 26.6 M parameters 0.5 GB (policy, reference, gradient and two moments in float32), a scorer of VideoScore's
-    size 16.5 GB; activations are not included. The host also holds the float32 model, 7.3 GB.
+    size 16.5 GB; activations are not included. The host holds no copy of the model: it stays on disk.
     Chips with less memory hold everything but the scorer, which mesh.score shards over them (docs/plans.md).
     On fewer than eight chips lower rollout.microbatch and train.microbatch to what fits; nothing else changes.
     """

@@ -58,7 +58,8 @@ class Brightness:
 def loaded(monkeypatch):
     pipelines: list[StandInPipeline] = []
 
-    def load(path):
+    def load(path, place):
+        assert place == "disk", "else both models lie in memory"
         pipelines.append(StandInPipeline(path))
         return pipelines[-1]
 

@@ -128,7 +128,7 @@ def convert(
     store = CheckpointStore(workdir / "checkpoints", read_only=True)
     step, state, _ = store.read(step, parts=[weights])
     adapters = state[weights]
-    pipeline = load_pipeline(config.model.path)
+    pipeline = load_pipeline(config.model.path, place="disk")
     adapter = None
     if lora_only:
         form = _adapter_form(pipeline.family, lora_format)
@@ -204,7 +204,7 @@ def convert_file(
     parts = importer.read(Path(file))
     check_output_folder(output, "--output", partial(check_target, layout=parts.layout))
     if base:
-        given = read_pipeline(base)
+        given = read_pipeline(base, place="disk")
         parts = dataclasses.replace(
             parts,
             configs={**given.configs, **parts.configs},

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     rewards = load_rewards(scorers, field="--scorers")
     if not rewards:
         raise UserError("--scorers: is empty; name at least one scorer, as shapes")
-    base, tuned = load_pipeline(flags.base), load_pipeline(flags.tuned)
+    base, tuned = (load_pipeline(path, place="disk") for path in (flags.base, flags.tuned))
     make_folder(output)
     sampling = Sampling(
         seed=flags.seed,

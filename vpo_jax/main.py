@@ -94,7 +94,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
         prompts, held_out_prompts = set_apart(prompts)
     rewards = load_rewards(config.reward.scorers, training=True, settings=config.reward)
     held_out = load_rewards(config.held_out.scorers, settings=config.reward)
-    pipeline = load_pipeline(config.model.path)
+    pipeline = load_pipeline(config.model.path, place="disk")
     policy = check_inputs(config, pipeline, rewards, held_out, meshes)
     adapters = read_initial(config, pipeline.family, pipeline.trainable)
     # Least size of the export.

@@ -21,6 +21,7 @@ from vpo_jax.families.table import family_of_parts, read_pipeline
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import seed_key
 from vpo_jax.runtime.mesh import VIDEO, constrain, infer_shardings
+from vpo_jax.runtime.stored import put
 
 Tree = Any
 
@@ -103,7 +104,7 @@ class Pipeline:
         Under `jax.set_mesh(mesh)`, a call shards its batches over the mesh.
         """
         shardings = infer_shardings(self.params, mesh, self.family.sharding_rules)
-        return dataclasses.replace(self, params=jax.device_put(self.params, shardings))
+        return dataclasses.replace(self, params=put(self.params, shardings))
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids int32 [B, L], padded and truncated to the family's length."""
@@ -277,7 +278,8 @@ def load_pipeline(path: str | Path, dtype: str = "float32", place: Place | None 
       path: a folder with model_index.json, "shapes", or a hub id "owner/name".
       dtype: "float32", "bfloat16" or "float16": of the parameters and the computation.
       place: a part's tree of shapes to its shardings, as `partial(infer_shardings, mesh=..., rules=...)`:
-        each tensor goes from the file to its devices by itself. None keeps numpy arrays on the host.
+        each tensor goes from the file to its devices by itself. None keeps numpy arrays on the host. "disk" leaves
+        them there (`Stored`), so that they take no memory: `on_mesh` reads them, or `save_pretrained`.
 
     Returns:
       A `Pipeline`: `pipe(prompts)` gives uint8 [B, F, H, W, 3].

@@ -12,8 +12,9 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -25,11 +26,12 @@ from vpo_jax.checkpoints.keys import from_torch, init_shapes, to_torch
 from vpo_jax.checkpoints.untrusted import check_layers, open_folder, read_defaults
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.paths import user_path
+from vpo_jax.runtime.stored import Stored
 
 DEFAULTS_FILE = "vpo_jax.json"
 _DIFFUSERS_VERSION = "0.42.1"  # the release whose form is written
-# A tree of ShapeDtypeStruct to the tree of its leaves' shardings.
-Place = Callable[[Any], Any]
+# A tree of ShapeDtypeStruct to the tree of its leaves' shardings; or they stay where they are, see `Stored`.
+Place = Callable[[Any], Any] | Literal["disk"]
 # Parsed config.json by component, and scheduler_config.json as "scheduler".
 Configs = Mapping[str, Mapping[str, Any]]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -123,7 +125,7 @@ def read_component(
         folder: holds config.json and the safetensors.
         component: what should lie there.
         dtype: of the parameters.
-        place: where they go; None is the host, as numpy arrays.
+        place: where they go; None is the host, as numpy arrays; "disk" leaves them there, as `Stored`.
 
     Raises:
         UserError: another class, or anything that `from_torch` and `read_weights` refuse.
@@ -131,13 +133,14 @@ def read_component(
     folder = Path(folder)
     config = io.read_json(folder / "config.json")
     _check_class(config, component, folder / "config.json")
+    unchanged = io.watch_weights(folder, component.stem) if place == "disk" else None
     state = io.read_weights(folder, component.stem)
     if component.rename is not None:
         state = component.rename(state, str(folder))
     check_layers(config, len(state), str(folder))
     shapes = param_shapes(component, config)
-    places = place and place(shapes)
-    return config, from_torch(state, shapes, str(folder), dtype, places, component.float32_parameters)
+    places = place(shapes) if callable(place) else None
+    return config, from_torch(state, shapes, str(folder), dtype, places, component.float32_parameters, unchanged)
 
 
 def read_index(root: Path) -> dict[str, Any]:
@@ -162,7 +165,7 @@ def read_parts(root: Path, layout: Layout, dtype: Any = jnp.float32, place: Plac
         root: holds model_index.json of the layout's class.
         layout: what should lie there.
         dtype: of the parameters, whatever dtype the files have.
-        place: where they go; None is the host, as numpy arrays.
+        place: where they go; None is the host, as numpy arrays; "disk" leaves them there, as `Stored`.
 
     Raises:
         UserError: one line that names the file and the fix.
@@ -340,17 +343,24 @@ def _write_component(folder: Path, name: str, parts: PipelineParts, dtype: str, 
     io.write_weights(folder, part.stem, _cast(to_torch(parts.params[name]), dtype, name), max_shard_bytes)
 
 
-def _cast(state: dict[str, np.ndarray], dtype: str, where: str) -> dict[str, np.ndarray]:
-    for key, array in state.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            continue
-        with np.errstate(over="ignore"):
-            state[key] = array.astype(jnp.dtype(dtype), copy=False)
-        if not np.isfinite(state[key]).all():
+def _cast(state: Mapping[str, np.ndarray | Stored], dtype: str, where: str) -> dict[str, np.ndarray | Stored]:
+    def checked(key: str, _: int, array: np.ndarray) -> np.ndarray:
+        if not np.isfinite(array).all():
             raise UserError(
                 f"{where}.{key}: NaN, infinite or too large for {dtype}; nothing was written, save in float32"
             )
-    return state
+        return array
+
+    cast: dict[str, np.ndarray | Stored] = dict(state)
+    for key, array in state.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            continue
+        if isinstance(array, Stored):
+            cast[key] = array.astype(dtype).map(partial(checked, key))
+            continue
+        with np.errstate(over="ignore"):
+            cast[key] = checked(key, 0, array.astype(jnp.dtype(dtype), copy=False))
+    return cast
 
 
 def _index(parts: PipelineParts) -> dict[str, Any]:

@@ -13,7 +13,7 @@ of its own. "blocks.*/norm/scale" [N, C] is "blocks.0.norm.weight" [C] to "block
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.stored import Stored, place_slices
 from vpo_jax.runtime.trees import flatten, is_stacked, layer_paths, matches, unflatten
 
 _LISTED = 5  # names in an error message before "and N more"
@@ -73,10 +74,17 @@ def torch_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A parameter tree as a flat state dict of contiguous numpy arrays; dtypes stay as they are."""
-    state = {}
+def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray | Stored]:
+    """A parameter tree as a flat state dict of contiguous numpy arrays; dtypes stay as they are.
+
+    What is on disk stays there: one `Stored` a tensor, of stacked layers too.
+    """
+    state: dict[str, np.ndarray | Stored] = {}
     for path, leaf in flatten(params).items():
+        if isinstance(leaf, Stored):
+            tensors = enumerate(torch_tensors(path, leaf.shape).items())
+            state |= {key: _stored_tensor(path, leaf, number, shape) for number, (key, shape) in tensors}
+            continue
         array = np.asarray(leaf)
         layers = array if is_stacked(path) else array[None]
         for key, layer in zip(torch_tensors(path, array.shape), layers, strict=True):
@@ -91,6 +99,7 @@ def from_torch(
     dtype: Any = jnp.float32,
     shardings: Any = None,
     float32_parameters: Sequence[str] = (),
+    stored: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """A parameter tree of `shapes` from a flat state dict, one tensor at a time.
 
@@ -104,6 +113,8 @@ def from_torch(
         dtype: of floating leaves in the result.
         shardings: tree of the result's shardings; None gives numpy arrays on the host.
         float32_parameters: patterns of the paths of leaves that are float32 in the result whatever `dtype` is.
+        stored: if given, the leaves are `Stored`, over the arrays of `state`; called before each reading, to raise
+            where these are not what they were.
 
     Raises:
         UserError: tensors are missing, extra, of another shape or not finite; the first few are listed.
@@ -117,7 +128,11 @@ def from_torch(
     for path, leaf in flatten(shapes).items():
         views = {key: _to_flax(path, state[key]) for key in torch_tensors(path, tuple(leaf.shape))}
         kind = jnp.float32 if matches(path, float32_parameters) else dtype
-        leaves[path], bad = _place(views, is_stacked(path), kind, places.get(path))
+        if stored is None:
+            leaves[path], bad = _place(views, is_stacked(path), kind, places.get(path))
+        else:
+            leaves[path] = _stored(list(views.values()), is_stacked(path), kind, stored)
+            bad = {key for key, view in views.items() if not _finite(_narrowed(view, leaves[path].dtype))}
         damaged += [key for key in views if key in bad]
     if damaged:
         raise UserError(
@@ -148,30 +163,51 @@ def _place(
         dtype: of the leaf, if its numbers are floating.
         sharding: None gives a numpy array.
     """
-    arrays = list(views.values())
-    floating = any(jnp.issubdtype(array.dtype, jnp.floating) for array in arrays)
-    target = dtype if floating else arrays[0].dtype
-    shape = (len(arrays), *arrays[0].shape)
+    leaf = _stored(list(views.values()), stacked, dtype)
     damaged: set[str] = set()
 
-    def read(layers: slice, *index: Any) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         # Always a copy: what was read may be a view of a mapped file, which somebody may overwrite.
-        chosen = list(views)[layers]
-        part = np.empty((len(chosen), *arrays[0][index].shape), target)
-        for i, key in enumerate(chosen):
-            part[i] = views[key][index]
-            if not _finite(part[i]):
-                damaged.add(key)
-        return part if stacked else part.reshape(part.shape[1:])
+        part = leaf.read(index)
+        chosen = list(views)[index[0]] if stacked and index is not ... else list(views)
+        layers = zip(chosen, part if stacked else part[None], strict=True)
+        damaged.update(key for key, array in layers if not _finite(array))
+        return part
 
-    def slices(index: Any) -> np.ndarray:
-        return read(*index) if stacked else read(slice(None), *index)
+    return read(...) if sharding is None else place_slices(leaf.shape, sharding, read), damaged
 
-    if sharding is None:
-        return read(slice(None), ...), damaged
-    leaf = jax.make_array_from_callback(shape if stacked else shape[1:], sharding, slices)
-    # Else the host copies of many tensors wait for their transfer at the same time.
-    return leaf.block_until_ready(), damaged
+
+def _stored(
+    arrays: Sequence[np.ndarray], stacked: bool, dtype: Any, unchanged: Callable[[], None] | None = None
+) -> Stored:
+    """The arrays, one a layer, as a leaf in `dtype` if their numbers are floating."""
+    floating = any(jnp.issubdtype(array.dtype, jnp.floating) for array in arrays)
+    shape = (len(arrays), *arrays[0].shape) if stacked else arrays[0].shape
+
+    def layer(number: int, index: Any) -> np.ndarray:
+        if unchanged is not None:
+            unchanged()
+        return arrays[number][index]
+
+    return Stored(shape, np.dtype(dtype if floating else arrays[0].dtype), layer, stacked)
+
+
+def _stored_tensor(path: str, leaf: Stored, number: int, shape: tuple[int, ...]) -> Stored:
+    """One layer of a leaf at `path`, in PyTorch's layout."""
+
+    def layer(_: int, index: Any) -> np.ndarray:
+        part = leaf.part(number)
+        return part.transpose(_to_torch_axes(path, part.ndim))[index]
+
+    return Stored(shape, leaf.dtype, layer)
+
+
+def _narrowed(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """The array in `dtype` if that could make numbers infinite, else as it is."""
+    if not jnp.issubdtype(array.dtype, jnp.floating) or jnp.promote_types(array.dtype, dtype) == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        return array.astype(dtype)
 
 
 def _modern_names(state: Mapping[str, np.ndarray], wanted: set[str]) -> dict[str, np.ndarray]:

@@ -1,7 +1,8 @@
 """Weights of one model folder: safetensors in one file or in shards with an index. Pickles are never opened."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.numpy import save_file
 
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.file_kinds import HEAD, known_stand_in
+from vpo_jax.runtime.stored import Stored
 
 # What the two libraries call the file of a model's weights.
 DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -44,6 +46,27 @@ def read_weights(folder: Path, stem: str) -> dict[str, np.ndarray]:
     while tensors and (prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in tensors)), "")):
         tensors = {key.removeprefix(prefix): array for key, array in tensors.items()}
     return tensors
+
+
+def watch_weights(folder: Path, stem: str) -> Callable[[], None]:
+    """A function that raises UserError once a file of `read_weights` was written to; arrays over it are not its own.
+
+    A file that was removed or replaced is none: the arrays are over the one that was there.
+    """
+    seen = {file: file.stat() for file in _weight_files(folder, stem)}
+
+    def check() -> None:
+        for file, before in seen.items():
+            with contextlib.suppress(FileNotFoundError):
+                now = file.stat()
+                same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+                if same and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                    raise UserError(
+                        f"{file}: was written to after it had been opened, and its weights are needed again; put the"
+                        " model's own file back and start again"
+                    )
+
+    return check
 
 
 def read_file(file: Path) -> dict[str, np.ndarray]:
@@ -85,13 +108,17 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
         raise UserError(f"{file}: damaged or cut short ({error}); copy or download it again") from error
 
 
-def write_weights(folder: Path, stem: str, state: Mapping[str, np.ndarray], max_shard_bytes: int = 5 * 10**9) -> None:
+def write_weights(
+    folder: Path, stem: str, state: Mapping[str, np.ndarray | Stored], max_shard_bytes: int = 5 * 10**9
+) -> None:
     """Write a flat state dict into `folder`, in shards with an index where it is larger than `max_shard_bytes`.
+
+    Of what is on disk one shard at a time is in memory.
 
     Raises:
         OSError: the disk refuses.
     """
-    shards: list[dict[str, np.ndarray]] = [{}]
+    shards: list[dict[str, np.ndarray | Stored]] = [{}]
     filled = 0
     for name, array in state.items():
         if shards[-1] and filled + array.nbytes > max_shard_bytes:
@@ -100,12 +127,12 @@ def write_weights(folder: Path, stem: str, state: Mapping[str, np.ndarray], max_
         shards[-1][name] = array
         filled += array.nbytes
     if len(shards) == 1:
-        write_file(folder / f"{stem}.safetensors", shards[0])
+        write_file(folder / f"{stem}.safetensors", _in_memory(shards[0]))
         return
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         file = folder / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_file(file, shard)
+        write_file(file, _in_memory(shard))
         weight_map.update(dict.fromkeys(shard, file.name))
     total = sum(array.nbytes for array in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -202,6 +229,10 @@ def _view(data: np.ndarray, spec: Mapping[str, Any], where: str) -> np.ndarray:
         return np.asarray(data[begin:end]).view(_DTYPES[spec["dtype"]]).reshape(spec["shape"])
     except (ValueError, OverflowError, TypeError) as error:
         raise UserError(f"{where}: no shape of an array ({error}); copy or download the file again") from error
+
+
+def _in_memory(shard: Mapping[str, np.ndarray | Stored]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(array) for name, array in shard.items()}
 
 
 def write_file(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:

@@ -51,7 +51,7 @@ def read_pipeline(path: str | Path, dtype: Any = jnp.float32, place: Place | Non
     Args:
       path: a folder, or a hub id ("owner/name").
       dtype: of the parameters, whatever dtype the files have.
-      place: where they go; None is the host, as numpy arrays.
+      place: where they go; None is the host, as numpy arrays; "disk" leaves them there, as `Stored`.
 
     Raises:
       UserError: one line that names the file and the fix.

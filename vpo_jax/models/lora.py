@@ -6,8 +6,10 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.stored import Stored
 from vpo_jax.runtime.trees import flatten, is_stacked, unflatten
 from vpo_jax.runtime.types import Tree
 
@@ -72,13 +74,27 @@ def init_lora(key: jax.Array, params: Tree, config: LoRAConfig) -> Tree:
 
 
 def merge_lora(params: Tree, adapters: Tree, scale: float) -> Tree:
-    """Parameters with the adapters merged: kernel + scale * A B, computed in float32, kept in the kernel's dtype."""
+    """Parameters with the adapters merged: kernel + scale * A B, computed in float32, kept in the kernel's dtype.
+
+    Kernels on disk stay there, and are merged on the host whenever they are read.
+    """
     merged = dict(flatten(params))
     flat = flatten(adapters)
     for path, down in flat.items():
         module, _, leaf = path.rpartition("/")
         if leaf == "lora_A":
-            kernel = merged[f"{module}/kernel"]
-            product = down @ flat[f"{module}/lora_B"]
+            kernel, up = merged[f"{module}/kernel"], flat[f"{module}/lora_B"]
+            if isinstance(kernel, Stored):
+                merged[f"{module}/kernel"] = _merge_stored(kernel, np.asarray(down), np.asarray(up), scale)
+                continue
+            product = down @ up
             merged[f"{module}/kernel"] = (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
     return unflatten(merged)
+
+
+def _merge_stored(kernel: Stored, down: np.ndarray, up: np.ndarray, scale: float) -> Stored:
+    def merge(number: int, layer: np.ndarray) -> np.ndarray:
+        product = down[number] @ up[number] if kernel.stacked else down @ up
+        return (layer.astype(np.float32) + scale * product).astype(layer.dtype)
+
+    return kernel.map(merge)

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vpo_jax.runtime.backend import has_tpu
 from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.stored import Stored, put
 from vpo_jax.runtime.types import Tree
 
 _GIVEN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -120,11 +121,13 @@ def unshare(rows: np.ndarray, number: int) -> np.ndarray:
 
 
 def place(tree: Tree, shardings: Tree) -> Tree:
-    """Arrays that every process holds whole, as global arrays; each process copies its own shards alone."""
+    """Arrays that every process holds whole or has on disk, as global arrays; each copies its own shards alone."""
     if jax.process_count() == 1:
-        return jax.device_put(tree, shardings)
+        return put(tree, shardings)
 
     def one(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        if isinstance(x, Stored):
+            return x.placed(sharding)
         whole = np.asarray(x)
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
