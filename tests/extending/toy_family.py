@@ -105,6 +105,7 @@ class ToyFamily:
     )
     boundary: ClassVar[float | None] = None
     float32_parameters: ClassVar[tuple[str, ...]] = ()
+    half_text: ClassVar[bool] = False
     sharding_rules: ClassVar[Rules] = PARAMETER_RULES
     lora_targets: ClassVar[tuple[str, ...]] = (r"to_v$", r"to_frames$")
     adapter_forms: ClassVar[tuple[str, ...]] = ("peft",)

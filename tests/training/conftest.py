@@ -78,6 +78,7 @@ class ToyFamily:
     text_length: ClassVar[int] = 6
     boundary: ClassVar[float | None] = None
     float32_parameters: ClassVar[tuple[str, ...]] = ()
+    half_text: ClassVar[bool] = False
 
     @classmethod
     def from_configs(cls, configs: Any, dtype: Any = jnp.float32) -> "ToyFamily":

@@ -61,6 +61,7 @@ class Family(Protocol):
       original_names: of modules that may be adapted: (pattern of the name here, name in the model's original code), for
         LoRA files that have those names; () where there are none.
       float32_parameters: regular expressions, searched in parameter paths: float32 in a half-precision model too.
+      half_text: whether a run in half precision has the text encoder's weights in it too. They compute in float32.
       published: name -> configs of published checkpoints, so that a run can be planned without weights.
       licences: part of a published checkpoint's name, in lower case -> licence of its weights, as the hub spells it.
       importers: name -> reader of another file format: `python -m vpo_jax.convert --from_NAME=FILE`.
@@ -70,6 +71,7 @@ class Family(Protocol):
     sharding_rules: ClassVar[Rules]
     lora_targets: ClassVar[tuple[str, ...]]
     float32_parameters: ClassVar[tuple[str, ...]]
+    half_text: ClassVar[bool]
     adapter_forms: ClassVar[tuple[str, ...]]
     original_names: ClassVar[NameTable]
     published: ClassVar[Mapping[str, Configs]]

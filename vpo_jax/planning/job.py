@@ -17,7 +17,7 @@ from vpo_jax.rewards.loading import abstract_rewards
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.programs import Program, abstract
 from vpo_jax.training.optimizer import make_optimizer
-from vpo_jax.training.policy import Policy, abstract_policy
+from vpo_jax.training.policy import Policy, abstract_policy, abstract_text_params
 from vpo_jax.training.programs import make_programs
 
 Tree = Any
@@ -68,7 +68,7 @@ class Job:
             "training state": (self.state, "update"),
         }
         if not self.config.data.text_cache:  # else it has left the devices
-            trained["text encoder"] = (self.pipeline.text_params, "update")
+            trained["text encoder"] = (abstract_text_params(self.config, self.pipeline), "update")
         return trained | autoencoder | (scorers if self.role == "all" else {})
 
 

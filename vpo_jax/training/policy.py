@@ -1,6 +1,7 @@
 """The denoiser as a trainable and a frozen part: adapters on a frozen backbone, or all parameters and nothing."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from vpo_jax.models.lora import LoRAConfig, init_lora, merge_lora
 from vpo_jax.pipeline import Pipeline
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import stream_key
+from vpo_jax.runtime.programs import abstract
 from vpo_jax.runtime.trees import cast_floating
 
 Tree = Any
@@ -133,6 +135,17 @@ def make_policy(config: Any, family: Family, params: Tree, adapters: Tree | None
     return Policy(family, lora, frozen, initial, config.lora.merge)
 
 
+def text_params(config: Any, family: Family, params: Tree) -> Tree:
+    """The text encoder's parameters in the dtype in which a run of this `model.dtype` has them on the devices."""
+    dtype = DTYPES[config.model.dtype]
+    return cast_floating(params, dtype) if family.half_text and dtype != jnp.float32 else params
+
+
+def abstract_text_params(config: Any, pipeline: Pipeline) -> Tree:
+    """`text_params` as shapes; the pipeline's parameters may be shapes."""
+    return jax.eval_shape(partial(text_params, config, pipeline.family), abstract(pipeline.text_params))
+
+
 def abstract_policy(config: Any, pipeline: Pipeline) -> Policy:
     """The policy of a config as shapes; the pipeline's parameters may be shapes."""
     made: list[Policy] = []
@@ -141,5 +154,5 @@ def abstract_policy(config: Any, pipeline: Pipeline) -> Policy:
         made.append(make_policy(config, pipeline.family, params))
         return made[0].frozen, made[0].initial
 
-    frozen, initial = jax.eval_shape(trees, pipeline.trainable)
+    frozen, initial = jax.eval_shape(trees, abstract(pipeline.trainable))
     return dataclasses.replace(made[0], frozen=frozen, initial=initial)

@@ -20,7 +20,7 @@ from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import BATCH, constrain
 from vpo_jax.runtime.programs import Program, Role, abstract, abstract_rows
 from vpo_jax.training.optimizer import make_optimizer
-from vpo_jax.training.policy import Policy
+from vpo_jax.training.policy import Policy, abstract_text_params
 from vpo_jax.training.rollouts import make_rollout
 
 Tree = Any
@@ -80,7 +80,7 @@ def make_programs(
     num_frames, height, width = pipeline.video_size(rollout.num_frames, rollout.height, rollout.width)
     latents = jax.ShapeDtypeStruct(pipeline.latent_shape(num_frames, height, width), jnp.float32)
     videos, micro = size * rollout.candidates, rollout.microbatch
-    encode = _encode_program(pipeline, size)
+    encode = _encode_program(config, pipeline, size)
     text = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), jax.eval_shape(encode.function, *encode.arguments(1))
     )
@@ -144,13 +144,15 @@ def make_programs(
     )  # fmt: skip
 
 
-def _encode_program(pipeline: Pipeline, prompts: int) -> Program:
+def _encode_program(config: Any, pipeline: Pipeline, prompts: int) -> Program:
+    params = abstract_text_params(config, pipeline)
+
     def encode(params: Tree, ids: jax.Array) -> Tree:
         return jax.tree.map(lambda x: constrain(x, BATCH), pipeline.family.encode_text(params, ids))
 
     def arguments(batch: int) -> tuple[Tree, ...]:
         ids = jax.ShapeDtypeStruct((batch, pipeline.family.text_length), jnp.int32)
-        return abstract(pipeline.text_params), ids
+        return params, ids
 
     return Program("encode", jax.jit(encode), arguments, ("parameters", "batch"), "update", prompts)
 

@@ -19,7 +19,7 @@ from vpo_jax.runtime.transfers import allowed
 from vpo_jax.training.check import check_context, check_meshes
 from vpo_jax.training.evaluator import Evaluator
 from vpo_jax.training.optimizer import make_optimizer
-from vpo_jax.training.policy import Policy, make_policy
+from vpo_jax.training.policy import Policy, make_policy, text_params
 from vpo_jax.training.programs import Programs, decode_program, make_programs
 from vpo_jax.training.rollouts import Candidates, Rollouts
 from vpo_jax.training.text import TextEncoding
@@ -83,8 +83,8 @@ def make_setup(
         return place(tree, infer_shardings(tree, mesh, rules))
 
     # Before the backbone: a large text encoder whose encodings are cached is gone when that comes.
-    text_params = placed(pipeline.text_params, meshes.update)
-    encode = TextEncoding(programs.encode.function, text_params, pipeline.tokenize, config.train.prompts_per_step)
+    encoder = placed(text_params(config, pipeline.family, pipeline.text_params), meshes.update)
+    encode = TextEncoding(programs.encode.function, encoder, pipeline.tokenize, config.train.prompts_per_step)
     # As many prompts as a step has, at least two: no further program is compiled.
     plain = [config.rollout.negative_prompt, ""] * config.train.prompts_per_step
     encodings = encode(plain[: max(2, config.train.prompts_per_step)])
@@ -93,7 +93,7 @@ def make_setup(
     )
     if config.data.text_cache:
         encode.cache(config.data.text_cache, [*prompts, *tuning_prompts])
-        free(text_params, pipeline.text_params)
+        free(encoder, pipeline.text_params)
     # Policy, reference and initial policy share one frozen backbone. The copies on the host are not needed any more.
     backbone, theta0 = placed(policy.frozen, meshes.update), placed(policy.initial, meshes.update)
     policy = dataclasses.replace(policy, frozen=backbone, initial=theta0)

@@ -44,6 +44,7 @@ class TextToVideoSD:
     sharding_rules: ClassVar[Rules] = PARAMETER_RULES
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION_TARGETS
     float32_parameters: ClassVar[tuple[str, ...]] = ()
+    half_text: ClassVar[bool] = False
     adapter_forms: ClassVar[tuple[str, ...]] = (PEFT,)
     original_names: ClassVar[NameTable] = ()
     published: ClassVar[Mapping[str, Configs]] = PUBLISHED

@@ -56,6 +56,8 @@ class Wan:
     sharding_rules: ClassVar[Rules] = WAN_PARAMETER_RULES
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION_TARGETS
     float32_parameters: ClassVar[tuple[str, ...]] = FLOAT32_PARAMETERS
+    # umT5 was published in bfloat16; transformers loads all of it so, and keeps `wo` in float32 for float16 alone.
+    half_text: ClassVar[bool] = True
     published: ClassVar[Mapping[str, Configs]] = PUBLISHED
     licences: ClassVar[Mapping[str, str]] = LICENCES
     importers: ClassVar[Mapping[str, Importer]] = {}
