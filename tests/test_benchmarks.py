@@ -151,6 +151,7 @@ def test_stages_are_run_at_the_batch_of_a_step(tmp_path):
     assert found["seconds"] > 0 and found["floor"] > 0
 
 
+@pytest.mark.slow
 def test_random_folders_load_as_the_real_ones(tmp_path):
     full_size = load("full_size")
     full_size.make_base(tmp_path / "base", "small")
@@ -187,6 +188,7 @@ def test_a_finished_run_is_summed_up_without_its_first_step(tmp_path):
     assert (found["first_step_seconds"], found["time/step"], found["steps"]) == (90.0, 4.0, 4)
 
 
+@pytest.mark.slow
 def test_a_denoisers_benchmark_runs_both_halves_of_a_guided_call(monkeypatch, tmp_path):
     small = {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1}
     small |= {"attention_head_dim": 8, "cross_attention_dim": 16}

@@ -29,6 +29,7 @@ def with_value(job, key, value):
     return [*(word for word in job if not word.startswith(f"--config.{key}=")), f"--config.{key}={value}"]
 
 
+@pytest.mark.slow
 def test_a_moved_model_and_another_way_to_compute_go_on_in_a_workdir_below_a_tilde(
     finished, job, model_folder, tmp_path, monkeypatch, capsys
 ):

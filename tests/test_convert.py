@@ -19,6 +19,7 @@ def refusal(capsys, *argv):
     return said
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_is_the_export(finished, tmp_path, capsys):
     workdir = finished[0]
     convert.main([f"--workdir={workdir}", f"--output={tmp_path}/model"])

@@ -398,6 +398,7 @@ def check_mutation(mutation, folder: Path) -> None:
     assert not [path for path in opened if path.startswith((f"{folder}/outside", "/etc/passwd"))]
 
 
+@pytest.mark.slow
 @given(mutation=mutations())
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_folder_that_was_tampered_with_loads_or_is_refused_in_words(mutation, tmp_path):

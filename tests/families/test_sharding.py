@@ -44,6 +44,7 @@ def trees():
         yield f"scorer {name}", abstract_rewards(name, reward)[0].params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"fsdp": 4}, {"fsdp": 8, "tensor": 3}], ids=str)
 def test_every_parameter_of_the_real_models_is_sharded_as_its_name_says(sizes):
     mesh, sharded = mesh_of(**sizes), 0

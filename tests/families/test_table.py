@@ -70,6 +70,7 @@ def test_text_has_no_mask_where_the_denoiser_attends_to_padding(pipeline):
     assert text.mask is None and text.hidden.shape[:2] == (2, pipeline.family.text_length)
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_has_sizes_and_a_licence_without_weights():
     for name, (family, configs) in published().items():
         model = make_pipeline(shapes_of_configs(family.layout, configs))

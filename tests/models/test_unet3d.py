@@ -150,6 +150,7 @@ def test_fresh_adapters_change_no_bit(small):
     np.testing.assert_allclose(with_fresh, run({"params": params}, *inputs), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient(small):
     unet, params, inputs = small
 

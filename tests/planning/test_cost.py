@@ -103,6 +103,7 @@ def test_videoscore_costs_what_pytorchs_counter_says():
     assert images.sum() == reward.model.config.perceiver.resampler_n_latents == 64
 
 
+@pytest.mark.slow
 def test_videoscore_reads_a_prompt_once_for_its_candidates():
     (reward,) = abstract_rewards("videoscore", cli.load_config("configs/vpo.py").reward)
     tokens = {"input_ids": array(2, 376, dtype=jnp.int32), "mask": array(2, 376, dtype=jnp.bool_)}

@@ -26,6 +26,7 @@ def test_chunks_on_disk_are_not_made_again(tmp_path):
     assert made == [0, 1, 2, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["round_trip", "denoised"])
 def test_carried_videos_keep_the_labels_of_what_went_in(way, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(base_videos, "_CHUNK", 4)

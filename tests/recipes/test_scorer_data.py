@@ -111,6 +111,7 @@ def test_disturbances_keep_the_video_recognisable():
         assert found.mean() > 0.9, name
 
 
+@pytest.mark.slow
 def test_softened_videos_are_softer_and_grainier_by_the_judge_the_lower_their_quality():
     rows = jnp.asarray(world.caption_indices("train"))
     labelled = data.make_videos(jax.random.key(1), 96, rows, disturbed=False, soft=False)
@@ -127,6 +128,7 @@ def test_softened_videos_are_softer_and_grainier_by_the_judge_the_lower_their_qu
     assert np.asarray(quality)[~plain].mean() < np.asarray(quality)[plain].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["nothing", "exposure", "place"])
 def test_equivalent_blur_is_the_blur_that_a_video_caught_wherever_and_however_bright_it_came_back(change):
     rows = jnp.asarray(world.caption_indices("train"))

@@ -14,6 +14,8 @@ from vpo_jax.runtime.errors import UserError
 def test_the_wan_recipe_writes_a_folder_that_loads_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(base_wan, "_POOL", 256)
     monkeypatch.setattr(base_wan, "_MEASURED", 8)
+    monkeypatch.setattr(base_wan, "VAE", base_wan.VAE | {"base_dim": 8, "decoder_base_dim": 8})
+    monkeypatch.setattr(base_wan, "TRANSFORMER", base_wan.TRANSFORMER | {"num_layers": 2, "ffn_dim": 32})
     words = ["--family=wan", f"--workdir={tmp_path / 'work'}", "--vae_steps=2", "--steps=2", "--batch=4"]
     with pytest.raises(TimeoutError, match="the same command goes on"):
         train_base.main([*words, f"--output={tmp_path / 'base'}", "--seconds=0"])

@@ -47,6 +47,7 @@ def test_clean_held_out_videos_match_their_captions():
     assert abs(judge.overall(measures).mean()) < 0.1
 
 
+@pytest.mark.slow
 def test_wrong_captions_are_found_out():
     videos, captions, _ = _videos()
     for position, name in enumerate(("size", "color", "shape", "direction", "background")):
@@ -63,6 +64,7 @@ def test_wrong_captions_are_found_out():
             assert (judge.overall(judge.measure(videos, wrong)) < judge.overall(judge.measure(videos, captions))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("degradation", "name", "rises"),
     [

@@ -280,6 +280,7 @@ def test_metrics_are_means_over_updates_weighted_by_their_counts():
     assert found["a"] == 1.0 and np.isnan(found["b"])
 
 
+@pytest.mark.slow
 def test_cached_encodings_train_to_the_same_bits(configure, run, tmp_path):
     config = configure(train__steps=2, preference__caption_dropout=0.2)
     plain = run(config, tmp_path / "plain", tuning_prompts=["clip of a ball"])
