@@ -128,7 +128,8 @@ def _sizes(flags: Any) -> Sizes:
     if not (height and width) or height % side or width % side:
         raise UserError(f"--size: {height}x{width} has a side that is no multiple of {side}; give another")
     if (frames - 1) % every:
-        raise UserError(f"--frames: {frames} is not {every} k + 1; give another")
+        below = frames - (frames - 1) % every
+        raise UserError(f"--frames: {frames} is not {every} k + 1; give {below} or {below + every}")
     return Sizes(videos, frames, height, width)
 
 

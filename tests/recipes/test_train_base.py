@@ -35,6 +35,8 @@ def test_the_wan_recipe_writes_a_folder_that_loads_and_goes_on_where_it_stopped(
     assert "--family=wan" in recipe["commands"][0]
 
 
-def test_lessons_are_for_the_unet(tmp_path):
-    with pytest.raises(UserError, match="--lessons"):
-        base_wan.train_denoiser(0, 1, 1, 1e-3, {}, base_wan.VAE, tmp_path, None, lessons=3)
+def test_lessons_are_for_the_unet_and_refused_before_anything_is_trained(tmp_path):
+    words = ["--family=wan", "--lessons=3", f"--workdir={tmp_path / 'work'}", f"--output={tmp_path / 'base'}"]
+    with pytest.raises(UserError, match="--lessons: a base of the family wan"):
+        train_base.main(words)
+    assert not list(tmp_path.iterdir())

@@ -22,7 +22,6 @@ from vpo_jax.models.wan_vae_config import AutoencoderKLWanConfig, normalise_late
 from vpo_jax.recipes.fit import Fitted, Metrics, fit, make_muon, make_schedule, make_update
 from vpo_jax.recipes.pools import encode_pool
 from vpo_jax.recipes.tokenizer import MAX_LENGTH, make_umt5_tokenizer
-from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.files import write_json
 from vpo_jax.runtime.trees import count, flatten, unflatten
 from vpo_jax.shapes import world
@@ -30,6 +29,7 @@ from vpo_jax.shapes import world
 Tree = Any
 
 TRAINED = ("transformer", "text_encoder")  # what the second stage trains
+HAS_LESSONS = False  # rotary positions give the order of frames
 NUM_FRAMES = 9
 _Z = 16
 VAE: dict[str, Any] = {
@@ -114,7 +114,7 @@ def train_vae(seed: int, steps: int, rate: float, workdir: Path, seconds: float 
     seed_key = jax.random.fold_in(jax.random.key(seed), 1)
     params = _init_vae(jax.random.fold_in(seed_key, 0), vae)
     print(f"vae: {count(params):,} parameters", flush=True)
-    # Orthogonalised steps: after 275 of them a reconstruction has 19.8 dB, after as many of AdamW's 17.
+    # AdamW learns more slowly (docs/experiments.md).
     optimizer = make_muon(make_schedule(rate, steps, 0.3))
     update = make_update(partial(_reconstruction_loss, vae, jax.random.fold_in(seed_key, 2)), optimizer, 0.998)
     state = Fitted(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
@@ -188,18 +188,12 @@ def train_denoiser(
     workdir: Path,
     seconds: float | None,
     start: Tree | None = None,
-    lessons: int = 0,
+    lessons: int = 0,  # none: see `HAS_LESSONS`
 ) -> Tree:
     """WanTransformer3DModel and umT5's encoder together, on flow velocities with caption dropout; the moving average.
 
-    `start` {"transformer", "text_encoder"} are the parameters to begin with; None draws fresh ones. The transformer
-    knows the order of frames by its rotary positions, and has no `lessons`.
-
-    Raises:
-      UserError: lessons.
+    `start` {"transformer", "text_encoder"} are the parameters to begin with; None draws fresh ones.
     """
-    if lessons:
-        raise UserError("--lessons: a Wan transformer knows the order of frames and needs none; leave the flag out")
     family = Wan.from_configs(configs_of(vae_config))
     process = family.process
     seed_key = jax.random.fold_in(jax.random.key(seed), 2)

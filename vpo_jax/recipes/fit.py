@@ -42,7 +42,7 @@ def make_schedule(peak: float, steps: int, decay_from: float) -> optax.Schedule:
 
 
 def make_muon(schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Muon on kernels, whose last axis is the output; AdamW at a tenth of the rate on the rest (Jordan et al., 2024).
+    """Muon on kernels, whose last axis is the output; Adam at a tenth of the rate on the rest (Jordan et al., 2024).
 
     The places of a convolution's window and its input channels are one side of the matrix; a stack of layers
     ("blocks.*") is a matrix a layer.

@@ -15,6 +15,7 @@ from vpo_jax.families.table import read_pipeline
 from vpo_jax.recipes import base_unet, base_wan
 from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
 from vpo_jax.runtime.cli import Parser, run
+from vpo_jax.runtime.errors import UserError
 
 FAMILIES: dict[str, ModuleType] = {"text_to_video_sd": base_unet, "wan": base_wan}
 
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> None:
     kept.add_argument("--start", type=Path, default=None, help="a base to train further; its autoencoder is kept")
     flags = parser.parse(argv)
     family, start, before = FAMILIES[flags.family], None, flags.start or flags.autoencoder
+    if flags.lessons and not family.HAS_LESSONS:
+        raise UserError(f"--lessons: a base of the family {flags.family} is trained without; leave the flag out")
     if before is None:
         vae, vae_config = family.train_vae(
             flags.seed, flags.vae_steps, flags.vae_learning_rate, flags.workdir, flags.seconds
