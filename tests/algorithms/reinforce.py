@@ -109,6 +109,6 @@ class Reinforce:
         value, gradient = jax.value_and_grad(loss)(policy)
         return gradient, {"loss/policy_gradient": (value, jnp.ones(()))}
 
-    def evaluate(self, state: TrainState, frozen: Frozen) -> dict[str, float]:
+    def evaluate(self, state: TrainState, frozen: Frozen, result: Tree) -> dict[str, float]:
         """Nothing beside the videos."""
         return {}

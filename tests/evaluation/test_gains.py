@@ -30,6 +30,9 @@ def test_metrics_against_the_base_stand_under_the_scorers_place():
         "eval/win_rate/a/y": 0.5,
         "held_out/b/z": 1.0,
         "held_out/win_rate/b/z": 0.0,
+        "standard_error/eval/a/x": pytest.approx(0.5),  # differences 1 and 0
+        "standard_error/eval/a/y": 0.0,
+        "standard_error/held_out/b/z": 0.0,
     }
 
 

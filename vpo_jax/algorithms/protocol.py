@@ -117,8 +117,8 @@ class Algorithm(Protocol):
         """The state after the step's update number `index`."""
         ...
 
-    def evaluate(self, state: TrainState, frozen: Frozen) -> dict[str, float]:
-        """What is measured of the policy at evaluations, beside its videos."""
+    def evaluate(self, state: TrainState, frozen: Frozen, result: Tree) -> dict[str, float]:
+        """What is measured at evaluations beside videos; `result` is what the run would return if it ended now."""
         ...
 
 

@@ -3,12 +3,15 @@
 The DPO loss is no such sign: win rates rise while the loss looks flat.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from vpo_jax.runtime.metrics import standard_error_of
+
 LEAST_MOTION = 0.9
-MOST_RISING = 0.6
-_ONE_IN_TWENTY = 1.645  # standard deviations
+LARGEST_RISE = 0.5
+_ONE_IN_HUNDRED = 2.326  # standard deviations
 
 
 class Alarm(NamedTuple):
@@ -18,34 +21,35 @@ class Alarm(NamedTuple):
     message: str
 
 
-def judge_falls(reward: Sequence[float], judge: Sequence[float]) -> bool:
+def judge_falls(reward: Sequence[float], judge: Sequence[float], errors: Sequence[float]) -> bool:
     """Whether a held-out scorer fell twice in a row while the trained reward rose: reward hacking.
 
-    Both are histories over the same evaluations, oldest first; the last three count.
+    All are histories over the same evaluations, oldest first; the last three count. `errors` are the judge's standard
+    errors; chance alone makes a fall of this size less than once in a hundred times.
     """
-    if len(reward) != len(judge):
-        raise ValueError(f"histories of {len(reward)} and {len(judge)} evaluations")
+    if not len(reward) == len(judge) == len(errors):
+        raise ValueError(f"histories of {len(reward)}, {len(judge)} and {len(errors)} evaluations")
     if len(judge) < 3:
         return False
-    return judge[-1] < judge[-2] < judge[-3] and reward[-1] > reward[-3]
+    falls = judge[-1] < judge[-2] < judge[-3] and reward[-1] > reward[-3]
+    return falls and judge[-3] - judge[-1] > _ONE_IN_HUNDRED * math.hypot(errors[-1], errors[-3])
 
 
-def motion_lost(motion: float, base_motion: float, least: float = LEAST_MOTION) -> bool:
-    """Whether the policy moves less than `least` times as much as the base model.
+def motion_lost(motion: float, base_motion: float, error: float = 0.0, least: float = LEAST_MOTION) -> bool:
+    """Whether the policy moves less than `least` times as much as the base model, by more than chance.
 
-    Preference training can freeze videos: a still video is consistent.
+    Preference training can freeze videos: a still video is consistent. `error` is the standard error of the difference.
     """
-    return motion < base_motion - (1 - least) * abs(base_motion)
+    return motion + _ONE_IN_HUNDRED * error < base_motion - (1 - least) * abs(base_motion)
 
 
-def winners_forgotten(share_rising: float, pairs: float, most: float = MOST_RISING) -> bool:
-    """Whether too many winners are less likely than under the initial policy: P(e_w rises) > `most`.
+def winners_forgotten(rise: float, error: float, most: float = LARGEST_RISE) -> bool:
+    """Whether the winners are much less likely than under the initial policy: their error rose by more than `most`.
 
-    `share_rising` was measured on `pairs` stored pairs. It must exceed `most` by more than its sampling error: chance
-    alone exceeds the bound once in twenty times.
+    `rise` is the mean relative change of e_w and `error` its standard error. A small rise is healthy: with DPO both
+    errors of a pair rise, the loser's by more.
     """
-    chance = _ONE_IN_TWENTY * (most * (1 - most) / max(pairs, 1.0)) ** 0.5
-    return share_rising > most + chance
+    return rise - _ONE_IN_HUNDRED * error > most
 
 
 def check_alarms(
@@ -53,18 +57,18 @@ def check_alarms(
     reward: str,
     judges: Sequence[str] = (),
     motion: Sequence[str] = (),
-    rising: str | None = None,
-    watched: str | None = None,
+    winners: str | None = None,
 ) -> tuple[Alarm, ...]:
-    """The alarms that the newest evaluation raises.
+    """The alarms that the newest evaluation raises, each with what a person can do.
+
+    The standard error of the metric NAME is the metric "standard_error/NAME"; without it the value counts as exact.
 
     Args:
       evaluations: metrics of every evaluation, oldest first; the first one is the base model.
       reward: name of the trained reward's metric.
       judges: names of the held-out scorers' metrics.
       motion: names of the metrics of motion, as a scorer's dynamic_degree.
-      rising: name of P(e_w rises).
-      watched: name of the number of pairs that it was measured on.
+      winners: name of the relative change of the winners' error.
 
     An evaluation without a metric, or with None for it, does not count for that metric.
     """
@@ -72,20 +76,36 @@ def check_alarms(
         return ()
     alarms = []
     for judge in judges:
-        both = [(e[reward], e[judge]) for e in evaluations if _has(e, reward) and _has(e, judge)]
-        if judge_falls([r for r, _ in both], [j for _, j in both]):
-            alarms.append(Alarm("judge_falls", f"{judge} fell twice in a row to {both[-1][1]:.4g} while {reward} rose"))
+        both = [e for e in evaluations if _has(e, reward) and _has(e, judge)]
+        values, errors = [e[judge] for e in both], [_error_of(e, judge) for e in both]
+        if judge_falls([e[reward] for e in both], values, errors):
+            what = (
+                f"{judge} fell twice in a row to {values[-1]:.4g} while {reward} rose: the reward is exploited;"
+                " take an earlier checkpoint (vpo_jax.convert --step), raise preference.anchor or add a scorer"
+            )
+            alarms.append(Alarm("judge_falls", what))
     for name in motion:
-        seen = [e[name] for e in evaluations if _has(e, name)]
-        if seen and motion_lost(seen[-1], seen[0]):
-            alarms.append(Alarm("motion_lost", f"{name} is {seen[-1]:.4g}, below 90 % of the base's {seen[0]:.4g}"))
+        seen = [e for e in evaluations if _has(e, name)]
+        if seen and motion_lost(seen[-1][name], seen[0][name], _error_of(seen[-1], name)):
+            what = (
+                f"{name} is {seen[-1][name]:.4g}, below 90 % of the base's {seen[0][name]:.4g}: videos freeze;"
+                " set preference.motion_tolerance, or give motion more weight in reward.weights"
+            )
+            alarms.append(Alarm("motion_lost", what))
     newest = evaluations[-1]
-    if rising is not None and watched is not None and _has(newest, rising) and _has(newest, watched):
-        share, pairs = newest[rising], newest[watched]
-        if winners_forgotten(share, pairs):
-            what = f"{share:.0%} of {pairs:.0f} stored winners became less likely than at first"
+    if winners is not None and _has(newest, winners):
+        rise = newest[winners]
+        if winners_forgotten(rise, _error_of(newest, winners)):
+            what = (
+                f"the error of the first winners rose by {rise:.0%}: the policy leaves what it samples; lower"
+                " optimizer.learning_rate or raise preference.anchor"
+            )
             alarms.append(Alarm("winners_forgotten", what))
     return tuple(alarms)
+
+
+def _error_of(evaluation: Mapping[str, float], name: str) -> float:
+    return evaluation.get(standard_error_of(name)) or 0.0
 
 
 def _has(evaluation: Mapping[str, float], name: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from vpo_jax.evaluation.win_rate import win_share
+from vpo_jax.runtime.metrics import standard_error_of
 
 
 def gain(base: Mapping[str, Sequence[float]], scores: Mapping[str, np.ndarray], names: Sequence[str]) -> float:
@@ -37,12 +38,17 @@ def metrics_against_base(
       held_out: dimensions of the held-out scorers.
 
     Returns:
-      "eval/gain" of the trained dimensions; for each dimension its mean, "eval/NAME" or "held_out/NAME", and its win
-      rate over the base, "eval/win_rate/NAME" or "held_out/win_rate/NAME", in [0, 1] with ties counted one half.
+      "eval/gain" of the trained dimensions; for each dimension its mean, "eval/NAME" or "held_out/NAME", its win
+      rate over the base, "eval/win_rate/NAME" or "held_out/win_rate/NAME", in [0, 1] with ties counted one half, and
+      "standard_error/" before the mean's name: of its difference from the base, over prompts; none for one prompt.
     """
     metrics = {"eval/gain": gain(base, scores, trained)}
     for name, values in scores.items():
         place = "held_out" if name in held_out else "eval"
         metrics[f"{place}/{name}"] = float(np.mean(values))
-        metrics[f"{place}/win_rate/{name}"] = win_share(np.asarray(base[name], np.float32), values)
+        before = np.asarray(base[name], np.float32)
+        metrics[f"{place}/win_rate/{name}"] = win_share(before, values)
+        if len(values) > 1:
+            error = float(np.std(values - before, ddof=1)) / len(values) ** 0.5
+            metrics[standard_error_of(f"{place}/{name}")] = error
     return metrics

@@ -39,7 +39,7 @@ _CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Winner's reward over the loser's", ("pair/margin",)),
     ("Preference loss", ("loss/preference",)),
     ("Change of the errors against the reference", ("loss/winner_error_change", "loss/loser_error_change")),
-    ("Winners that became less likely", ("policy/winner_error_rises",)),
+    ("Relative change of the first winners' error", ("policy/winner_error_change",)),
     ("Distance in weights", ("policy/distance",)),
     ("Gradient norm", ("loss/gradient_norm",)),
     ("Seconds", ("time/",)),

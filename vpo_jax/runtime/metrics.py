@@ -103,3 +103,8 @@ def _gif(video: np.ndarray, fps: int) -> bytes:
     data = io.BytesIO()
     frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
     return data.getvalue()
+
+
+def standard_error_of(name: str) -> str:
+    """Name of the metric that holds the standard error of the metric `name`."""
+    return f"standard_error/{name}"

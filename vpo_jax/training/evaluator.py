@@ -112,8 +112,9 @@ class Evaluator:
         """The current result against the initial policy."""
         assert record.base_scores is not None
         with allowed():
-            seen = self.sample(self._result(state))
-            measured = self._algorithm.evaluate(state, self._frozen)
+            result = self._result(state)
+            seen = self.sample(result)
+            measured = self._algorithm.evaluate(state, self._frozen, result)
         metrics = self._compare(record.base_scores, seen) | measured
         gained = gain(record.base_scores, seen.scores, self.held_out) if self.held_out else None
         record = record.with_evaluation(metrics)
@@ -147,8 +148,7 @@ class Evaluator:
             reward="eval/gain",
             judges=[f"held_out/{name}" for name in self.held_out],
             motion=[f"eval/{name}" for name in self.trained if name.rpartition("/")[2] == MOTION],
-            rising="policy/winner_error_rises",
-            watched="policy/watched_pairs",
+            winners="policy/winner_error_change",
         )
 
 

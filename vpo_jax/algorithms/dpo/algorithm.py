@@ -31,6 +31,7 @@ from vpo_jax.algorithms.state import TrainState, infer_state_shardings, init_sta
 from vpo_jax.rewards.combine import Dimensions, RewardStatistics, dimension_names
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import batch_sharding, replicated
+from vpo_jax.runtime.metrics import standard_error_of
 from vpo_jax.runtime.programs import Program, Role
 from vpo_jax.runtime.transfers import allowed, put
 
@@ -41,6 +42,7 @@ NOISE_LIMIT = 0.1
 NOISE_SCALE = 1e-5
 # An update number that no training draw reaches: watched groups meet noise of their own.
 _WATCH_DRAW = 2**30
+_WATCH_DRAWS = 4
 
 
 class DPOState(NamedTuple):
@@ -217,24 +219,36 @@ class DPO:
         difference = jnp.abs(logits[0] - logits[1])
         return float(losses.masked_sum(difference, groups.mask) / losses.denominator(groups.mask))
 
-    def evaluate(self, state: TrainState, frozen: Frozen) -> dict[str, float]:
-        """How far the policy has gone, and P(e_w rises): the share of watched winners whose error is above theta0's.
+    def evaluate(self, state: TrainState, frozen: Frozen, result: Tree) -> dict[str, float]:
+        """How far the policy has gone, and what has become of the first step's winners under `result`.
 
-        Preference training can make winners less likely along with losers; above 0.6 it does (`evaluation.alarms`).
+        Their errors are means over `_WATCH_DRAWS` draws of noise and timestep; the mean relative change of a prompt's
+        winners rings an alarm where it is large (`evaluation.alarms`).
         """
         watched = state.algorithm.watched
-        noised = self.draw(watched, frozen.empty_text, 0, _WATCH_DRAW)
-        now, before = (self.errors(frozen.backbone, tree, noised)[0] for tree in (state.policy, frozen.initial))
-        risen = ((now > before).astype(jnp.float32) + 0.5 * (now == before)).reshape(watched.learnt.shape)
-        risen = jnp.sum(self._of(watched, now - before).better * risen, axis=1)
-        return {
-            "policy/winner_error_rises": float(
-                losses.masked_sum(risen, watched.mask) / losses.denominator(watched.mask)
-            ),
-            "policy/watched_pairs": float(watched.mask.sum()),
+        draws = []
+        for draw in range(_WATCH_DRAWS):
+            noised = self.draw(watched, frozen.empty_text, 0, _WATCH_DRAW + draw)
+            draws.append([self.errors(frozen.backbone, tree, noised)[0] for tree in (result, frozen.initial)])
+        now, before = (sum(errors).reshape(watched.learnt.shape) for errors in zip(*draws, strict=True))
+        better, kept = self._of(watched, now - before).better, watched.mask
+        risen = jnp.sum(better * ((now > before).astype(jnp.float32) + 0.5 * (now == before)), axis=1)
+        start = jnp.sum(better * before, axis=1)
+        change = jnp.where(kept > 0, jnp.sum(better * (now - before), axis=1) / jnp.where(kept > 0, start, 1.0), 0.0)
+        mean = losses.masked_sum(change, kept) / losses.denominator(kept)
+        spread = losses.masked_sum(jnp.square(change - mean), kept)
+        count = float(kept.sum())
+        changed = "policy/winner_error_change"
+        metrics = {
+            changed: float(mean),
+            "policy/winner_error_rises": float(losses.masked_sum(risen, kept) / losses.denominator(kept)),
+            "policy/watched": count,
             "policy/distance_to_initial": float(_distance(state.policy, frozen.initial)),
             "policy/distance_to_reference": float(_distance(state.policy, state.reference)),
         }
+        if count > 1:
+            metrics[standard_error_of(changed)] = float(spread / (count - 1) / count) ** 0.5
+        return metrics
 
     def _of(self, groups: Groups, change: jax.Array) -> losses.GroupLoss:
         change = change.reshape(groups.learnt.shape)
