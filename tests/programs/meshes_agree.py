@@ -42,8 +42,9 @@ PROMPTS = [tiny.PROMPTS[i % 5] for i in range(8)]
 
 
 def make_wan():
-    """The recipe's small Wan with random weights."""
+    """The recipe's small Wan with random weights, and tokens of single frames, which `mesh.context` can divide."""
     configs = base_wan.configs_of(base_wan.VAE)
+    configs["transformer"] = {**configs["transformer"], "patch_size": [1, 2, 2]}
     family = Wan.from_configs(configs)
     params = base_wan.init(jax.random.key(0), family)
     video = jax.ShapeDtypeStruct((1, 1, 8, 8, 3), np.float32)
