@@ -18,7 +18,7 @@ from vpo_jax.evaluation.compare import Comparison, Sampling, compare, table, wri
 from vpo_jax.evaluation.videos import write_videos
 from vpo_jax.families.protocol import Family
 from vpo_jax.families.table import check_target_of_any
-from vpo_jax.pipeline import load_pipeline
+from vpo_jax.pipeline import DTYPES, load_pipeline
 from vpo_jax.report.card import write_card
 from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
@@ -183,7 +183,10 @@ def finish(
             status.update(f"comparing: {what} {done}/{total}")
 
         try:
-            comparison = compare(base, tuned, prompts[: config.eval.prompts], scorers, sampling, roles, progress=show)
+            dtype, prompts = DTYPES[config.model.dtype], prompts[: config.eval.prompts]
+            comparison = compare(
+                base.in_dtype(dtype), tuned.in_dtype(dtype), prompts, scorers, sampling, roles, progress=show
+            )
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -22,6 +22,7 @@ from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import seed_key
 from vpo_jax.runtime.mesh import VIDEO, constrain, infer_shardings
 from vpo_jax.runtime.stored import put
+from vpo_jax.runtime.trees import cast_floating
 
 Tree = Any
 
@@ -105,6 +106,21 @@ class Pipeline:
         """
         shardings = infer_shardings(self.params, mesh, self.family.sharding_rules)
         return dataclasses.replace(self, params=put(self.params, shardings))
+
+    def in_dtype(self, dtype: Any) -> "Pipeline":
+        """The same model as a run of this `model.dtype` samples it; the autoencoder stays as it is.
+
+        The denoiser computes in `dtype`; its parameters are rounded to it, and the text encoder's where
+        `family.half_text`.
+        """
+        if jnp.dtype(dtype) == jnp.float32:
+            return self
+        family, text = self.family.with_options(dtype=dtype), self.text_params
+        rounded = cast_floating(self.trainable, dtype, family.float32_parameters)
+        params = family.with_trainable(self.params, rounded)
+        if family.half_text:
+            params = {name: cast_floating(tree, dtype) if tree is text else tree for name, tree in params.items()}
+        return dataclasses.replace(self, family=family, params=params)
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids int32 [B, L], padded and truncated to the family's length."""
