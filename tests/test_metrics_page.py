@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.running import lines
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACES = "reward|pair|loss|policy|time|eval|held_out|alarm"
+PLACES = "reward|pair|loss|policy|time|eval|held_out|alarm|standard_error"
 WANTED = re.compile(rf'f?"((?:{PLACES})/[^"\s]+)"')
 
 
