@@ -47,7 +47,7 @@ from vpo_jax.training.check import check
 
 SHIPPED_VIDEOSCORE = cli.ROOT / "vpo_jax" / "shapes" / "assets" / "videoscore"
 # Phases of a step by the planner's stages; the algorithm's own are its update.
-_PHASES = {"encode": "rollout", "rollout": "rollout", "decode": "score", "score": "score"}
+_PHASES = {"encode": "rollout", "rollout": "rollout", "branch": "rollout", "decode": "score", "score": "score"}
 INSTRUCTION = "rate the video in frames " * 50  # as many tokens as VideoScore's, in the shipped tokenizer's words
 
 

@@ -71,6 +71,7 @@ def _shapes() -> ConfigDict:
 
     config.rollout = ConfigDict()
     config.rollout.candidates = 4
+    config.rollout.trunk_level = 0.0  # above 0: candidates share one video, noised up to this share of the schedule
     config.rollout.num_inference_steps = 16
     config.rollout.guidance_scale = 2.0
     config.rollout.guidance_scale_2 = 0.0  # of a second expert, for low noise (Wan 2.2 A14B); 0 = guidance_scale

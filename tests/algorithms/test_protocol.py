@@ -16,6 +16,7 @@ from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import AXES, BATCH, VIDEO
 from vpo_jax.runtime.metrics import read_metrics
 from vpo_jax.runtime.signals import Interrupted, Stop
+from vpo_jax.training.check import check
 
 NEEDS = {"rollout__sampler": "DDIMScheduler", "rollout__eta": 1.0, "rollout__guidance_scale": 1.0}
 
@@ -73,7 +74,18 @@ def test_a_sampler_without_fresh_noise_is_refused(reinforce, run, tmp_path):
         run(reinforce(rollout__eta=0.0), tmp_path / "still")
     with pytest.raises(UserError, match=r"^rollout\.guidance_scale: .*set it to 1\.0"):
         run(reinforce(rollout__guidance_scale=2.0), tmp_path / "guided")
+    with pytest.raises(UserError, match=r"^rollout\.trunk_level: reinforce keeps every .*; set it to 0\.0"):
+        run(reinforce(rollout__trunk_level=0.5), tmp_path / "trunk")
     assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_one_candidate_has_none_to_share_a_trunk_with(reinforce):
+    config = reinforce()
+    config.rollout.candidates = 1
+    check(config)
+    config.rollout.trunk_level = 0.5
+    with pytest.raises(UserError, match=r"^rollout\.trunk_level: one candidate .*; set it to 0\.0"):
+        check(config)
 
 
 def test_prefetched_videos_are_sharded_over_frames_and_trajectories_not_over_their_steps():

@@ -216,6 +216,41 @@ def euler_in_double_precision(scheduler: Any, latents: np.ndarray) -> np.ndarray
     return x
 
 
+# A third of the cases, in which each class has each kind of first step.
+LATER = [
+    (*case[:3], (1, case[2] // 2, case[2] - 1)[i % 3], case[3])
+    for i, case in enumerate([case for case in CASES if case[2] > 2][::3])
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "steps", "first", "label"), LATER, ids=[f"{c[0]}: {c[4]}, from {c[3]}" for c in LATER]
+)
+def test_the_steps_from_a_later_one_on_equal_diffusers_from_an_image(name, config, steps, first, label):
+    scheduler = scheduler_of(name, {"_class_name": name, **config}, steps)
+    sampler = make_sampler({"_class_name": name, **config}, steps, first=first)
+    if name != DDIM:  # which keeps no index
+        scheduler.set_begin_index(first)
+    rest = scheduler.timesteps[first:]
+    np.testing.assert_allclose(sampler.timesteps, rest.numpy(), rtol=1e-6)
+    clean, noise = np.random.default_rng(3).standard_normal((2, *SHAPE)).astype(np.float32)
+    add_noise = getattr(scheduler, "scale_noise", None) or (lambda x, t, eps: scheduler.add_noise(x, eps, t))
+    theirs = add_noise(torch.from_numpy(clean), rest[:1].repeat(len(clean)), torch.from_numpy(noise))
+    start = sampler.noised(jnp.asarray(clean), jnp.asarray(noise))
+    assert relative_error(start, theirs) <= TOLERANCE
+    for timestep in rest:
+        prediction = fake_denoiser(model_input_of(scheduler, theirs, timestep), timestep, torch.sin)
+        theirs = scheduler.step(prediction, timestep, theirs).prev_sample
+    ours = sample(sampler, lambda x, t: fake_denoiser(x, t, jnp.sin), start)
+    assert relative_error(ours, theirs) <= TOLERANCE
+
+
+def test_a_later_step_is_one_of_the_sampler_s():
+    for first in (-1, 4):
+        with pytest.raises(ValueError, match=r"first: .* must be one of the 4 steps"):
+            make_sampler({"_class_name": DDIM}, 4, first=first)
+
+
 @pytest.mark.parametrize("config", [MODELSCOPE, {**FLOW, "flow_shift": 3.0}], ids=["variance preserving", "flow"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_bh1_equals_diffusers_up_to_the_last_step_and_then_gives_the_clean_sample(config, order):

@@ -140,6 +140,7 @@ def main(kind):
         "lora": [("data", make_mesh(8), 0)],
         "full": [("roles", make_meshes(axes), 0), chunks],
         "group": [("data", make_mesh(8), 0), chunks],
+        "trunk": [("roles", make_meshes(axes), 0), chunks],
         "denoiser": [("together", make_mesh(1, 2, 2, 2), 0)],
         "axis": [
             ("context", make_mesh(1, 1, 4, devices=jax.devices()[:4]), 0),
@@ -149,6 +150,8 @@ def main(kind):
         "wan": [("together", make_mesh(1, 2, 2, 2), 0), ("roles", make_meshes(axes), 0)],
     }[kind]
     rank, sizes = (0 if kind == "full" else 2), {}
+    if kind == "trunk":
+        sizes = {"rollout__trunk_level": 0.5, "rollout__num_inference_steps": 4}
     if kind == "wan":
         pipeline = make_wan()
         sizes = {"rollout__num_frames": 5, "rollout__height": 16, "rollout__width": 16}

@@ -1,4 +1,7 @@
-"""Trains the toy model with scorers on devices of their own in the folder `argv[1]`; prints what it found, as JSON."""
+"""Trains the toy model with scorers on devices of their own; prints what it found, as JSON.
+
+The arguments are a folder and rollout.trunk_level.
+"""
 
 import json
 import sys
@@ -33,7 +36,8 @@ def run(folder, meshes, stop_at=0, reward=None, rate=0.05, **overrides):
     seen, stop = [], Stop()
     config = tiny.make_config(
         train__steps=4, preference__max_pair_age=1, reward__devices=2 if meshes.apart else 0, checkpoint__every=2,
-        optimizer__learning_rate=rate, **overrides,
+        optimizer__learning_rate=rate, rollout__trunk_level=float(sys.argv[2]), rollout__num_inference_steps=4,
+        **overrides,
     )  # fmt: skip
     rewards = (reward or Recorder(seen, stop, stop_at),)
     return tiny.run_training(config, folder, rewards=rewards, stop=stop, meshes=meshes).state, seen

@@ -8,8 +8,9 @@ from tests.running import run_program
 
 
 @pytest.mark.slow
-def test_scorers_apart_learn_from_candidates_one_step_old_and_resume_to_the_same_bits(tmp_path):
-    done = run_program("scorers_apart.py", tmp_path, devices=4, timeout=900)
+@pytest.mark.parametrize("trunk_level", [0.0, 0.5])
+def test_scorers_apart_learn_from_candidates_one_step_old_and_resume_to_the_same_bits(tmp_path, trunk_level):
+    done = run_program("scorers_apart.py", tmp_path, str(trunk_level), devices=4, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["calls"] == [4, 2] and found["interrupted"] and found["resumed"], found

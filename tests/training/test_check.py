@@ -92,6 +92,7 @@ def test_an_adapter_cannot_start_full_fine_tuning():
     ("key", "value", "message"),
     [
         ("rollout.candidates", 1, "rollout.candidates: 1 leaves nothing to prefer; give 2 or more"),
+        ("rollout.trunk_level", 1.5, "rollout.trunk_level: 1.5 is not a number from 0 to 1 (0 = independent"),
         ("train.steps", 0, "train.steps: 0 is not a whole number from 1 up"),
         ("train.steps", 2.0, "train.steps: 2.0 is not a whole number"),
         ("train.steps", True, "train.steps: True is not a whole number"),
@@ -144,6 +145,12 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named_with_one_that_it_does():
         UserError, match=r"rollout\.microbatch: 2 is not a multiple of 8, into which mesh\.rollout shards"
     ):
         check_meshes(changed("rollout.microbatch", 2), one._replace(rollout=eight))
+    config = changed("rollout.trunk_level", 0.5)
+    config.train.prompts_per_step, config.rollout.microbatch = 12, 8
+    with pytest.raises(
+        UserError, match=r"train\.prompts_per_step: 12 is not a multiple of 8, into which mesh\.rollout"
+    ):
+        check_meshes(config, one._replace(rollout=eight))
     three = AbstractMesh((3, 1, 1, 1), AXES)
     videos = r"train\.prompts_per_step x rollout\.candidates: 64 is not a multiple of 3"
     with pytest.raises(UserError, match=videos + r", into which mesh\.score shards it"):

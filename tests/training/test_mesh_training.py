@@ -9,7 +9,7 @@ from tests.running import run_program
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["lora", "full", "group", "denoiser", "wan", pytest.param("axis", marks=pytest.mark.long)]
+    "kind", ["lora", "full", "group", "trunk", "denoiser", "wan", pytest.param("axis", marks=pytest.mark.long)]
 )
 def test_one_device_and_eight_give_the_same_videos_scores_pairs_and_gradients(kind):
     done = run_program("meshes_agree.py", kind, devices=8, timeout=1500)

@@ -9,10 +9,18 @@ from vpo_jax.diffusion.guidance import Guidance
 from vpo_jax.diffusion.samplers import make_sampler, sample
 from vpo_jax.families.protocol import Text
 from vpo_jax.rewards.scoring import Scores, Weights, frames_to_decode
-from vpo_jax.runtime.mesh import make_mesh
+from vpo_jax.runtime.errors import UserError
+from vpo_jax.runtime.mesh import Meshes, make_mesh
 from vpo_jax.training.policy import make_policy
-from vpo_jax.training.programs import decode_program
-from vpo_jax.training.rollouts import make_candidate_keys, make_rollout
+from vpo_jax.training.programs import decode_program, first_step, make_programs
+from vpo_jax.training.rollouts import (
+    fit_microbatch,
+    make_branches,
+    make_candidate_keys,
+    make_rollout,
+    make_trunk_keys,
+)
+from vpo_jax.training.setup import make_setup
 
 SHAPE = (4, 4, 4, 4)
 
@@ -144,3 +152,95 @@ def test_a_rollout_that_keeps_its_trajectory_ends_at_the_same_videos(configure, 
     assert path.latents.shape == (6, 4, *SHAPE) and path.log_probabilities.shape == (6, 3)
     np.testing.assert_array_equal(path.latents[:, -1], plain(text, keys))
     assert np.isfinite(path.log_probabilities).all() and (np.asarray(path.log_probabilities[:, :-1]) != 0.0).all()
+
+
+def candidates_of(configure, pipeline, toy_reward, **overrides):
+    """(the setup, latents [P, N, F, H, W, C] of step 0) of a run of 8 prompts, one device."""
+    config = configure(rollout__num_inference_steps=4, rollout__guidance_scale=1.0, **overrides)
+    with jax.set_mesh(mesh := make_mesh(1, devices=jax.devices()[:1])):
+        setup = make_setup(config, pipeline, [toy_reward()], Meshes.of(mesh), [f"{i} balls" for i in range(8)])
+        found = setup.rollouts.next(setup.fresh_state(), 0)
+        return setup, setup.encode(found.prompts), np.asarray(found.rollout.latents).reshape(8, 4, *SHAPE)
+
+
+def test_the_candidates_of_a_prompt_begin_from_one_video_under_noise_of_their_own(configure, pipeline, toy_reward):
+    setup, text, found = candidates_of(configure, pipeline, toy_reward, rollout__trunk_level=0.5)
+    frozen, initial = setup.frozen.backbone, setup.frozen.initial
+    predict = setup.policy.denoise
+
+    def denoise(latents, timestep):
+        repeated = jax.tree.map(lambda x: jnp.repeat(x, len(latents) // 8, axis=0), text)
+        return predict(frozen, initial, latents, jnp.full(len(latents), timestep), repeated)
+
+    def noise(keys):
+        return jax.vmap(lambda key: jax.random.normal(jax.random.split(key)[0], SHAPE))(keys)
+
+    trunks = sample(make_sampler(pipeline.scheduler_config, 4), denoise, noise(make_trunk_keys(0, 8)(0)))
+    later = make_sampler(pipeline.scheduler_config, 4, first=1)  # of the timesteps 75, 50, 25, 0 of 100
+    start = later.noised(jnp.repeat(trunks, 4, axis=0), noise(make_candidate_keys(0, 8, 4)(0)))
+    # The same operations in other programs: float32 rounding.
+    np.testing.assert_allclose(found.reshape(start.shape), sample(later, denoise, start), atol=5e-5)
+
+
+def test_the_lower_the_trunk_level_the_less_the_candidates_of_a_prompt_differ(configure, pipeline, toy_reward):
+    def spread(level):
+        found = candidates_of(configure, pipeline, toy_reward, rollout__trunk_level=level)[2]
+        return float(found.std(axis=1).mean())
+
+    some, more, independent = spread(0.25), spread(0.5), spread(0.0)
+    assert 0.0 < some < more < independent
+
+
+def test_candidates_from_a_trunk_come_out_the_same_in_any_microbatch_and_any_batch(configure, pipeline):
+    policy = make_policy(configure(), pipeline.family, pipeline.trainable)
+    sampler = make_sampler(pipeline.scheduler_config, 3, None, 1.0, first=1)
+    text = Text(jnp.asarray(np.random.default_rng(0).normal(size=(6, 6, 8)), jnp.float32))
+    trunks = jnp.asarray(np.random.default_rng(1).normal(size=(6, *SHAPE)), jnp.float32)
+    keys, negative = make_candidate_keys(0, 3, 2)(4), Text(jnp.zeros((6, 8)))
+
+    def branched(microbatch, rows=slice(None)):
+        branches = make_branches(policy.denoise, sampler, Guidance(2.0), microbatch)
+        return branches(policy.frozen, policy.initial, Text(text.hidden[rows]), negative, keys[rows], trunks[rows])
+
+    whole = branched(0)
+    for microbatch in (1, 4):  # four of six: two at a time
+        np.testing.assert_allclose(branched(microbatch), whole, atol=2e-5)
+    np.testing.assert_allclose(branched(0, slice(2, 4)), whole[2:4], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("microbatch", "batch", "rows"), [(0, 6, 6), (8, 6, 6), (6, 6, 6), (3, 6, 3), (4, 6, 2), (8, 12, 4)]
+)
+def test_a_microbatch_that_does_not_divide_a_batch_gives_way(microbatch, batch, rows):
+    assert fit_microbatch(microbatch, batch) == rows
+
+
+def test_a_trunk_is_a_whole_sample_a_prompt_and_a_part_of_one_a_candidate(configure, pipeline, toy_reward):
+    def programs(level):
+        config = configure(rollout__trunk_level=level, rollout__num_inference_steps=4)
+        policy = make_policy(config, pipeline.family, pipeline.trainable)
+        return make_programs(config, pipeline, policy, [toy_reward()])
+
+    plain, structured = programs(0.0), programs(0.5)
+    assert "branch" not in [program.name for program in plain.all]
+    assert plain.candidates is plain.rollout and (plain.rollout.batch, plain.rollout.passes) == (32, 4)
+    assert [program.name for program in structured.all][:4] == ["encode", "rollout", "branch", "decode"]
+    assert [(p.batch, p.passes) for p in (structured.rollout, structured.branch)] == [(8, 4), (32, 3)]
+    made = jax.eval_shape(structured.branch.function, *structured.branch.arguments(32))
+    assert made.shape == (32, *SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("level", "first"), [(0.74, 1), (0.735, 2), (0.5, 2), (0.25, 3), (1.0, 0), (0.99, 0), (0.2, 4)]
+)
+def test_candidates_begin_at_the_first_timestep_that_is_at_most_the_level(pipeline, level, first):
+    sampler = make_sampler({**pipeline.scheduler_config, "timestep_spacing": "trailing"}, 4)
+    assert sampler.timesteps.tolist() == [99, 74, 49, 24]
+    if 0 < first < 4:
+        assert first_step(sampler, level, 100) == first
+        return
+    said = rf"at {level:g} candidates take every step, the first at 0\.99 of the schedule, .*; give less than that"
+    if first == 4:
+        said = r"0\.2 leaves candidates no step: the last of 4 is at 0\.24 of the schedule; give more, or raise"
+    with pytest.raises(UserError, match=rf"^rollout\.trunk_level: {said}"):
+        first_step(sampler, level, 100)

@@ -62,9 +62,16 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize("pairs", ["best_worst", pytest.param("group", marks=pytest.mark.slow)])
-def test_a_stopped_run_goes_on_to_the_same_bits(configure, run, toy_reward, tmp_path, pairs):
-    config = configure(preference__pairs=pairs, **EVERYTHING)
+TRUNK = {"rollout__trunk_level": 0.5, "rollout__num_inference_steps": 4}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(pytest.param(options, marks=pytest.mark.slow) for options in ({"preference__pairs": "group"}, TRUNK))],
+    ids=["plain", "group", "trunk"],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(configure, run, toy_reward, tmp_path, options):
+    config = configure(**EVERYTHING, **options)
     # On the host in every run: a scorer compiled otherwise rounds otherwise.
     never = stopping_reward(toy_reward, Stop(), 0)
     whole = run(config, tmp_path / "whole", rewards=(never,))

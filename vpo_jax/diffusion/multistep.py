@@ -12,7 +12,7 @@ on the host, and the whole loop is one `lax.scan` that compiles once.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +72,9 @@ class Sampler:
 
     `timesteps` [S] go to the denoiser in this order (int32; float32 for the Euler samplers, whose timesteps may have
     fractions).
-    `initial_sigma` scales unit Gaussian latents at the start. `clip_range` bounds |x_0| (None: no clipping).
+    `initial_sigma` scales the latents at the start: unit Gaussian ones, or, where steps are left out, what `noised`
+    gives, and then it is 1. `clip_range` bounds |x_0| (None: no clipping). `levels` are (s, n), float32 [S] each:
+    before a step the sample is s x_0 + n eps, on the sampler's own scale.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Sampler:
     initial_sigma: float
     coefficients: Coefficients
     clip_range: float | None
+    levels: tuple[Table, Table]
 
     @property
     def history(self) -> int:
@@ -95,8 +98,20 @@ class Sampler:
         """Whether steps draw fresh noise and `step` needs a key."""
         return bool(self.coefficients.fresh_noise.any())
 
+    def since(self, first: int) -> "Sampler":
+        """The steps from `first` on; a solver of higher order has to be made to begin there."""
+        timesteps, coefficients, levels = jax.tree.map(
+            lambda table: table[first:], (self.timesteps, self.coefficients, self.levels)
+        )
+        return replace(self, timesteps=timesteps, initial_sigma=1.0, coefficients=coefficients, levels=levels)
+
+    def noised(self, clean: Array, noise: Array) -> Array:
+        """The sample before the first step that x_0 and eps [B, ...] make; float32."""
+        signal, sigma = self.levels
+        return signal[0] * clean.astype(jnp.float32) + sigma[0] * noise.astype(jnp.float32)
+
     def init(self, latents: Array) -> SamplerState:
-        """State before the first step, from unit Gaussian latents [B, ...]."""
+        """State before the first step, from latents [B, ...] that `initial_sigma` scales."""
         sample = self.initial_sigma * latents.astype(jnp.float32)
         previous_clean = tuple(jnp.zeros_like(sample) for _ in range(self.history))
         return SamplerState(sample, previous_clean, None if self.coefficients.corrector is None else sample)
@@ -146,7 +161,7 @@ class Sampler:
 
 
 def sample(sampler: Sampler, denoise: Denoise, latents: Array, key: Key | None = None) -> Array:
-    """Clean latents float32 [B, ...] from unit Gaussian ones: the whole loop as one `lax.scan`.
+    """Clean latents float32 [B, ...] from those of `Sampler.init`: the whole loop as one `lax.scan`.
 
     `denoise(model_input [B, ...], timestep scalar) -> prediction [B, ...]`, guidance included. `key` as in
     `Sampler.step`; the steps fold their index in.
@@ -179,3 +194,8 @@ def make_coefficients(
     full: dict[str, Any] = dict.fromkeys(names, zeros) | {"input_scale": np.ones(steps)} | tables
     whole = Coefficients(**full, next_of_previous_clean=previous, corrector=corrector)
     return jax.tree.map(lambda table: np.asarray(table, np.float32), whole)
+
+
+def make_levels(signal: Table, noise: Table) -> tuple[Table, Table]:
+    """`Sampler.levels`, float32 [S] each."""
+    return np.asarray(signal, np.float32), np.asarray(noise, np.float32)

@@ -203,8 +203,9 @@ def make_plan(
             # A copy of the weights in the sampler's own sharding, made once a step and freed after the rollout.
             weights = ("frozen backbone", "initial policy")
             copied = sum(held(name, meshes.rollout) for name in weights)
-            moved = max(0.0, copied - sum(resident[name] for name in weights))
-            collectives["all-gather"] = collectives.get("all-gather", 0.0) + moved
+            if program.name == "rollout":  # a branch finds it there
+                moved = max(0.0, copied - sum(resident[name] for name in weights))
+                collectives["all-gather"] = collectives.get("all-gather", 0.0) + moved
         if parts > 1 and program.trains:
             collectives["all-reduce"] = chunks * 2 * trained * (parts - 1) / parts
         seconds = {

@@ -8,7 +8,7 @@ import numpy as np
 
 from vpo_jax.runtime.errors import UserError
 
-STREAMS = {"rollout": 0, "noise": 1, "dropout": 2, "eval": 3, "data": 4, "init": 5}
+STREAMS = {"rollout": 0, "noise": 1, "dropout": 2, "eval": 3, "data": 4, "init": 5, "trunk": 6}
 SEED_BITS = 64
 
 

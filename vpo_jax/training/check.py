@@ -46,6 +46,10 @@ def check(config: Mapping[str, Any]) -> None:
             raise UserError("ema.extrapolation: there is no average to extrapolate (ema.decay=0); set it to 1.0")
         if values["lora.path"]:
             raise UserError("ema.extrapolation: needs fresh adapters, and lora.path starts from others; set it to 1.0")
+    if values["rollout.trunk_level"] and values["rollout.candidates"] < 2:
+        raise UserError(
+            "rollout.trunk_level: one candidate (rollout.candidates=1) has none to share a trunk with; set it to 0.0"
+        )
     rollout, videos = values["rollout.microbatch"], values["train.prompts_per_step"] * values["rollout.candidates"]
     if rollout and videos % rollout:
         raise UserError(
@@ -62,9 +66,11 @@ def check_meshes(config: Any, meshes: Meshes) -> None:
         "train.prompts_per_step x rollout.candidates": prompts * config.rollout.candidates,
     }
     pairs = {"train.prompts_per_step": prompts, "train.microbatch": config.train.microbatch}
+    # A trunk a prompt is sampled where candidates are.
+    trunks = {"train.prompts_per_step": prompts} if config.rollout.trunk_level else {}
     for role, mesh, sizes in (
         ("mesh.data x mesh.fsdp", meshes.update, pairs),
-        ("mesh.rollout", meshes.rollout, videos),
+        ("mesh.rollout", meshes.rollout, videos | trunks),
         ("reward.devices" if config.reward.devices and not config.mesh.score else "mesh.score", meshes.score, videos),
     ):
         parts = batch_size(mesh)

@@ -55,6 +55,7 @@ FIELDS: Mapping[str, Field] = {
     "algorithm.name": Field(str, lambda x: x in ALGORITHMS, f"one of {', '.join(ALGORITHMS)}"),
     **{key: field for entry in ALGORITHMS.values() for key, field in entry.fields.items()},
     "rollout.candidates": whole(1),
+    "rollout.trunk_level": number(0, 1, extra=" (0 = independent candidates)"),
     "rollout.num_inference_steps": whole(1),
     "rollout.guidance_scale": number(0),
     "rollout.guidance_scale_2": number(0, extra=" (0 = guidance_scale)"),

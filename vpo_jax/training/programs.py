@@ -11,7 +11,7 @@ from vpo_jax.algorithms.protocol import Algorithm, Frozen, Setting
 from vpo_jax.algorithms.table import ALGORITHMS
 from vpo_jax.diffusion.config import with_shift
 from vpo_jax.diffusion.process import make_process
-from vpo_jax.diffusion.samplers import make_sampler
+from vpo_jax.diffusion.samplers import Sampler, make_sampler
 from vpo_jax.diffusion.trajectory import check_stochastic
 from vpo_jax.pipeline import Pipeline
 from vpo_jax.rewards.scoring import frames_to_decode, score_function
@@ -21,7 +21,7 @@ from vpo_jax.runtime.mesh import BATCH, constrain
 from vpo_jax.runtime.programs import Program, Role, abstract, abstract_rows
 from vpo_jax.training.optimizer import make_optimizer
 from vpo_jax.training.policy import Policy, abstract_text_params
-from vpo_jax.training.rollouts import make_rollout
+from vpo_jax.training.rollouts import fit_microbatch, make_branches, make_rollout
 
 Tree = Any
 
@@ -31,7 +31,8 @@ class Programs(NamedTuple):
 
     Attributes:
       encode: (text encoder's parameters, ids [P, L]) -> encodings of P prompts.
-      rollout: see `training.rollouts.make_rollout`.
+      rollout: see `training.rollouts.make_rollout`: the candidates, or with a trunk the video that they begin from.
+      branch: see `training.rollouts.make_branches`: the candidates from that video; None without a trunk.
       decode: (autoencoder's parameters, latents [B, F, h, w, C]) -> uint8 [B, f, H, W, 3], what scorers read.
       scores: of each compiled scorer: (parameters, videos [P * N, f, H, W, 3], prepared prompts) -> [P * N, D].
       algorithm: see `algorithms.protocol`; its programs follow.
@@ -42,6 +43,7 @@ class Programs(NamedTuple):
 
     encode: Program
     rollout: Program
+    branch: Program | None
     decode: Program
     scores: tuple[Program, ...]
     algorithm: Algorithm
@@ -54,7 +56,13 @@ class Programs(NamedTuple):
     @property
     def all(self) -> tuple[Program, ...]:
         """Every program, in the order of a step."""
-        return (self.encode, self.rollout, self.decode, *self.scores, *self.algorithm.programs)
+        branch = () if self.branch is None else (self.branch,)
+        return (self.encode, self.rollout, *branch, self.decode, *self.scores, *self.algorithm.programs)
+
+    @property
+    def candidates(self) -> Program:
+        """The one whose result is a step's candidates."""
+        return self.branch or self.rollout
 
 
 def make_programs(
@@ -71,7 +79,7 @@ def make_programs(
 
     Raises:
       UserError: sizes that the model cannot make, a scorer for evaluation only, a sampler without log-probabilities
-        where the algorithm wants them.
+        where the algorithm wants them, a trunk that leaves candidates nothing to share or nothing to differ in.
     """
     for reward in rewards:
         if not reward.trains:
@@ -85,13 +93,15 @@ def make_programs(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), jax.eval_shape(encode.function, *encode.arguments(1))
     )
     scheduler = with_shift(pipeline.scheduler_config, rollout.shift, "rollout.shift")
-    sampler = make_sampler(scheduler, rollout.num_inference_steps, rollout.sampler or None, rollout.eta)
+    settings = rollout.num_inference_steps, rollout.sampler or None, rollout.eta
+    sampler = make_sampler(scheduler, *settings)
+    process = pipeline.family.process if not rollout.shift else make_process(scheduler)
     algorithm = ALGORITHMS[config.algorithm.name].make(
         Setting(
             config=config,
             denoise=policy.denoise,
             denoise_float32=policy.in_float32().denoise,
-            process=pipeline.family.process if not rollout.shift else make_process(scheduler),
+            process=process,
             sampler=sampler,
             optimizer=make_optimizer(config.optimizer),
             rewards=rewards,
@@ -104,14 +114,30 @@ def make_programs(
     )
     if algorithm.keeps_trajectories:
         check_stochastic(sampler)
+    guidance = pipeline.guidance(rollout.guidance_scale, rollout.guidance_scale_2, rollout.guidance_rescale)
     rolled = make_rollout(
-        policy.denoise, sampler, latents.shape, pipeline.guidance(rollout.guidance_scale, rollout.guidance_scale_2,
-        rollout.guidance_rescale), micro, algorithm.keeps_trajectories, policy.read_text,
-    )  # fmt: skip
+        policy.denoise, sampler, latents.shape, guidance, micro, algorithm.keeps_trajectories, policy.read_text
+    )
 
     def of_rollout(batch: int) -> tuple[Tree, ...]:
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
         return abstract(policy.frozen), abstract(policy.initial), abstract_rows(text, batch), text, keys
+
+    branch, sampled = None, videos
+    roles: tuple[Role, ...] = ("parameters", "parameters", "batch", "whole", "batch")
+    if rollout.trunk_level > 0.0:
+        if algorithm.keeps_trajectories:
+            raise UserError(
+                f"rollout.trunk_level: {config.algorithm.name} keeps every denoising step of its candidates, which a"
+                " trunk leaves out in part; set it to 0.0"
+            )
+        first = first_step(sampler, rollout.trunk_level, process.num_train_timesteps)
+        later = make_sampler(scheduler, *settings, first)
+        branches = make_branches(policy.denoise, later, guidance, micro, policy.read_text)
+        sampled = size
+        branch = Program("branch", branches, lambda batch: (*of_rollout(batch), abstract_rows(latents, batch)),
+                         (*roles, "batch"), "rollout", videos, microbatch=micro, microbatch_key="rollout.microbatch",
+                         passes=len(later.timesteps))  # fmt: skip
 
     frames = frames_to_decode(rewards, num_frames)
     seen = {frame: place for place, frame in enumerate(frames)}
@@ -130,9 +156,10 @@ def make_programs(
 
     return Programs(
         encode=encode,
-        rollout=Program("rollout", rolled, of_rollout, ("parameters", "parameters", "batch", "whole", "batch"),
-                        "rollout", videos, microbatch=micro, microbatch_key="rollout.microbatch",
+        rollout=Program("rollout", rolled, of_rollout, roles, "rollout", sampled,
+                        microbatch=micro and fit_microbatch(micro, sampled), microbatch_key="rollout.microbatch",
                         passes=rollout.num_inference_steps),
+        branch=branch,
         decode=decode_program(pipeline, frames, latents, videos, micro),
         scores=tuple(score_program(reward) for reward in rewards if reward.jittable),
         algorithm=algorithm,
@@ -142,6 +169,27 @@ def make_programs(
         frames=frames,
         latents=latents,
     )  # fmt: skip
+
+
+def first_step(sampler: Sampler, level: float, total: int) -> int:
+    """The first step of candidates that begin from a trunk: its timestep is at most `level`, in (0, 1], times `total`.
+
+    Raises:
+      UserError: there is no such step, or it is the sampler's first one.
+    """
+    timesteps = sampler.timesteps
+    first = int((timesteps > level * total + 1e-3).sum())  # float32 rounds timesteps that have fractions
+    if first == len(timesteps):
+        raise UserError(
+            f"rollout.trunk_level: {level:g} leaves candidates no step: the last of {first} is at"
+            f" {timesteps[-1] / total:g} of the schedule; give more, or raise rollout.num_inference_steps"
+        )
+    if first == 0:
+        raise UserError(
+            f"rollout.trunk_level: at {level:g} candidates take every step, the first at {timesteps[0] / total:g} of"
+            " the schedule, and share next to nothing; give less than that, or 0.0 for independent ones"
+        )
+    return first
 
 
 def _encode_program(config: Any, pipeline: Pipeline, prompts: int) -> Program:

@@ -1,8 +1,11 @@
 """Candidate videos from the policy as it is now, a step's at a time.
 
-A video's noise comes from its own key, so the same video comes out of any batch, microbatch or mesh.
+A video's noise comes from its own key, so the same video comes out of any batch, microbatch or mesh. With a trunk, the
+candidates of a prompt begin from one video of it under noise of their own (structured candidates: DenseDPO, arXiv
+2506.03517, which begins from real videos).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +43,11 @@ def make_candidate_keys(seed: int, prompts: int, candidates: int) -> Callable[[A
     return jax.jit(keys)
 
 
+def make_trunk_keys(seed: int, prompts: int) -> Callable[[Any], jax.Array]:
+    """`keys(step)`: keys [prompts] of the videos that a step's candidates begin from."""
+    return jax.jit(lambda step: jax.vmap(lambda slot: stream_key(seed, "trunk", step, slot))(jnp.arange(prompts)))
+
+
 def make_rollout(
     denoise: Denoise,
     sampler: Sampler,
@@ -51,29 +59,84 @@ def make_rollout(
 ) -> Callable[[Tree, Tree, Tree, Tree, jax.Array], jax.Array | Trajectory]:
     """`rollout(frozen, trainable, text of B, negative text of one, keys [B]) -> clean latents [B, F, h, w, C]`, jitted.
 
-    With `keep_trajectory` it gives the whole `Trajectory`.
+    Microbatches are what `fit_microbatch` says. With `keep_trajectory` it gives the whole `Trajectory`.
     """
 
     def of_chunk(
         frozen: Tree, trainable: Tree, negative: Tree, chunk: tuple[Tree, jax.Array]
     ) -> jax.Array | Trajectory:
         text, keys = chunk
-        split = jax.vmap(jax.random.split)(keys)  # [B, 2]
-        noise = jax.vmap(lambda key: jax.random.normal(key, latent_shape, jnp.float32))(split[:, 0])
-        noise = constrain(noise, VIDEO)
-
-        def predict(latents: jax.Array, timestep: jax.Array, text: Tree) -> jax.Array:
-            return denoise(frozen, trainable, latents, jnp.full(latents.shape[0], timestep), text)
-
-        predict_guided = guided(predict, text, negative, guidance, lambda text: read_text(frozen, trainable, text))
+        noise, keys = _draw(keys, latent_shape)
+        predict = _predictor(denoise, guidance, read_text, frozen, trainable, text, negative)
         if keep_trajectory:
-            return sample_trajectory(sampler, predict_guided, noise, split[:, 1])
-        return constrain(sample(sampler, predict_guided, noise, split[:, 1]), VIDEO)
+            return sample_trajectory(sampler, predict, noise, keys)
+        return constrain(sample(sampler, predict, noise, keys), VIDEO)
 
     def rollout(frozen: Tree, trainable: Tree, text: Tree, negative: Tree, keys: jax.Array) -> jax.Array | Trajectory:
-        return in_microbatches(lambda chunk: of_chunk(frozen, trainable, negative, chunk), (text, keys), microbatch)
+        size = fit_microbatch(microbatch, len(keys))
+        return in_microbatches(lambda chunk: of_chunk(frozen, trainable, negative, chunk), (text, keys), size)
 
     return jax.jit(rollout)
+
+
+def make_branches(
+    denoise: Denoise,
+    sampler: Sampler,
+    guidance: Guidance,
+    microbatch: int = 0,
+    read_text: ReadText = lambda frozen, trainable, text: text,
+) -> Callable[[Tree, Tree, Tree, Tree, jax.Array, jax.Array], jax.Array]:
+    """`branches(frozen, trainable, text of B, negative text of one, keys [B], trunks) -> clean latents`, jitted.
+
+    `trunks` are clean latents [B, F, h, w, C], each noised by its candidate's key to where `sampler`, which leaves the
+    first steps out, begins.
+    """
+
+    def of_chunk(frozen: Tree, trainable: Tree, negative: Tree, chunk: tuple[Tree, jax.Array, jax.Array]) -> jax.Array:
+        text, keys, trunks = chunk
+        noise, keys = _draw(keys, trunks.shape[1:])
+        predict = _predictor(denoise, guidance, read_text, frozen, trainable, text, negative)
+        return constrain(sample(sampler, predict, sampler.noised(constrain(trunks, VIDEO), noise), keys), VIDEO)
+
+    def branches(
+        frozen: Tree, trainable: Tree, text: Tree, negative: Tree, keys: jax.Array, trunks: jax.Array
+    ) -> jax.Array:
+        chunks, size = (text, keys, trunks), fit_microbatch(microbatch, len(keys))
+        return in_microbatches(lambda chunk: of_chunk(frozen, trainable, negative, chunk), chunks, size)
+
+    return jax.jit(branches)
+
+
+def fit_microbatch(microbatch: int, batch: int) -> int:
+    """Rows at a time of a batch that may be smaller than the one the microbatch was chosen for, or no multiple of it.
+
+    It is a multiple of whatever divides both, as the number of devices does. 0 = all.
+    """
+    return batch if batch <= microbatch else math.gcd(microbatch, batch)
+
+
+def _draw(keys: jax.Array, latent_shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Unit Gaussian latents [B, ...] of the videos' keys [B], and the keys [B] of their samplers."""
+    split = jax.vmap(jax.random.split)(keys)  # [B, 2]
+    noise = jax.vmap(lambda key: jax.random.normal(key, latent_shape, jnp.float32))(split[:, 0])
+    return constrain(noise, VIDEO), split[:, 1]
+
+
+def _predictor(
+    denoise: Denoise,
+    guidance: Guidance,
+    read_text: ReadText,
+    frozen: Tree,
+    trainable: Tree,
+    text: Tree,
+    negative: Tree,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(latents [B, ...], timestep) -> guided prediction of these parameters for these texts [B]."""
+
+    def predict(latents: jax.Array, timestep: jax.Array, text: Tree) -> jax.Array:
+        return denoise(frozen, trainable, latents, jnp.full(latents.shape[0], timestep), text)
+
+    return guided(predict, text, negative, guidance, lambda text: read_text(frozen, trainable, text))
 
 
 class Candidates(NamedTuple):
@@ -101,6 +164,7 @@ class Rollouts:
         self,
         config: Any,
         rollout: Callable[..., jax.Array | Trajectory],
+        branches: Callable[..., jax.Array] | None,
         algorithm: Algorithm,
         frozen: Frozen,
         negative: Tree,
@@ -109,15 +173,21 @@ class Rollouts:
         meshes: Meshes,
         rules: Rules,
     ) -> None:
-        """`frozen` and `negative`, the encoding that guidance leads away from, lie on `meshes.update`."""
+        """`branches` is None where candidates are independent.
+
+        `frozen` and `negative`, the encoding that guidance leads away from, lie on `meshes.update`.
+        """
         size, candidates = config.train.prompts_per_step, config.rollout.candidates
         self.videos = size * candidates
-        self._rollout, self._algorithm, self._frozen, self._encode = rollout, algorithm, frozen, encode
+        self._rollout, self._branches = rollout, branches
+        self._algorithm, self._frozen, self._encode = algorithm, frozen, encode
         self._negative, self._prompts, self._meshes, self._rules = negative, prompts, meshes, rules
         self._index = PromptIndex(len(prompts), size, config.seed, config.data.shuffle)
         self._keys = make_candidate_keys(config.seed, size, candidates)
+        self._trunk_keys = make_trunk_keys(config.seed, size)
         self._repeat = jax.jit(
-            lambda text: jax.tree.map(lambda x: constrain(jnp.repeat(x, candidates, axis=0), BATCH), text)
+            lambda tree, spec: jax.tree.map(lambda x: constrain(jnp.repeat(x, candidates, axis=0), spec), tree),
+            static_argnames="spec",
         )
 
     def next(self, state: TrainState, step: int) -> Candidates:
@@ -137,16 +207,25 @@ class Rollouts:
 
     def sample(self, trainable: Tree, text: Tree, keys: jax.Array) -> jax.Array | Trajectory:
         """Clean latents [B, F, h, w, C] of B encodings and keys [B], on the mesh of the updates."""
+
+        def independent(weights: tuple[Tree, Tree], text: Tree, negative: Tree) -> jax.Array | Trajectory:
+            return self._rollout(*weights, text, negative, keys)
+
+        return self._on_mesh(independent, trainable, text)
+
+    def _on_mesh(
+        self, make: Callable[[tuple[Tree, Tree], Tree, Tree], jax.Array | Trajectory], trainable: Tree, text: Tree
+    ) -> jax.Array | Trajectory:
+        """`make(weights, text, negative)`, computed on the mesh of the rollouts, on the mesh of the updates."""
         update, mesh = self._meshes.update, self._meshes.rollout
         if mesh == update:
-            return self._rollout(self._frozen.backbone, trainable, text, self._negative, keys)
+            return make((self._frozen.backbone, trainable), text, self._negative)
         # Weights have the update's sharding, and are resharded once for all steps of the sampler.
         weights = (self._frozen.backbone, trainable)
-        backbone, trainable = move(weights, infer_shardings(weights, mesh, self._rules))
+        weights = move(weights, infer_shardings(weights, mesh, self._rules))
         negative = move(self._negative, jax.tree.map(lambda _: replicated(mesh), self._negative))
         with jax.set_mesh(mesh):
-            text = jax.tree.map(lambda x: bring(x, mesh), text)
-            found = self._rollout(backbone, trainable, text, negative, keys)
+            found = make(weights, jax.tree.map(lambda x: bring(x, mesh), text), negative)
         spec = BATCH if isinstance(found, Trajectory) else VIDEO
         return move(found, infer_shardings(found, update, (("", spec),)))
 
@@ -156,7 +235,16 @@ class Rollouts:
         return [self._prompts[i] for i in indices]
 
     def _sample(self, policy: Tree, text: Tree, step: int) -> jax.Array | Trajectory:
-        return self.sample(policy, self._repeat(text), self._keys(put(np.int32(step))))
+        branches, keys = self._branches, self._keys(put(np.int32(step)))
+        if branches is None:
+            return self.sample(policy, self._repeat(text, BATCH), keys)
+        trunk_keys = self._trunk_keys(put(np.int32(step)))
+
+        def from_trunks(weights: tuple[Tree, Tree], text: Tree, negative: Tree) -> jax.Array:
+            trunks = self._repeat(self._rollout(*weights, text, negative, trunk_keys), VIDEO)
+            return branches(*weights, self._repeat(text, BATCH), negative, keys, trunks)
+
+        return self._on_mesh(from_trunks, policy, text)
 
     @staticmethod
     def _rolled(text: Tree, found: jax.Array | Trajectory) -> Rollout:

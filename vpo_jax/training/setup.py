@@ -100,7 +100,8 @@ def make_setup(
     frozen = Frozen(backbone, theta0, empty)
 
     algorithm, rollout = programs.algorithm, programs.rollout.function
-    rollouts = Rollouts(config, rollout, algorithm, frozen, negative, encode, prompts, meshes, rules)
+    branches = programs.branch.function if programs.branch else None
+    rollouts = Rollouts(config, rollout, branches, algorithm, frozen, negative, encode, prompts, meshes, rules)
     weights = Weights(meshes.score, config.reward.offload)
     score, generate = _scoring(config, pipeline, rewards, meshes, programs, rollouts, encode, weights, rules)
     factor = config.ema.extrapolation
@@ -165,8 +166,8 @@ def _state(
     algorithm = programs.algorithm
     prefetched = None
     if meshes.apart:
-        rolled = programs.rollout
-        prefetched = jax.eval_shape(rolled.function, *rolled.arguments(rolled.batch))
+        made = programs.candidates
+        prefetched = jax.eval_shape(made.function, *made.arguments(made.batch))
 
     def fresh() -> TrainState:
         return init_state(

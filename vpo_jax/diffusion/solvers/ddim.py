@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vpo_jax.diffusion.multistep import Sampler, make_coefficients
+from vpo_jax.diffusion.multistep import Sampler, make_coefficients, make_levels
 from vpo_jax.diffusion.process import clean_and_noise_weights
 from vpo_jax.diffusion.schedules import signal_scale
 from vpo_jax.diffusion.timesteps import ddim_timesteps
@@ -32,7 +32,8 @@ def make_ddim(fields: Mapping[str, Any], levels: Table, steps: int, eta: float) 
         )
     scale = signal_scale(fields).astype(np.float64)
     scale_now, scale_before = scale[timesteps], scale[np.maximum(before, 0)]
-    a, b, c, d = clean_and_noise_weights(fields["prediction_type"], np.sqrt(now) * scale_now, np.sqrt(1 - now))
+    signal, noise = np.sqrt(now) * scale_now, np.sqrt(1 - now)
+    a, b, c, d = clean_and_noise_weights(fields["prediction_type"], signal, noise)
     fresh = eta * np.sqrt(np.maximum((1 - previous) / (1 - now) * (1 - now / previous), 0.0))
     coefficients = make_coefficients(
         steps,
@@ -45,4 +46,4 @@ def make_ddim(fields: Mapping[str, Any], levels: Table, steps: int, eta: float) 
         fresh_noise=fresh,
     )
     clip_range = float(fields["clip_sample_range"]) if fields["clip_sample"] else None
-    return Sampler(fields["_class_name"], timesteps, 1.0, coefficients, clip_range)
+    return Sampler(fields["_class_name"], timesteps, 1.0, coefficients, clip_range, make_levels(signal, noise))

@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vpo_jax.diffusion.multistep import Sampler, make_coefficients
+from vpo_jax.diffusion.multistep import Sampler, make_coefficients, make_levels
 from vpo_jax.diffusion.process import clean_and_noise_weights
 from vpo_jax.diffusion.timesteps import dpm_timesteps_and_sigmas
 from vpo_jax.runtime.types import Table
 
 
-def make_dpm_solver(fields: Mapping[str, Any], levels: Table, steps: int) -> Sampler:
+def make_dpm_solver(fields: Mapping[str, Any], levels: Table, steps: int, first: int = 0) -> Sampler:
     """DPM-Solver++ of first or second order, multistep (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
-    `fields` are what `resolve` returns and `levels` abar, float32 [T].
+    `fields` are what `resolve` returns and `levels` abar, float32 [T]. No step reads one before `first`.
     """
     timesteps, sigmas = dpm_timesteps_and_sigmas(fields, levels, steps)
     steps = len(timesteps)
@@ -31,7 +31,7 @@ def make_dpm_solver(fields: Mapping[str, Any], levels: Table, steps: int) -> Sam
         ratio = np.concatenate([np.ones(1, np.float32), h[:-1] / h[1:]])  # the step before over this one
         slope = -0.5 * decay if fields["solver_type"] == "midpoint" else decay / h + 1
         correction = signal[following] * slope / ratio
-    correction = np.where(_second_order(fields, steps), correction, 0)
+    correction = np.where(_second_order(fields, steps, first), correction, 0)
     coefficients = make_coefficients(
         steps,
         clean_of_sample=a,
@@ -40,12 +40,12 @@ def make_dpm_solver(fields: Mapping[str, Any], levels: Table, steps: int) -> Sam
         next_of_clean=-signal[following] * decay + correction,
         next_of_previous_clean=(-correction,),
     )
-    return Sampler(fields["_class_name"], timesteps, 1.0, coefficients, None)
+    return Sampler(fields["_class_name"], timesteps, 1.0, coefficients, None, make_levels(signal[now], noise[now]))
 
 
-def _second_order(fields: Mapping[str, Any], steps: int) -> npt.NDArray[np.bool_]:
+def _second_order(fields: Mapping[str, Any], steps: int, first: int) -> npt.NDArray[np.bool_]:
     second = np.full(steps, fields["solver_order"] == 2)
-    second[0] = False
+    second[: first + 1] = False
     short = fields["lower_order_final"] and steps < 15
     if fields["euler_at_final"] or short or fields["final_sigmas_type"] == "zero":
         second[-1] = False

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vpo_jax.diffusion.multistep import Sampler, make_coefficients
+from vpo_jax.diffusion.multistep import Sampler, make_coefficients, make_levels
 from vpo_jax.diffusion.process import clean_and_noise_weights
 from vpo_jax.diffusion.timesteps import euler_timesteps_and_sigmas, flow_euler_timesteps_and_sigmas
 from vpo_jax.runtime.types import Table
@@ -33,7 +33,8 @@ def make_euler(fields: Mapping[str, Any], levels: Table, steps: int) -> Sampler:
     )
     largest = float(sigmas.max())
     initial = (largest**2 + 1) ** 0.5 if fields["timestep_spacing"] == "leading" else largest
-    return Sampler(fields["_class_name"], timesteps, initial, coefficients, None)
+    levels_of_samples = make_levels(np.ones(steps), sigmas[:steps])
+    return Sampler(fields["_class_name"], timesteps, initial, coefficients, None, levels_of_samples)
 
 
 def make_flow_euler(fields: Mapping[str, Any], steps: int) -> Sampler:
@@ -52,4 +53,4 @@ def make_flow_euler(fields: Mapping[str, Any], steps: int) -> Sampler:
         next_of_sample=remaining,
         next_of_clean=1 - remaining,
     )
-    return Sampler(fields["_class_name"], timesteps, 1.0, coefficients, None)
+    return Sampler(fields["_class_name"], timesteps, 1.0, coefficients, None, make_levels(1 - now, now))

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vpo_jax.diffusion.config import is_flow
-from vpo_jax.diffusion.multistep import Corrector, Sampler, make_coefficients
+from vpo_jax.diffusion.multistep import Corrector, Sampler, make_coefficients, make_levels
 from vpo_jax.diffusion.process import clean_and_noise_weights
 from vpo_jax.diffusion.schedules import alphas_cumprod
 from vpo_jax.diffusion.timesteps import unipc_flow_timesteps_and_sigmas, unipc_timesteps_and_sigmas
@@ -30,10 +30,11 @@ class _Grid(NamedTuple):
     is_bh1: bool
 
 
-def make_unipc(fields: Mapping[str, Any], steps: int) -> Sampler:
+def make_unipc(fields: Mapping[str, Any], steps: int, first: int = 0) -> Sampler:
     """UniPC of order 1 to 3 on a variance-preserving process or a flow; `fields` are what `resolve` returns.
 
-    Where the last step ends at sigma 0 it gives x_0, the limit of both solver types (diffusers 0.42: NaN for bh1).
+    No step reads one before `first`. Where the last step ends at sigma 0 it gives x_0, the limit of both solver types
+    (diffusers 0.42: NaN for bh1).
     """
     if is_flow(fields):
         timesteps, sigmas = unipc_flow_timesteps_and_sigmas(fields, steps)
@@ -54,11 +55,11 @@ def make_unipc(fields: Mapping[str, Any], steps: int) -> Sampler:
 
     size, order = len(timesteps), fields["solver_order"]
     left = size - np.arange(size) if fields["lower_order_final"] else np.full(size, order)
-    orders = np.minimum(np.minimum(order, left), np.arange(size) + 1)
+    orders = np.minimum(np.minimum(order, left), np.maximum(np.arange(size) - first, 0) + 1)
     predicted = np.stack([_predict(grid, i, orders[i], order) for i in range(size)])  # [S, 2 + order]
     corrected = np.zeros((size, 3 + order))
     corrected[:, 0] = 1.0
-    for i in range(1, size):
+    for i in range(first + 1, size):
         if i - 1 not in fields["disable_corrector"]:
             corrected[i] = _correct(grid, i, orders[i - 1], order)
     coefficients = make_coefficients(
@@ -70,7 +71,7 @@ def make_unipc(fields: Mapping[str, Any], steps: int) -> Sampler:
         next_of_previous_clean=_columns(predicted[:, 2:]),
         corrector=Corrector(corrected[:, 0], corrected[:, 1], corrected[:, 2], _columns(corrected[:, 3:])),
     )
-    return Sampler(fields["_class_name"], timesteps, 1.0, coefficients, None)
+    return Sampler(fields["_class_name"], timesteps, 1.0, coefficients, None, make_levels(signal[:-1], noise[:-1]))
 
 
 def _predict(grid: _Grid, i: int, order: int, width: int) -> Row:
