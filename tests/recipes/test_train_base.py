@@ -16,7 +16,8 @@ def test_the_wan_recipe_writes_a_folder_that_loads_and_goes_on_where_it_stopped(
     monkeypatch.setattr(base_wan, "_MEASURED", 8)
     monkeypatch.setattr(base_wan, "VAE", base_wan.VAE | {"base_dim": 8, "decoder_base_dim": 8})
     monkeypatch.setattr(base_wan, "TRANSFORMER", base_wan.TRANSFORMER | {"num_layers": 2, "ffn_dim": 32})
-    words = ["--family=wan", f"--workdir={tmp_path / 'work'}", "--vae_steps=2", "--steps=2", "--batch=4"]
+    words = ["--family=wan", f"--workdir={tmp_path / 'work'}", "--vae_steps=2", "--decoder_steps=1", "--steps=2",
+             "--batch=4"]  # fmt: skip
     with pytest.raises(TimeoutError, match="the same command goes on"):
         train_base.main([*words, f"--output={tmp_path / 'base'}", "--seconds=0"])
     while not (tmp_path / "base").exists():
@@ -35,8 +36,11 @@ def test_the_wan_recipe_writes_a_folder_that_loads_and_goes_on_where_it_stopped(
     assert "--family=wan" in recipe["commands"][0]
 
 
-def test_lessons_are_for_the_unet_and_refused_before_anything_is_trained(tmp_path):
+def test_what_another_family_is_trained_with_is_refused_before_anything_is_trained(tmp_path):
     words = ["--family=wan", "--lessons=3", f"--workdir={tmp_path / 'work'}", f"--output={tmp_path / 'base'}"]
     with pytest.raises(UserError, match="--lessons: a base of the family wan"):
+        train_base.main(words)
+    words = ["--family=text_to_video_sd", "--decoder_steps=3", *words[2:]]
+    with pytest.raises(UserError, match="--decoder_steps: a base of the family text_to_video_sd"):
         train_base.main(words)
     assert not list(tmp_path.iterdir())

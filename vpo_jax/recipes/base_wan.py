@@ -94,6 +94,7 @@ DEFAULTS = {
 }
 
 _VIDEOS_A_VAE_STEP = 4
+_ENCODER = ("encoder", "quant_conv")
 _KL_WEIGHT = 1e-6
 _LOG_VARIANCE_AT_START = -6.0
 _MEASURED = 512  # videos whose latents are measured
@@ -127,6 +128,25 @@ def train_vae(seed: int, steps: int, rate: float, workdir: Path, seconds: float 
     means = np.asarray(_encode(vae, params, frames), np.float64)
     statistics = {"latents_mean": means.mean((0, 1, 2, 3)), "latents_std": means.std((0, 1, 2, 3))}
     return params, VAE | {name: [round(float(x), 5) for x in values] for name, values in statistics.items()}
+
+
+def train_decoder(seed: int, steps: int, rate: float, vae_params: Tree, workdir: Path, seconds: float | None) -> Tree:
+    """The autoencoder with a decoder that learns on alone: latents, and so what is trained on them, stay as they are.
+
+    Videos come back sharper, as from the decoders that Stable Diffusion's autoencoder was given later.
+    """
+    vae = AutoencoderKLWan(AutoencoderKLWanConfig.from_dict(VAE))
+    seed_key = jax.random.fold_in(jax.random.key(seed), 3)
+    encoder = {name: tree for name, tree in vae_params.items() if name in _ENCODER}
+    decoder = {name: jax.tree.map(jnp.asarray, tree) for name, tree in vae_params.items() if name not in _ENCODER}
+
+    def loss(params: Tree, step: jax.Array) -> tuple[jax.Array, Metrics]:
+        return _reconstruction_loss(vae, seed_key, encoder | params, step)
+
+    optimizer = make_muon(make_schedule(rate, steps, 0.3))
+    update = make_update(loss, optimizer, 0.998)
+    state = Fitted(decoder, jax.tree.map(jnp.copy, decoder), optimizer.init(decoder))
+    return encoder | fit(state, update, steps, workdir / "decoder", seconds=seconds).ema
 
 
 def _init_vae(key: jax.Array, vae: AutoencoderKLWan) -> Tree:

@@ -31,6 +31,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="with --start another one: other videos and noise")
     parser.add_argument("--vae_steps", type=int, default=2200)
     parser.add_argument("--vae_learning_rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--decoder_steps", type=int, default=0, help="of the autoencoder's decoder alone, at half the rate"
+    )
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--lessons", type=int, default=0, help="the first of the steps, on what motion words mean")
     parser.add_argument("--batch", type=int, default=24)
@@ -41,6 +44,8 @@ def main(argv: Sequence[str]) -> None:
     kept.add_argument("--start", type=Path, default=None, help="a base to train further; its autoencoder is kept")
     flags = parser.parse(argv)
     family, start, before = FAMILIES[flags.family], None, flags.start or flags.autoencoder
+    if flags.decoder_steps and family is not base_wan:
+        raise UserError(f"--decoder_steps: a base of the family {flags.family} is trained without; leave the flag out")
     if flags.lessons and not family.HAS_LESSONS:
         raise UserError(f"--lessons: a base of the family {flags.family} is trained without; leave the flag out")
     if before is None:
@@ -56,7 +61,14 @@ def main(argv: Sequence[str]) -> None:
         flags.seed, flags.steps, flags.batch, flags.learning_rate, vae, vae_config, flags.workdir, flags.seconds, start,
         flags.lessons,
     )  # fmt: skip
-    names = ("family", "seed", "vae_steps", "vae_learning_rate", "steps", "lessons", "batch", "learning_rate")
+    if flags.decoder_steps:
+        vae = base_wan.train_decoder(
+            flags.seed, flags.decoder_steps, flags.vae_learning_rate / 2, vae, flags.workdir, flags.seconds
+        )
+    names = (
+        "family", "seed", "vae_steps", "vae_learning_rate", "decoder_steps", "steps", "lessons", "batch",
+        "learning_rate",
+    )  # fmt: skip
     words = [f"--{name}={getattr(flags, name)}" for name in names]
     if before is not None:
         words.append("--start=THE_BASE_ABOVE" if flags.start else "--autoencoder=THE_BASE_ABOVE")
