@@ -1,4 +1,4 @@
-"""docs/speed.md from what benchmarks/gpu.py measured.
+"""docs/speed.md from what benchmarks/gpu.py and benchmarks/peer.py measured.
 
     python benchmarks/report.py [--results=DIR] [--output=docs/speed.md]
 
@@ -20,14 +20,22 @@ from vpo_jax.runtime.paths import user_path
 
 _HEAD = """# Measured speed
 
-Full sizes with random weights, one GPU. A time is the median of repeated calls after the first, which compiles. A share
-is of the data sheet's dense bfloat16 peak; FLOPs are those of matrix products and convolutions. The JSON files in
-`benchmarks/results` hold every repeat, and the command of each row.
+A time is the median of repeated calls after the first, which compiles. The JSON files in `benchmarks/results` hold
+every repeat, and the commands.
 
     python benchmarks/gpu.py
+    python benchmarks/peer.py --output=benchmarks/results/peer.json
     python benchmarks/report.py
 """
+_ON_A_GPU = """Full sizes with random weights, one GPU. A share is of the data sheet's dense bfloat16 peak; FLOPs are
+those of matrix products and convolutions.
+"""
+_ON_A_CPU = """The embedded job in float32 beside the same work in PyTorch with diffusers: {videos} videos a rollout, an
+update of {learnt} by {passes} forward passes. The sides took turns on the same cores, and their latents, losses and
+gradients agree. `compiled` is torch.compile.
+"""
 _MEASURED = ("", "s", "TFLOP", "share of peak", "peak memory, GB", "speed beside diffusers")
+_PEERS = ("", "cores", "side", "s", "least, s", "times ours", "speed-up by cores")
 _PHASES = ("phase of the step", "s", "floor, s", "share of the floor")
 
 
@@ -42,7 +50,9 @@ def main(argv: Sequence[str]) -> None:
     if not full:
         print(f"{flags.results} has no results of full size: nothing is written; measure with benchmarks/gpu.py")
         return
-    page = "\n".join([_HEAD, *(section(one) for one in full)])
+    gpus = [section(one) for one in full if "results" in one]
+    cpus = [peer_section(one) for one in full if "peer" in one]
+    page = "\n".join([_HEAD, *([_ON_A_GPU] if gpus else []), *gpus, *cpus])
     try:
         write_text_atomically(user_path(flags.output, "--output"), page)
     except OSError as error:
@@ -54,14 +64,14 @@ def read(file: Path) -> dict[str, Any]:
     """The results of a file.
 
     Raises:
-      UserError: it is none of `gpu.py`.
+      UserError: it is none of `gpu.py` or `peer.py`.
     """
     try:
         found: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--results: {file} cannot be read ({error}); remove it") from error
-    if not {"device", "size", "results"} <= set(found):
-        raise UserError(f"--results: {file} is no file of benchmarks/gpu.py; remove it")
+    if not any({"device", "size", rows} <= set(found) for rows in ("results", "peer")):
+        raise UserError(f"--results: {file} is no file of benchmarks/gpu.py or benchmarks/peer.py; remove it")
     return found
 
 
@@ -82,6 +92,28 @@ def section(machine: Mapping[str, Any]) -> str:
         lines.append("Not measured:\n")
         lines.append("".join(f"- {one['name']}: {one.get('error') or one['skipped']}\n" for one in rest))
     lines.append("".join(_versions(measured)))
+    return "\n".join(lines)
+
+
+def peer_section(machine: Mapping[str, Any]) -> str:
+    """A CPU: the embedded job beside PyTorch, and versions."""
+    rows = machine["peer"]
+    found = {(row["stage"], row["cores"], row["side"]): row["seconds"] for row in rows}
+    fewest = min(row["cores"] for row in rows)
+    shown = []
+    for row in sorted(rows, key=lambda row: (row["stage"], row["cores"])):
+        stage, cores, side = row["stage"], row["cores"], row["side"]
+        ratio = "" if side == "ours" else f"{row['seconds'] / found[stage, cores, 'ours']:.2f}"
+        gain = "" if cores == fewest else f"{found[stage, fewest, side] / row['seconds']:.2f}"
+        shown.append((stage, str(cores), side, _digits(row["seconds"]), _digits(row["least"]), ratio, gain))
+    videos = machine["prompts"] * machine["candidates"]
+    learnt = f"{videos} videos" if machine["update"] == "group" else f"{machine['prompts']} pairs"
+    lines = [
+        f"## {machine['device']}\n",
+        _ON_A_CPU.format(videos=videos, learnt=learnt, passes=machine["passes"]),
+        _table(_PEERS, shown),
+        "".join(_versions({machine["command"]: machine})),
+    ]
     return "\n".join(lines)
 
 

@@ -235,8 +235,9 @@ def test_the_page_shows_the_numbers_of_the_results(tmp_path, capsys):
     report.main(flags)
     page = (tmp_path / "speed.md").read_text()
     assert page.startswith("# Measured speed\n") and page.partition("## ")[2] == PAGE.partition("## ")[2]
+    assert "one GPU" in page and "torch.compile" not in page
     (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(UserError, match=r"^--results: .*x\.json is no file of benchmarks/gpu\.py"):
+    with pytest.raises(UserError, match=r"^--results: .*x\.json is no file of benchmarks/gpu\.py or"):
         report.main(flags)
 
 
