@@ -5,12 +5,13 @@
 
 The rollout is 64 videos of five guided steps, without encoding and decoding. The update learns from all 64, or with
 --update=pairs from eight pairs, through adapters on every layer: forward passes of the policy and of the reference, a
-third with the gradient, AdamW, the average. PyTorch could leave out the first one: --passes=2. Each side has a process
-for each number of cores, which may use no others. They take turns, so that only one works at a time, and each repeat
-asks all of them. The two calls that compile come before. Weights, noise and texts are the same, and so must be the
-latents, the loss and the gradients, or nothing is reported. `benchmarks/report.py` makes docs/speed.md of the output.
+third with the gradient, AdamW, the average. PyTorch could leave out the first one: --passes=2. Each side is a process
+that may use no other cores. They take turns, so that only one works at a time, and each repeat asks all of them; the
+next number of cores follows with processes of its own. Two calls that compile come before. Weights, noise and texts are
+the same, and so must be the latents, the loss and the gradients, or nothing is reported. `benchmarks/report.py` makes
+docs/speed.md of the output.
 
-Memory: all processes together, about 15 GB. Run it on a machine that does nothing else.
+Memory: about 5 GB for each side. Run it on a machine that does nothing else.
 """
 
 import contextlib
@@ -60,14 +61,12 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     if flags.repeats < 1:
         raise UserError(f"--repeats: {flags.repeats} is too few; give 1 or more")
     with tempfile.TemporaryDirectory() as folder:
-        cases = [
-            Case(side, count, flags.update, flags.passes, flags.small, folder)
-            for count in cores
-            for side in ("ours", *peers)
-        ]
-        rows = measure(cases, flags.repeats)
-        apart = {case.name: difference(cases[0], case) for case in cases[1:]}
-    config = config_of(cases[0])
+        sides = ("ours", *peers)
+        case = Case("ours", cores[0], flags.update, flags.passes, flags.small, folder)
+        cases = [[case._replace(side=side, cores=count) for side in sides] for count in cores]
+        rows = [row for together in cases for row in measure(together, case, flags.repeats)]
+        apart = {one.name: difference(case, one) for together in cases for one in together if one != case}
+    config = config_of(case)
     result = {
         "device": _processor(),
         "size": "small" if flags.small else "full",
@@ -114,8 +113,13 @@ def _processor() -> str:
     return "CPU"
 
 
-def measure(cases: Sequence[Case], repeats: int) -> list[Result]:
+def measure(cases: Sequence[Case], ours: Case, repeats: int) -> list[Result]:
     """Of each stage of each case: its median, least and all seconds, and those of the first call.
+
+    Args:
+      cases: that take turns.
+      ours: what is right; it has been measured, or is the first of the cases.
+      repeats: calls that are timed.
 
     Raises:
       UserError: a process has ended, or computes something else than ours.
@@ -142,7 +146,7 @@ def measure(cases: Sequence[Case], repeats: int) -> list[Result]:
             for stage in STAGES:
                 first[case, stage] = ask(case, stage)
                 ask(case, stage)  # what the second call may compile anew
-            difference(cases[0], case)
+            difference(ours, case)
             print(f"{case.name} is ready", file=sys.stderr, flush=True)
         for _ in range(repeats):
             for stage in STAGES:
