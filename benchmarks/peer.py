@@ -41,7 +41,7 @@ STAGES = ("rollout", "update")
 PEERS = ("eager", "compiled")
 # Most that float32 rounding may make of the difference, as a share of the scale. It grows over the denoising steps in
 # latents, and over positions in gradients. A mean error is right to 1e-7, and beta = 1000 multiplies it in the loss.
-LIMITS = {"latents": 1e-3, "loss": 1e-4, "norm": 1e-4, "gradient": 1e-3}
+LIMITS = {"latents": 1e-4, "loss": 1e-4, "norm": 1e-4, "gradient": 1e-3}
 
 Result = dict[str, Any]
 
