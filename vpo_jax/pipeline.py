@@ -26,7 +26,8 @@ from vpo_jax.runtime.trees import cast_floating
 
 Tree = Any
 
-SHIPPED = {"shapes": Path(__file__).parent / "shapes" / "assets" / "base"}
+_ASSETS = Path(__file__).parent / "shapes" / "assets"
+SHIPPED = {"shapes": _ASSETS / "base", "shapes_wan": _ASSETS / "wan"}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -288,10 +289,10 @@ def _compiled_sampler(
 
 
 def load_pipeline(path: str | Path, dtype: str = "float32", place: Place | None = None) -> Pipeline:
-    """Loads a diffusers text-to-video folder, the shipped model "shapes", or a model on the hub when online.
+    """Loads a diffusers text-to-video folder, a shipped model, or a model on the hub when online.
 
     Args:
-      path: a folder with model_index.json, "shapes", or a hub id "owner/name".
+      path: a folder with model_index.json, "shapes" or "shapes_wan", which ship, or a hub id "owner/name".
       dtype: "float32", "bfloat16" or "float16": of the parameters and the computation.
       place: a part's tree of shapes to its shardings, as `partial(infer_shardings, mesh=..., rules=...)`:
         each tensor goes from the file to its devices by itself. None keeps numpy arrays on the host. "disk" leaves
