@@ -288,7 +288,7 @@ def configs_of(vae: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def write_base(
     output: Path, vae_params: Tree, vae_config: Mapping[str, Any], denoiser: Tree, recipe: dict[str, Any]
 ) -> None:
-    """The diffusers folder, in float16, and the recipe beside it."""
+    """The diffusers folder, the text encoder in float32 and the rest in float16, and the recipe beside it."""
     parts = PipelineParts(
         layout=LAYOUT,
         configs=configs_of(vae_config),
@@ -296,5 +296,5 @@ def write_base(
         tokenizer=make_umt5_tokenizer(),
         defaults=DEFAULTS,
     )
-    write_pipeline(output, parts, dict.fromkeys(("transformer", "vae", "text_encoder"), "float16"))
+    write_pipeline(output, parts, {"transformer": "float16", "vae": "float16", "text_encoder": "float32"})
     write_json(output / "recipe.json", recipe)
