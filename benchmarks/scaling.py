@@ -22,7 +22,7 @@ from rich.table import Table
 
 from vpo_jax.planning.chips import Topology, parse_topology
 from vpo_jax.planning.compiled import compile_program, missing, topology_meshes
-from vpo_jax.planning.fit import Linear, measure_programs
+from vpo_jax.planning.fit import Lines, measure_programs
 from vpo_jax.planning.job import Job, make_job
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
@@ -39,12 +39,12 @@ def wire_bytes(collectives: Mapping[str, float], count: int) -> float:
     return sum(size * factors.get(kind, share) for kind, size in collectives.items())
 
 
-def step_seconds(job: Job, lines: Mapping[str, Linear], topology: Topology, sent: Mapping[str, float]) -> float:
+def step_seconds(job: Job, lines: Lines, topology: Topology, sent: Mapping[str, float]) -> float:
     """Floor of a step: each stage's arithmetic or memory, and `sent` (stage -> bytes a chip a call) on top."""
     total = 0.0
     for stage in job.programs:
         chunks = stage.calls * stage.batch / (stage.microbatch or stage.batch)
-        cost = lines[stage.name].at((stage.microbatch or stage.batch) / topology.count)
+        cost = lines.on(stage.name, {}).at((stage.microbatch or stage.batch) / topology.count)
         total += chunks * max(cost.flops / topology.chip.flops, cost.traffic / topology.chip.bandwidth)
         total += stage.calls * sent.get(stage.name, 0.0) / topology.interconnect
     return total

@@ -9,9 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from vpo_jax.planning.chips import CHIPS, parse_topology
+from vpo_jax.models.attention import check_attention
+from vpo_jax.models.fused_attention import as_shapes
+from vpo_jax.planning.chips import CHIPS, TPUS, Topology, parse_topology
 from vpo_jax.planning.compiled import compile_program, mismatch, missing, topology_meshes
-from vpo_jax.planning.fit import abstract_meshes, make_plan, make_split_plan, measure_programs, propose
+from vpo_jax.planning.fit import Plan, abstract_meshes, make_plan, make_split_plan, measure_programs, propose
 from vpo_jax.planning.job import make_job
 from vpo_jax.planning.show import (
     compiled_table,
@@ -26,7 +28,8 @@ from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.fingerprint import expand_paths
 from vpo_jax.runtime.paths import check_output_file
 from vpo_jax.runtime.programs import choose_programs
-from vpo_jax.training.check import check, check_meshes
+from vpo_jax.training.check import check, check_context, check_meshes
+from vpo_jax.training.policy import DTYPES
 
 CONFIG = "configs/vpo.py"
 
@@ -57,6 +60,13 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     cli.override(config, overrides)
     config.data.prompts = config.data.prompts or "shapes:train"  # the cost does not depend on their words
     check(config)
+    fused = [key for key, value in cli.flatten_config(config) if key.endswith(".attention") and value == "cudnn"]
+    if topology and topology.is_tpu and fused:
+        raise UserError(
+            f"{fused[0]}: cudnn is a kernel of NVIDIA's GPUs, and {topology.name} has none; plan it with xla"
+        )
+    with as_shapes():  # of the devices that are planned
+        check_attention("model.attention", config.model.attention, DTYPES[config.model.dtype])
     expand_paths(config)
     apart = config.reward.devices
     if apart and topology is None:
@@ -67,17 +77,28 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
             f"reward.devices: {apart} of {topology.count} devices leave none to train on; give at most {most}"
         )
     meshes = abstract_meshes(config.mesh, topology.count - apart, apart) if topology else None
-    if meshes:
-        check_meshes(config, meshes)
-
     job = make_job(config)
+    if topology and meshes:
+        try:
+            check_meshes(config, meshes)
+            check_context(meshes, job.pipeline.family.context_length(*job.size))
+        except UserError:
+            if not apart:  # what would be right is said before what is wrong
+                best = propose(job, measure_programs(job), topology.chip, [topology.count])
+                console.print(_best_text(best, topology, flags), soft_wrap=True, highlight=False)
+            raise
     chosen = choose_programs(job.programs, flags.stages)
     console.print(describe_job(job), soft_wrap=True, highlight=False)
     lines = measure_programs(job)
     written: dict[str, Any] = {}
     if topology is None or meshes is None:
-        proposals = {name: propose(job, lines, chip) for name, chip in CHIPS.items()}
+        tried = {name: chip for name, chip in CHIPS.items() if not (fused and name in TPUS)}
+        proposals = {name: propose(job, lines, chip) for name, chip in tried.items()}
         console.print(proposals_text(proposals, flags.price, flags.utilisation), soft_wrap=True, highlight=False)
+        if fused:
+            console.print(
+                f"  not TPUs: {fused[0]}=cudnn is a kernel of NVIDIA's GPUs; plan them with xla", highlight=False
+            )
         written["proposals"] = {name: plan_as_json(plan) for name, plan in proposals.items()}
     elif apart:
         train, score, both = make_split_plan(job, lines, topology, meshes)
@@ -90,10 +111,14 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
         for part in (*plan_tables(plan), result_text(plan, flags.price, flags.utilisation)):
             console.print(part, soft_wrap=True, highlight=False)
         written["plan"] = plan_as_json(plan)
-        smallest = propose(job, lines, topology.chip)
-        proposed = proposals_text({topology.chip.name: smallest}, flags.price, flags.utilisation)
-        console.print(proposed, soft_wrap=True, highlight=False)
-        written["smallest"] = plan_as_json(smallest)
+        best = propose(job, lines, topology.chip, [topology.count])
+        smallest = best if best and best.fits and topology.count == 1 else propose(job, lines, topology.chip)
+        for proposed in (
+            _best_text(best, topology, flags),
+            proposals_text({topology.chip.name: smallest}, flags.price, flags.utilisation),
+        ):
+            console.print(proposed, soft_wrap=True, highlight=False)
+        written |= {"best": plan_as_json(best), "smallest": plan_as_json(smallest)}
         why = "--analytic" if flags.analytic else missing(topology)
         described = None if why else topology_meshes(topology, config.mesh)
         if described is None:
@@ -110,6 +135,11 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
             console.print(compiled_table(compiled, plan))
             written["compiled"] = {name: result._asdict() for name, result in compiled.items()}
     cli.write_output(flags.output, written)
+
+
+def _best_text(best: Plan | None, topology: Topology, flags: Any) -> str:
+    title = f"fastest mesh of {topology.name} that holds the job"
+    return proposals_text({topology.name: best}, flags.price, flags.utilisation, title)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from vpo_jax.models.config_fields import require
+from vpo_jax.models.fused_attention import described_attention, is_described
 from vpo_jax.runtime.mesh import fit, frames_are_sharded
 from vpo_jax.runtime.types import DType
 
@@ -68,12 +69,18 @@ def _cudnn(
         query = jnp.pad(query, ((0, 0), odd_queries, (0, 0), (0, 0)))
         key, value = (jnp.pad(x, ((0, 0), odd_keys, (0, 0), (0, 0))) for x in (key, value))
         lengths = tuple(jnp.full(batch, length, jnp.int32) for length in (queries, keys))
+    bias = None if bias is None else whole(bias).astype(query.dtype)
+    mask = None if mask is None else whole(mask)
+    if is_described() and jax.default_backend() != "gpu":
+        added = [x.astype(query.dtype) for x in (bias, mask) if x is not None]
+        one = added[0] if len(added) == 1 else jnp.add(*added) if added else jnp.zeros(0, query.dtype)
+        return described_attention(query, key, value, one)[:, :queries]
     y = jax.nn.dot_product_attention(
         query,
         key,
         value,
-        bias=None if bias is None else whole(bias).astype(query.dtype),
-        mask=None if mask is None else whole(mask),
+        bias=bias,
+        mask=mask,
         query_seq_lengths=lengths[0],
         key_value_seq_lengths=lengths[1],
         implementation="cudnn",
@@ -143,6 +150,7 @@ def _by_shard(
 def check_attention(field: str, backend: str, dtype: DType) -> None:
     """Raises UserError, naming `field`, for a backend that cannot compute in this dtype on these devices."""
     if backend == "cudnn":
-        kind, size = jax.devices()[0].platform, jnp.dtype(dtype).itemsize
+        kind = "gpu" if is_described() else jax.devices()[0].platform  # a plan is for other devices than these
+        size = jnp.dtype(dtype).itemsize
         require(kind == "gpu", field, f"cudnn wants an NVIDIA GPU and found {kind}; take xla")
         require(size == 2, field, f"cudnn wants bfloat16 weights and found {jnp.dtype(dtype)}; take xla")

@@ -1,23 +1,28 @@
 """A job on a mesh of chips: bytes, the floor of a step's time, and the smallest mesh that holds it."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from vpo_jax.algorithms.state import TrainState, infer_state_shardings
-from vpo_jax.planning.chips import USABLE, Topology
-from vpo_jax.planning.cost import Cost, measure
+from vpo_jax.planning.chips import USABLE, Chip, Topology
+from vpo_jax.planning.cost import Cost, Profile, trace
 from vpo_jax.planning.job import Job
-from vpo_jax.runtime.mesh import AXES, Meshes, infer_shardings, sizes_by_role
+from vpo_jax.planning.layout import Sizes, of_spec
+from vpo_jax.runtime.mesh import AXES, BATCH, Meshes, abstract_mesh, infer_shardings, sizes_by_role
 from vpo_jax.runtime.programs import Program
 from vpo_jax.runtime.trees import bytes_of
 
 Tree = Any
 MOST = 256  # devices that are tried
+_MOST_TENSOR = 8  # tensor exchanges activations in every layer: within a node of GPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +47,55 @@ class Linear:
         return Cost(*(a + b * batch for a, b in zip(self.once, self.each, strict=True)))
 
 
-def measure_programs(job: Job) -> dict[str, Linear]:
-    """Costs by program, from the real functions at one and two units of rows."""
-    lines = {}
-    for program in job.programs:
+class Lines:
+    """Costs of a job's programs on any mesh, from the real functions at one and two units of rows."""
+
+    def __init__(self, job: Job) -> None:
+        self._programs = {program.name: program for program in job.programs}
+        self._profiles = {program.name: _profiles(program, job) for program in job.programs}
+        self._axes = {name: set().union(*(p.axes for p in three)) for name, three in self._profiles.items()}
+        self._known: dict[Any, Linear] = {}
+
+    def on(self, name: str, sizes: Mapping[str, int]) -> Linear:
+        """Of a program on one device of a mesh with these sizes of fsdp, context and tensor."""
+        key = name, *(sizes.get(axis, 1) if axis in self._axes[name] else 1 for axis in AXES[1:])
+        if key not in self._known:
+            self._known[key] = self._line(name, Sizes(sizes))
+        return self._known[key]
+
+    def _line(self, name: str, sizes: Sizes) -> Linear:
+        program, profiles = self._programs[name], self._profiles[name]
+        one, two, alone = (profile.on(sizes) for profile in profiles)
         unit = program.unit * program.shared
-        one, two = (measure(program.function, *program.arguments(rows)) for rows in (unit, 2 * unit))
-        alone = measure(program.function, *program.arguments(program.unit)) if program.shared > 1 else one
         each = Cost(*(max(0.0, b - a) / unit for a, b in zip(one, two, strict=True)))
         once = Cost(*(max(0.0, a - unit * e) for a, e in zip(one, each, strict=True)))
-        lines[program.name] = Linear(once, each, program.shared, alone)
-    return lines
+        return Linear(once, each, program.shared, alone)
+
+
+def measure_programs(job: Job) -> Lines:
+    """Traces a job's programs; their costs on any mesh follow at once."""
+    return Lines(job)
+
+
+def _profiles(program: Program, job: Job) -> tuple[Profile, Profile, Profile]:
+    """Of one and of two units of rows that share work, and of one unit by itself."""
+    rules = job.pipeline.family.sharding_rules
+    one_device: Any = abstract_mesh()
+
+    def traced(rows: int) -> Profile:
+        arguments = program.arguments(rows)
+        layouts: list[Any] = []
+        for tree, role in zip(arguments, program.roles, strict=True):
+            if role == "parameters":  # on a mesh of one device every rule holds
+                specs = [sharding.spec for sharding in jax.tree.leaves(infer_shardings(tree, one_device, rules))]
+            else:
+                specs = [BATCH if role == "batch" else PartitionSpec()] * len(jax.tree.leaves(tree))
+            leaves = jax.tree.leaves(tree)
+            layouts += [of_spec(spec, leaf.shape, rows) for spec, leaf in zip(specs, leaves, strict=True)]
+        return trace(program.function, arguments, layouts, rows)
+
+    one, two = (traced(n * program.unit * program.shared) for n in (1, 2))
+    return one, two, traced(program.unit) if program.shared > 1 else one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +189,6 @@ def abstract_meshes(axes: Mapping[str, Any], count: int, scoring: int = 0) -> Me
     return Meshes(*(abstract_mesh(**sizes) for sizes in sizes_by_role(axes, count, scoring)))
 
 
-def abstract_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> AbstractMesh:
-    """A mesh of no devices."""
-    return AbstractMesh((data, fsdp, context, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
 def shard_bytes(tree: Tree, shardings: Tree) -> float:
     """Bytes of the tree that one device holds."""
 
@@ -163,61 +201,72 @@ def shard_bytes(tree: Tree, shardings: Tree) -> float:
 
 def make_plan(
     job: Job,
-    lines: Mapping[str, Linear],
+    lines: Lines,
     topology: Topology,
     meshes: Meshes,
     changes: Mapping[str, Any] | None = None,
-    known: dict[Any, float] | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> Plan:
     """The plan of a job on meshes; `changes` may set rollout.microbatch and train.microbatch.
 
-    The plan assumes that the batch is sharded over data and fsdp, and a stage's work over context and tensor too.
-    `known` caches the bytes that a device holds, for several plans of one job.
+    The batch is sharded over data and fsdp; what context and tensor divide of a stage's work, its programs say
+    (`planning.layout`). `known` caches what several plans of one job share.
     """
     changes, known = dict(changes or {}), {} if known is None else known
-    trees = job.resident
-
-    def held(name: str, mesh: AbstractMesh) -> float:
-        key = name, tuple(mesh.shape.values())
-        if key not in known:
-            known[key] = _held(job, trees[name][0], mesh)
-        return known[key]
-
-    resident = {name: held(name, getattr(meshes, role)) for name, (_, role) in trees.items()}
+    resident = _resident(job, meshes, known)
     trained = bytes_of(job.policy.initial)
 
     stages = []
     for program in job.programs:
-        mesh = getattr(meshes, program.mesh).shape
-        parts, inner = mesh["data"] * mesh["fsdp"], mesh["context"] * mesh["tensor"]
         microbatch = _microbatch(program, changes)
-        chunks = program.calls * program.batch / microbatch
-        cost = lines[program.name].at(microbatch / parts)
-        whole = lines[program.name].at(microbatch)
-        collectives: dict[str, float] = {}
-        if mesh["fsdp"] > 1:
-            share = (mesh["fsdp"] - 1) / mesh["fsdp"] / mesh["tensor"]
-            collectives["all-gather"] = program.passes * chunks * program.weights * share
-        copied = 0.0
-        if program.mesh == "rollout" and _weight_layout(meshes.rollout) != _weight_layout(meshes.update):
-            # A copy of the weights in the sampler's own sharding, made once a step and freed after the rollout.
-            weights = ("frozen backbone", "initial policy")
-            copied = sum(held(name, meshes.rollout) for name in weights)
-            if program.name == "rollout":  # a branch finds it there
-                moved = max(0.0, copied - sum(resident[name] for name in weights))
-                collectives["all-gather"] = collectives.get("all-gather", 0.0) + moved
-        if parts > 1 and program.trains:
-            collectives["all-reduce"] = chunks * 2 * trained * (parts - 1) / parts
-        seconds = {
-            "compute": chunks * cost.flops / inner / topology.chip.flops,
-            "memory": chunks * cost.traffic / inner / topology.chip.bandwidth,
-            "interconnect": sum(collectives.values()) / topology.interconnect,
-        }
-        stages.append(
-            StagePlan(program.name, chunks * whole.flops, seconds, copied + cost.temporaries / inner, collectives)
-        )
+        source = meshes.update if program.mesh == "rollout" else None
+        key = program.name, getattr(meshes, program.mesh), source, microbatch, topology
+        if key not in known:
+            known[key] = _stage(
+                program, lines, topology, meshes, microbatch, partial(_bytes_held, job, known), resident, trained
+            )
+        stages.append(known[key])
     pairs = job.config.train.prompts_per_step
     return Plan(topology, meshes, resident, tuple(stages), changes, pairs * job.config.rollout.candidates, pairs)
+
+
+def _stage(
+    program: Program,
+    lines: Lines,
+    topology: Topology,
+    meshes: Meshes,
+    microbatch: int,
+    held: Callable[[str, AbstractMesh], float],
+    resident: Mapping[str, float],
+    trained: float,
+) -> StagePlan:
+    mesh = getattr(meshes, program.mesh).shape
+    parts = mesh["data"] * mesh["fsdp"]
+    chunks = program.calls * program.batch / microbatch
+    cost = lines.on(program.name, mesh).at(microbatch / parts)
+    whole = lines.on(program.name, {}).at(microbatch)
+    collectives: dict[str, float] = {}
+    if mesh["fsdp"] > 1:
+        share = (mesh["fsdp"] - 1) / mesh["fsdp"] / mesh["tensor"]
+        collectives["all-gather"] = program.passes * chunks * program.weights * share
+    copied = 0.0
+    if program.mesh == "rollout" and _weight_layout(meshes.rollout) != _weight_layout(meshes.update):
+        # A copy of the weights in the sampler's own sharding, made once a step and freed after the rollout.
+        weights = ("frozen backbone", "initial policy")
+        copied = sum(held(name, meshes.rollout) for name in weights)
+        if program.name == "rollout":  # a branch finds it there
+            moved = max(0.0, copied - sum(resident[name] for name in weights))
+            collectives["all-gather"] = collectives.get("all-gather", 0.0) + moved
+    if parts > 1 and program.trains:
+        collectives["all-reduce"] = chunks * 2 * trained * (parts - 1) / parts
+    if cost.sent:
+        collectives["context and tensor"] = chunks * cost.sent
+    seconds = {
+        "compute": chunks * cost.flops / topology.chip.flops,
+        "memory": chunks * cost.traffic / topology.chip.bandwidth,
+        "interconnect": sum(collectives.values()) / topology.interconnect,
+    }
+    return StagePlan(program.name, chunks * whole.flops, seconds, copied + cost.temporaries, collectives)
 
 
 def _microbatch(program: Program, changes: Mapping[str, Any]) -> int:
@@ -225,7 +274,20 @@ def _microbatch(program: Program, changes: Mapping[str, Any]) -> int:
     rows = program.microbatch
     if program.microbatch_key in changes:
         rows = changes[program.microbatch_key] * (2 if program.microbatch_key == "train.microbatch" else 1)
-    return rows or program.batch
+    return min(rows or program.batch, program.batch)
+
+
+def _resident(job: Job, meshes: Meshes, known: dict[Any, Any]) -> dict[str, float]:
+    """Bytes of a device by what lies there from start to end."""
+    return {name: _bytes_held(job, known, name, getattr(meshes, role)) for name, (_, role) in job.resident.items()}
+
+
+def _bytes_held(job: Job, known: dict[Any, Any], name: str, mesh: AbstractMesh) -> float:
+    key = name, tuple(mesh.shape.values())
+    if key not in known:
+        known[key] = _held(job, job.resident[name][0], mesh)
+    size: float = known[key]
+    return size
 
 
 def _held(job: Job, tree: Tree, mesh: Any) -> float:
@@ -241,9 +303,7 @@ def _weight_layout(mesh: AbstractMesh) -> tuple[int, ...]:
     return tuple(mesh.shape.values()) if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 else ()
 
 
-def make_split_plan(
-    job: Job, lines: Mapping[str, Linear], topology: Topology, meshes: Meshes
-) -> tuple[Plan, Plan, Plan]:
+def make_split_plan(job: Job, lines: Lines, topology: Topology, meshes: Meshes) -> tuple[Plan, Plan, Plan]:
     """Plans of the devices that train, of the `reward.devices` that score, and of both.
 
     Both work at the same time, so the slower one sets the step's floor.
@@ -257,54 +317,95 @@ def make_split_plan(
     return train, score, dataclasses.replace(slower, topology=topology)
 
 
-def propose(job: Job, lines: Mapping[str, Linear], chip: Any, most: int = MOST) -> Plan | None:
-    """The smallest mesh of `chip` that holds the job; None where none up to `most` devices does.
+def propose(job: Job, lines: Lines, chip: Chip, counts: Sequence[int] = ()) -> Plan | None:
+    """The smallest mesh of `chip` that holds the job, with the fastest floor of those of its size.
 
-    The config is kept where it can be; else one video and one pair a device at a time, which adds no work.
-    Sampling and scoring get meshes of their own where these lower the floor of a step by 1 % or more.
+    Its meshes have powers of two of data, fsdp, context and tensor; sampling and scoring may have their own. The config
+    is kept where that costs less than 1 % of the floor; else one video and one pair at a time in each part of a batch.
+
+    Args:
+      job: the job.
+      lines: its programs' costs.
+      chip: of all devices.
+      counts: numbers of devices to try, in this order; none: powers of two up to `MOST`.
+
+    Returns:
+      Where no mesh holds the job, the plan that lacks least memory (`Plan.fits` says so); None where no mesh divides
+      the batch.
     """
-    known: dict[Any, float] = {}
-    for topology in _sizes(chip, most):
-        count = topology.count
-        for changes in ({}, {"rollout.microbatch": count, "train.microbatch": count}):
-            if not divides(job.config, count, changes):
-                continue
-            best = None
-            for update, rollout, score in _fsdp_sizes(count):
-                axes: dict[str, Any] = {"mesh.fsdp": update}
-                for role, fsdp in (("rollout", rollout), ("score", score)):
-                    own = "" if fsdp == update else f"fsdp={fsdp}" if fsdp > 1 else "data=-1"
-                    axes |= {f"mesh.{role}": own} if own or job.config.mesh[role] else {}
-                meshes = Meshes(*(abstract_mesh(count // fsdp, fsdp) for fsdp in (update, rollout, score)))
-                plan = make_plan(job, lines, topology, meshes, changes | axes, known)
-                if plan.fits and (best is None or plan.seconds < 0.99 * best.seconds):
-                    best = plan
-            if best is not None:
-                return best
-    return None
+    known: dict[Any, Any] = {}
+    nearest = None
+    for count in counts or _powers(MOST):
+        topology = Topology(f"{count} x {chip.name}", chip, count)
+        best = None
+        for meshes, changes in _choices(job, count):
+            held = sum(_resident(job, meshes, known).values())
+            if nearest is not None and held > max(nearest.peak, USABLE * chip.memory):
+                continue  # its stages need not be known
+            plan = make_plan(job, lines, topology, meshes, changes, known)
+            if nearest is None or plan.peak < 0.99 * nearest.peak:
+                nearest = plan
+            if plan.fits and (best is None or plan.seconds < 0.99 * best.seconds):
+                best = plan
+        if best is not None:
+            return best
+    return nearest
 
 
-def _fsdp_sizes(count: int) -> list[tuple[int, int, int]]:
-    """Sizes of fsdp to try for (update, rollout, score), the ones of one mesh first."""
-    plain = [(fsdp, fsdp, fsdp) for fsdp in _powers(count)]
-    mixed = [(u, r, s) for u in _powers(count) for r in {1, u} for s in _powers(count) if (u, r, s) not in plain]
-    return plain + mixed
+def _choices(job: Job, count: int) -> Iterator[tuple[Meshes, dict[str, Any]]]:
+    """Meshes of `count` devices and the config keys that make them, simple ones first."""
+    config = job.config
+    length = job.pipeline.family.context_length(*job.size)
+    found = []
+    for update in _shapes(count, length):
+        _, context, tensor = update
+        whole = dict.fromkeys((update, (1, context, tensor), (1, 1, 1)))
+        for rollout, score in itertools.product(whole, dict.fromkeys((update, *((n, 1, 1) for n in _powers(count))))):
+            every = update, rollout, score
+            axes: dict[str, Any] = {
+                f"mesh.{axis}": size for axis, size in zip(AXES[1:], update, strict=True) if size != config.mesh[axis]
+            }
+            if config.mesh.data != -1:
+                axes["mesh.data"] = -1
+            for role, sizes in (("rollout", rollout), ("score", score)):
+                own = "" if sizes == update else _spell(sizes)
+                axes |= {f"mesh.{role}": own} if own != config.mesh[role] else {}
+            meshes = Meshes(*(abstract_mesh(count // math.prod(sizes), *sizes) for sizes in every))
+            trains, samples, scores = (mesh.shape["data"] * mesh.shape["fsdp"] for mesh in meshes)
+            smaller = {"rollout.microbatch": max(samples, scores), "train.microbatch": trains}
+            for changes in ({}, {key: size for key, size in smaller.items() if size != _of(config, key)}):
+                if divides(config, trains, samples, scores, changes):
+                    axes_used = sum(size > 1 for size in update)
+                    found.append((axes_used + len({*every}) + bool(changes), meshes, changes | axes))
+    for _, meshes, changes in sorted(found, key=lambda choice: choice[0]):
+        yield meshes, changes
 
 
-def divides(config: Any, parts: int, changes: Mapping[str, Any]) -> bool:
-    """Whether `parts` divides the batches and microbatches, and these divide the batches."""
-    videos = config.train.prompts_per_step * config.rollout.candidates
+def _shapes(count: int, length: int) -> Iterator[tuple[int, int, int]]:
+    """Sizes of fsdp, context and tensor on `count` devices; context divides a video's length."""
+    for fsdp, context, tensor in itertools.product(_powers(count), _powers(count), _powers(min(count, _MOST_TENSOR))):
+        if fsdp * context * tensor <= count and length % context == 0:
+            yield fsdp, context, tensor
+
+
+def _spell(sizes: tuple[int, int, int]) -> str:
+    return ",".join(f"{axis}={n}" for axis, n in zip(AXES[1:], sizes, strict=True) if n > 1) or "data=-1"
+
+
+def _of(config: Any, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return config[section][name]
+
+
+def divides(config: Any, trains: int, samples: int, scores: int, changes: Mapping[str, Any]) -> bool:
+    """Whether the parts of each role's batch divide batches and microbatches, and these divide the batches."""
+    prompts = config.train.prompts_per_step
+    videos = prompts * config.rollout.candidates
     rollout = changes.get("rollout.microbatch", config.rollout.microbatch)
     train = changes.get("train.microbatch", config.train.microbatch)
-    whole = config.train.prompts_per_step % parts == 0
-    shards = all(size % parts == 0 for size in (rollout, train))
-    fills = (not rollout or videos % rollout == 0) and (not train or config.train.prompts_per_step % train == 0)
-    return whole and shards and fills
-
-
-def _sizes(chip: Any, most: int) -> Iterator[Topology]:
-    for count in _powers(most):
-        yield Topology(f"{count} x {chip.name}", chip, count)
+    fills = (not rollout or videos % rollout == 0) and (not train or prompts % train == 0)
+    sampled = all(size % parts == 0 for size in (rollout, videos) for parts in (samples, scores))
+    return fills and sampled and prompts % trains == 0 and train % trains == 0
 
 
 def _powers(most: int) -> list[int]:

@@ -11,6 +11,7 @@ from vpo_jax.algorithms.state import TrainState, init_state
 from vpo_jax.checkpoints.folders import read_shapes as read_folder_shapes
 from vpo_jax.checkpoints.folders import shapes_of_configs
 from vpo_jax.families.table import family_of_folder, published
+from vpo_jax.models.fused_attention import as_shapes
 from vpo_jax.pipeline import SHIPPED, Pipeline, make_pipeline
 from vpo_jax.rewards.combine import dimension_names
 from vpo_jax.rewards.loading import abstract_rewards
@@ -94,7 +95,8 @@ def read_shapes(path: str) -> Pipeline:
 def make_job(config: Any) -> Job:
     """The job of a config that `check` has passed."""
     pipeline = read_shapes(config.model.path)
-    rewards = abstract_rewards(config.reward.scorers, config.reward)
+    with as_shapes():  # which devices there are here says nothing of those that are planned
+        rewards = abstract_rewards(config.reward.scorers, config.reward)
     policy = abstract_policy(config, pipeline)
     programs = make_programs(config, pipeline, policy, rewards)
     state = jax.eval_shape(

@@ -65,19 +65,29 @@ def result_text(plan: Plan, price: float, utilisation: float) -> str:
     return f"floor of a step: {plan.seconds:.4g} s; at {utilisation:.0%} of that speed: {result}"
 
 
-def proposals_text(proposals: Mapping[str, Plan | None], price: float, utilisation: float) -> str:
-    """The smallest mesh of each kind of chip, with the flags that make it."""
-    lines = ["smallest mesh that holds the job:"]
+def proposals_text(
+    proposals: Mapping[str, Plan | None],
+    price: float,
+    utilisation: float,
+    title: str = "smallest mesh that holds the job",
+) -> str:
+    """A mesh of each kind of chip with the flags that make it; where none holds the job, what the nearest lacks."""
+    lines = [f"{title}:"]
     for name, plan in proposals.items():
         if plan is None:
-            lines.append(f"  {name}: none up to {MOST} devices holds it, or divides its batch")
+            lines.append(f"  {name}: no mesh up to {MOST} devices divides the batch (train.prompts_per_step)")
             continue
-        flags = [f"--config.{key}={value}" for key, value in plan.changes.items()]
-        lines += [
-            f"  {plan.topology.name}: {_gb(plan.peak)} GB a chip, floor {plan.seconds:.4g} s,"
-            f" {_result(plan, price, utilisation)}",
-            f"    {' '.join(flags)}",
-        ]
+        flags = " ".join(f"--config.{key}={value}" for key, value in plan.changes.items())
+        if plan.fits:
+            result = f"{_gb(plan.peak)} GB a chip, floor {plan.seconds:.4g} s, {_result(plan, price, utilisation)}"
+        else:
+            stage = max(plan.stages, key=lambda stage: stage.temporaries)
+            usable = _gb(USABLE * plan.topology.chip.memory)
+            result = (
+                f"does not fit, the nearest that was found: {stage.name} needs {_gb(stage.temporaries)} GB beside"
+                f" {_gb(plan.peak - stage.temporaries)} GB of weights and state, and {usable} GB are usable"
+            )
+        lines += [f"  {plan.topology.name}, {_spell(plan.meshes)}: {result}", f"    {flags or 'the config as it is'}"]
     return "\n".join(lines)
 
 

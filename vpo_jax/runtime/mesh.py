@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import path_of
@@ -62,6 +62,11 @@ def make_mesh(
         )
     # Auto axes: under make_mesh's default, Explicit, linen's logical constraints raise.
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:fixed])
+
+
+def abstract_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh of no devices."""
+    return AbstractMesh((data, fsdp, context, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 class Meshes(NamedTuple):
