@@ -368,7 +368,8 @@ def _wan_of_size(config: ConfigDict, num_frames: int, height: int, width: int) -
 def _wan(config: ConfigDict) -> None:
     """Wan-AI/Wan2.1-T2V-1.3B-Diffusers (Apache-2.0), 33 frames of 240x416.
 
-    Hardware: one chip of 80 GB, 47 GB by the planner; or one of 16 GB with microbatches of 1 (docs/plans.md).
+    Hardware: one chip of 80 GB, 47 GB by the planner (42 with model.attention=cudnn); or one of 16 GB with microbatches
+    of 1 (docs/plans.md).
     Time, calculated and not measured: 18 PFLOP a step, so at 40 % of an H100's 790 TFLOP/s 52 s a step on one, 6.5 s
     on eight; 1000 steps in 15 h and 1.8 h.
     """
@@ -378,7 +379,7 @@ def _wan(config: ConfigDict) -> None:
 def _wan_14b(config: ConfigDict) -> None:
     """Wan-AI/Wan2.1-T2V-14B-Diffusers (Apache-2.0), 33 frames of 240x416.
 
-    Hardware: one chip of 80 GB with microbatches of 1, 56 GB by the planner.
+    Hardware: one chip of 80 GB with microbatches of 1, 56 GB by the planner (47 with model.attention=cudnn).
     Time, calculated and not measured: 143 PFLOP a step, so at 40 % of an H100's 790 TFLOP/s 360 s a step on one, 45 s
     on eight; 1000 steps in 4.2 days and 12.6 h.
     """
@@ -388,7 +389,8 @@ def _wan_14b(config: ConfigDict) -> None:
 def _wan22_a14b(config: ConfigDict) -> None:
     """Wan-AI/Wan2.2-T2V-A14B-Diffusers (Apache-2.0): two experts of 14 billion parameters, adapters on both.
 
-    Hardware, by the planner: four H200, 121 GB on each. It finds no mesh of chips of 80 GB. Time: as `wan_14b`.
+    Hardware, by the planner: four H100, 64 GB on each, with model.attention=cudnn, mesh.fsdp=4 and microbatches of 4
+    (docs/plans.md). Time: as `wan_14b`.
     The shift is its authors', not scheduler_config.json's 3, with which quality suffers. To adapt the expert for high
     noise alone: `lora.targets="^\\.transformer\\..*attn"` and `preference.timestep_low=0.37`, from where on it denoises
     at a shift of 12.
@@ -403,7 +405,7 @@ def _wan22_5b(config: ConfigDict) -> None:
     """Wan-AI/Wan2.2-TI2V-5B-Diffusers (Apache-2.0) as text-to-video, 33 frames of 480x832 at 24 a second.
 
     Its autoencoder decodes at 4 to 7 times the cost of one forward pass of its transformer.
-    Hardware: one chip of 80 GB with microbatches of 1, 32 GB by the planner.
+    Hardware: one chip of 80 GB with microbatches of 1, 36 GB by the planner.
     Time, calculated and not measured: at 40 % of an H100's speed 154 s a step on one.
     """
     _wan_of_size(config, num_frames=33, height=480, width=832)

@@ -13,8 +13,9 @@ from vpo_jax.models.attention import check_attention
 from vpo_jax.models.fused_attention import as_shapes
 from vpo_jax.planning.chips import CHIPS, TPUS, Topology, parse_topology
 from vpo_jax.planning.compiled import compile_program, mismatch, missing, topology_meshes
-from vpo_jax.planning.fit import Plan, abstract_meshes, make_plan, make_split_plan, measure_programs, propose
+from vpo_jax.planning.fit import Plan, abstract_meshes, make_plan, make_split_plan, measure_programs
 from vpo_jax.planning.job import make_job
+from vpo_jax.planning.propose import propose
 from vpo_jax.planning.show import (
     compiled_table,
     describe_job,

@@ -2,7 +2,11 @@
 
 import dataclasses
 import io
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +14,20 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from rich.console import Console
 
+from tests.running import on_devices
 from vpo_jax import plan
 from vpo_jax.models.attention import attention
 from vpo_jax.models.fused_attention import BACKWARD, FORWARD, as_shapes
 from vpo_jax.planning.chips import CHIPS, Topology
 from vpo_jax.planning.cost import measure
-from vpo_jax.planning.fit import make_plan, measure_programs, propose
+from vpo_jax.planning.fit import make_plan, measure_programs
 from vpo_jax.planning.job import make_job
+from vpo_jax.planning.propose import propose
 from vpo_jax.runtime.cli import load_config
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import Meshes, abstract_mesh
 
+ROOT = Path(__file__).resolve().parents[2]
 LENGTH, WIDTH, HEADS, LAYERS = 3510, 1536, 12, 30  # Wan 2.1 1.3B at 33 frames of 240x416: tokens, channels, ...
 TWO = Topology("h100", CHIPS["h100"], 2)
 JOB = ("--config=configs/vpo.py:wan", "--config.model.path=wan2.1-1.3b", "--config.reward.scorers=shapes")
@@ -95,6 +102,9 @@ def test_context_divides_activations_and_leaves_keys_values_and_text_whole(fused
     text = 2 * LAYERS * WIDTH * 2 * 512
     assert one.temporaries / 2 < two.temporaries < one.temporaries
     assert two.temporaries - one.temporaries / 2 < 2 * row + text + 0.1 * one.temporaries
+    # Of the values' gradient each device needs its own tokens alone, though all are there.
+    whole, tenth = (lines.on("update", {"context": n}).at(2).flops for n in (1, 10))
+    assert tenth == pytest.approx(whole / 10, rel=0.06)
     gathered = LAYERS * 2 * row / 2  # a device lacks half of each block's keys and values
     assert two.sent == pytest.approx(gathered, rel=0.02)
 
@@ -145,3 +155,24 @@ def said_of(*flags):
 def test_cudnn_is_refused_for_tpus():
     with pytest.raises(UserError, match=r"model\.attention: cudnn .* v5e:4x4 .* xla"):
         said_of("--topology=v5e:4x4", "--config.model.attention=cudnn")
+
+
+@pytest.mark.slow
+def test_a_gradients_cost_on_a_mesh_is_what_xla_compiles():
+    meshes = [{}, {"context": 2}, {"tensor": 4}, {"context": 2, "tensor": 2}]
+    command = [sys.executable, str(Path(__file__).with_name("on_four_devices.py")), json.dumps(meshes)]
+    env = on_devices(4) | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for sizes, found in zip(meshes, json.loads(done.stdout), strict=True):
+        estimated = found["estimated"]
+        # XLA counts the operations that are computed element by element too.
+        assert estimated["flops"] == pytest.approx(found["flops"], rel=0.06), sizes
+        # The CPU's compiler fuses less and keeps more: the gaps are those of one device.
+        assert 0.6 < estimated["temporaries"] / found["bytes"] < 1.15, sizes
+        # An all-reduce's result travels 2 (n - 1) / n times, a gathered one (n - 1) / n.
+        parts = math.prod(sizes.values())
+        often = {"all-reduce": 2, "all-gather": 1}
+        sent = sum(often.get(kind, 1) * size for kind, size in found["collectives"].items())
+        share = {1: 0, 2: 1 / 2, 4: 3 / 4}[parts] if len(sizes) < 2 else 1 / 2  # each over an axis of 2
+        assert estimated["sent"] == pytest.approx(sent * share, rel=0.08), sizes

@@ -12,8 +12,9 @@ from vpo_jax import plan
 from vpo_jax.planning.chips import CHIPS, parse_topology
 from vpo_jax.planning.compiled import collectives_of, mismatch, missing
 from vpo_jax.planning.cost import Cost
-from vpo_jax.planning.fit import Linear, abstract_meshes, make_plan, measure_programs, propose
+from vpo_jax.planning.fit import Linear, abstract_meshes, make_plan, measure_programs
 from vpo_jax.planning.job import make_job
+from vpo_jax.planning.propose import propose
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import Meshes, abstract_mesh

@@ -20,6 +20,7 @@ from vpo_jax.planning.layout import (
     contracted,
     follow,
     join,
+    reshaped,
     whole,
     without,
 )
@@ -327,14 +328,22 @@ def _arguments(jaxpr: Any, names: Mapping[Any, int]) -> list[int]:
 
 def _widen(steps: Sequence[Step], layouts: dict[int | None, Layout]) -> None:
     """A product that is added to divided values is divided alike: the partitioner follows programs backwards too."""
-    products = {key for step in steps if step.primitive == "dot_general" for _, key in step.outputs}
+    pinned = {key for step in steps if step.primitive == "sharding_constraint" for _, key in step.outputs}
+    free = {key for step in steps for _, key in step.outputs} - pinned
     for step in reversed(steps):
-        if len(step.outputs) != 1 or step.primitive == "sharding_constraint":
+        if len(step.outputs) != 1 or step.primitive in _HEAVY:
             continue
         aval, key = step.outputs[0]
         for other, source in step.inputs:
-            if source in products and other.shape == aval.shape:
-                layouts[source] = join(other.shape, [(other.shape, layouts[source]), (aval.shape, layouts[key])])
+            if source not in free:
+                continue
+            if step.primitive == "reshape":
+                asked = reshaped(aval.shape, layouts[key], other.shape)
+            elif other.shape == aval.shape and step.primitive not in ("sharding_constraint", "transpose", "rev"):
+                asked = layouts[key]
+            else:
+                continue
+            layouts[source] = join(other.shape, [(other.shape, layouts[source]), (other.shape, asked)])
 
 
 def _live(

@@ -95,7 +95,7 @@ def follow(name: str, params: Mapping[str, Any], inputs: Sequence[tuple[Any, Lay
     if name == "conv_general_dilated":
         return _of_convolution(params, inputs, shape)
     if name == "reshape":
-        return _reshaped(first.shape, layout, shape)
+        return reshaped(first.shape, layout, shape)
     if name == "transpose":
         return tuple(layout[axis] for axis in params["permutation"])
     if name == "broadcast_in_dim":
@@ -171,7 +171,7 @@ def _of_convolution(params: Mapping[str, Any], inputs: Sequence[tuple[Any, Layou
     return _once(result)
 
 
-def _reshaped(before: Sequence[int], layout: Layout, after: Sequence[int]) -> Layout:
+def reshaped(before: Sequence[int], layout: Layout, after: Sequence[int]) -> Layout:
     """Axes of dimensions that become one stay on it; of one that is split they go to the first part, rows before."""
     result = [WHOLE] * len(after)
     if 0 in after:

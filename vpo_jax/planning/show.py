@@ -7,8 +7,9 @@ from rich.table import Table
 
 from vpo_jax.planning.chips import USABLE
 from vpo_jax.planning.compiled import Compiled
-from vpo_jax.planning.fit import MOST, Plan
+from vpo_jax.planning.fit import Plan
 from vpo_jax.planning.job import Job
+from vpo_jax.planning.propose import MOST
 from vpo_jax.runtime.mesh import Meshes
 from vpo_jax.runtime.trees import count
 
