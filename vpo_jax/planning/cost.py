@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from vpo_jax.models.fused_attention import BACKWARD, FORWARD, as_shapes
+from vpo_jax.planning.flops import flops_of
 from vpo_jax.planning.layout import (
     ONE_DEVICE,
     ROWS,
@@ -297,7 +298,8 @@ class _Reader:
         name, params = step.primitive, step.params
         inputs = [(aval, whole(aval) if key is None else layouts[key]) for aval, key in step.inputs]
         outputs = [(aval, layouts[key]) for aval, key in step.outputs]
-        flops = _flops(step)
+        shapes = [[getattr(aval, "shape", ()) for aval, _ in values] for values in (step.inputs, step.outputs)]
+        flops = flops_of(step.primitive, step.params, *shapes)
         moved: list[Size] = []
         needed: list[Size] = []
         gathered: list[Size] = []
@@ -376,28 +378,6 @@ def _live(
     for value, place in last.items():
         if value not in held and value.size.bytes:
             work[place].freed.append(value.size)
-
-
-def _flops(step: Step) -> float:
-    """FLOPs of a primitive on one device.
-
-    Attention in one kernel has two products forward, 4 B H Q K D, and five backward, since it computes the scores
-    again: 2.5 times as much (FlashAttention-2, arXiv 2307.08691, section 4.1). Its scores are never stored.
-    """
-    name, params = step.primitive, step.params
-    if name == "dot_general":
-        (summed, _), _ = params["dimension_numbers"]
-        left = step.inputs[0][0].shape
-        return 2.0 * _size(step.outputs[0][0].shape) * _size([left[axis] for axis in summed])
-    if name == "conv_general_dilated":
-        numbers, kernel = params["dimension_numbers"], step.inputs[1][0].shape
-        flops = 2.0 * _size(step.outputs[0][0].shape) * _size(kernel) / kernel[numbers.rhs_spec[0]]
-        # Zeros of a dilated input are not multiplied.
-        return flops / math.prod(params["lhs_dilation"] or (1,))
-    if name in (FORWARD, BACKWARD):
-        query, key = step.inputs[0][0].shape, step.inputs[1][0].shape
-        return (4.0 if name == FORWARD else 10.0) * _size(query) * key[1]
-    return 0.0
 
 
 def _size(shape: Sequence[int]) -> float:
