@@ -134,7 +134,7 @@ def test_the_page_shows_the_times(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("update", "passes"), [("group", 3), ("pairs", 2)])
+@pytest.mark.parametrize(("update", "passes"), [("group", 3), pytest.param("pairs", 2, marks=pytest.mark.long)])
 def test_both_sides_do_the_same_work(tmp_path, update, passes):
     import peer
 
