@@ -23,13 +23,15 @@ def small_wan():
 
 
 def test_in_half_precision_a_pipeline_has_what_a_run_has_on_its_devices(small_wan):
-    half = small_wan.in_dtype(jnp.bfloat16)
+    half = small_wan.as_sampled(jnp.bfloat16)
     dtypes = {path: leaf.dtype for path, leaf in flatten(half.params).items()}
     kept = [path for path, dtype in dtypes.items() if dtype == jnp.float32]
     assert all(path.startswith("vae/") or "scale_shift_table" in path or "time_embedder" in path or "norm2" in path
                for path in kept), kept  # fmt: skip
     assert {path.split("/")[0] for path in set(dtypes) - set(kept)} == {"transformer", "text_encoder"}
-    assert small_wan.in_dtype(jnp.float32) is small_wan
+    same = small_wan.as_sampled(jnp.float32)
+    assert same.params is small_wan.params and same.family == small_wan.family
+    assert small_wan.as_sampled(jnp.float32, "cudnn").family.transformer.attention_backend == "cudnn"
     settings = {"num_inference_steps": 2, "guidance_scale": 2.0}
     videos = [model("a small red circle", **settings).astype(int) for model in (small_wan, half)]
     assert 0 < np.abs(videos[0] - videos[1]).max() <= 16  # of 255 levels; bfloat16 has 8 bits

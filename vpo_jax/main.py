@@ -183,9 +183,9 @@ def finish(
             status.update(f"comparing: {what} {done}/{total}")
 
         try:
-            dtype, prompts = DTYPES[config.model.dtype], prompts[: config.eval.prompts]
+            how, prompts = (DTYPES[config.model.dtype], config.model.attention), prompts[: config.eval.prompts]
             comparison = compare(
-                base.in_dtype(dtype), tuned.in_dtype(dtype), prompts, scorers, sampling, roles, progress=show
+                base.as_sampled(*how), tuned.as_sampled(*how), prompts, scorers, sampling, roles, progress=show
             )
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):

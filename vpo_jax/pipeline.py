@@ -108,19 +108,17 @@ class Pipeline:
         shardings = infer_shardings(self.params, mesh, self.family.sharding_rules)
         return dataclasses.replace(self, params=put(self.params, shardings))
 
-    def in_dtype(self, dtype: Any) -> "Pipeline":
-        """The same model as a run of this `model.dtype` samples it; the autoencoder stays as it is.
+    def as_sampled(self, dtype: Any, attention: str = "xla") -> "Pipeline":
+        """The same model as a run with this `model.dtype` and `model.attention` samples it.
 
         The denoiser computes in `dtype`; its parameters are rounded to it, and the text encoder's where
-        `family.half_text`.
+        `family.half_text`. The autoencoder stays as it is.
         """
-        if jnp.dtype(dtype) == jnp.float32:
-            return self
-        family, text = self.family.with_options(dtype=dtype), self.text_params
-        rounded = cast_floating(self.trainable, dtype, family.float32_parameters)
-        params = family.with_trainable(self.params, rounded)
-        if family.half_text:
-            params = {name: cast_floating(tree, dtype) if tree is text else tree for name, tree in params.items()}
+        family, params, text = self.family.with_options(dtype=dtype, attention=attention), self.params, self.text_params
+        if jnp.dtype(dtype) != jnp.float32:
+            params = family.with_trainable(params, cast_floating(self.trainable, dtype, family.float32_parameters))
+            if family.half_text:
+                params = {name: cast_floating(tree, dtype) if tree is text else tree for name, tree in params.items()}
         return dataclasses.replace(self, family=family, params=params)
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:

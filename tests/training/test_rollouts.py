@@ -9,12 +9,12 @@ from vpo_jax.diffusion.guidance import Guidance
 from vpo_jax.diffusion.samplers import make_sampler, sample
 from vpo_jax.families.protocol import Text
 from vpo_jax.rewards.scoring import Scores, Weights, frames_to_decode
+from vpo_jax.runtime.batches import fit_microbatch
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import Meshes, make_mesh
 from vpo_jax.training.policy import make_policy
 from vpo_jax.training.programs import decode_program, first_step, make_programs
 from vpo_jax.training.rollouts import (
-    fit_microbatch,
     make_branches,
     make_candidate_keys,
     make_rollout,

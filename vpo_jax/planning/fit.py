@@ -14,6 +14,7 @@ from vpo_jax.planning.chips import USABLE, Topology
 from vpo_jax.planning.cost import Cost, Profile, trace
 from vpo_jax.planning.job import Job
 from vpo_jax.planning.layout import Sizes, of_spec
+from vpo_jax.runtime.batches import fit_microbatch
 from vpo_jax.runtime.mesh import AXES, BATCH, Meshes, abstract_mesh, infer_shardings, sizes_by_role
 from vpo_jax.runtime.programs import Program
 from vpo_jax.runtime.trees import bytes_of
@@ -270,7 +271,7 @@ def _microbatch(program: Program, changes: Mapping[str, Any]) -> int:
     rows = program.microbatch
     if program.microbatch_key in changes:
         rows = changes[program.microbatch_key] * (2 if program.microbatch_key == "train.microbatch" else 1)
-    return min(rows or program.batch, program.batch)
+    return fit_microbatch(rows, program.batch)
 
 
 def resident_bytes(job: Job, meshes: Meshes, known: dict[Any, Any]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Batches in microbatches: how a batch is split, computed part by part and joined again."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -32,3 +33,11 @@ def in_microbatches(function: Callable[[Tree], Tree], batch: Tree, microbatch: i
     if jax.tree.leaves(chunks)[0].shape[0] == 1:
         return function(batch)
     return join_batch(jax.lax.map(function, chunks))
+
+
+def fit_microbatch(microbatch: int, batch: int) -> int:
+    """Rows at a time of a batch that may be smaller than the one the microbatch was chosen for, or no multiple of it.
+
+    It is a multiple of whatever divides both, as the number of devices does. 0 = all.
+    """
+    return batch if batch <= microbatch else math.gcd(microbatch, batch)

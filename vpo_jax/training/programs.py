@@ -15,13 +15,13 @@ from vpo_jax.diffusion.samplers import Sampler, make_sampler
 from vpo_jax.diffusion.trajectory import check_stochastic
 from vpo_jax.pipeline import Pipeline
 from vpo_jax.rewards.scoring import frames_to_decode, score_function
-from vpo_jax.runtime.batches import in_microbatches
+from vpo_jax.runtime.batches import fit_microbatch, in_microbatches
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import BATCH, constrain
 from vpo_jax.runtime.programs import Program, Role, abstract, abstract_rows
 from vpo_jax.training.optimizer import make_optimizer
 from vpo_jax.training.policy import Policy, abstract_text_params
-from vpo_jax.training.rollouts import fit_microbatch, make_branches, make_rollout
+from vpo_jax.training.rollouts import make_branches, make_rollout
 
 Tree = Any
 

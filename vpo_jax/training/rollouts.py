@@ -5,7 +5,6 @@ candidates of a prompt begin from one video of it under noise of their own (stru
 2506.03517, which begins from real videos).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from vpo_jax.diffusion.guidance import Guidance, guided
 from vpo_jax.diffusion.samplers import Sampler, sample
 from vpo_jax.diffusion.trajectory import Trajectory, sample_trajectory
 from vpo_jax.rewards.scoring import bring
-from vpo_jax.runtime.batches import in_microbatches
+from vpo_jax.runtime.batches import fit_microbatch, in_microbatches
 from vpo_jax.runtime.keys import stream_key
 from vpo_jax.runtime.mesh import BATCH, VIDEO, Meshes, Rules, constrain, infer_shardings, replicated
 from vpo_jax.runtime.processes import move
@@ -105,14 +104,6 @@ def make_branches(
         return in_microbatches(lambda chunk: of_chunk(frozen, trainable, negative, chunk), chunks, size)
 
     return jax.jit(branches)
-
-
-def fit_microbatch(microbatch: int, batch: int) -> int:
-    """Rows at a time of a batch that may be smaller than the one the microbatch was chosen for, or no multiple of it.
-
-    It is a multiple of whatever divides both, as the number of devices does. 0 = all.
-    """
-    return batch if batch <= microbatch else math.gcd(microbatch, batch)
 
 
 def _draw(keys: jax.Array, latent_shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

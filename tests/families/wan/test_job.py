@@ -2,6 +2,7 @@
 
 import signal
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ import vpo_jax
 from tests.families.wan import tiny
 from tests.running import lines, start, wait_for_step, without_time
 from vpo_jax import convert, main
+from vpo_jax.evaluation.compare import compare
 from vpo_jax.runtime import cli
 
 PROMPTS = ["a small red circle moving left on a gray background"]
@@ -58,12 +60,20 @@ def finished(folder, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_policy_and_reference_agree_to_the_bit_at_first_in_bfloat16(folder, tmp_path):
+def test_policy_and_reference_agree_to_the_bit_at_first_in_bfloat16(folder, tmp_path, monkeypatch):
+    compared = []
+
+    def watch(base, tuned, *more, **named):
+        compared.extend((base, tuned))
+        return compare(base, tuned, *more, **named)
+
+    monkeypatch.setattr(main, "compare", watch)
     run(folder, tmp_path / "run", "--config.model.dtype=bfloat16", "--config.train.steps=1",
         f"--config.data.text_cache={tmp_path / 'text'}")  # fmt: skip
     (line,) = lines(tmp_path / "run")
     assert line["loss/logit"] == 0.0 and line["loss/winner_error_change"] == 0.0 == line["loss/loser_error_change"]
     assert line["loss/gradient_norm"] > 0.0 and line["loss/applied"] == 1.0
+    assert [model.family.transformer.dtype for model in compared] == [jnp.bfloat16] * 2
 
 
 @pytest.mark.slow
