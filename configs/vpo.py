@@ -229,8 +229,8 @@ def _pairs(config: ConfigDict) -> None:
 def _shapes_wan(config: ConfigDict) -> None:
     """The embedded job on a small Wan model: a rectified flow, a causal video autoencoder, 9 frames.
 
-    About five minutes on two CPU cores. It samples without guidance, at half the cost: guided samples have few flaws
-    left, and a policy that learns from them drifts towards them (docs/experiments.md).
+    Four minutes on one CPU core once it is compiled. It samples without guidance, at half the cost: guided samples
+    have few flaws left, and a policy that learns from them drifts towards them (docs/experiments.md).
     """
     _embedded(config)
     config.model.path = "shapes_wan"
@@ -238,7 +238,7 @@ def _shapes_wan(config: ConfigDict) -> None:
     config.train.steps = 120
     config.rollout.num_frames = 9
     config.rollout.guidance_scale = 1.0
-    config.preference.beta = 300.0  # errors of a velocity are three times as large
+    config.preference.beta = 300.0  # errors of a velocity are four times those of the default job
     config.preference.timestep_low = 0.2
     config.preference.timestep_high = 0.7
     config.eval.every = 60

@@ -64,7 +64,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> None:
     fused = [key for key, value in cli.flatten_config(config) if key.endswith(".attention") and value == "cudnn"]
     if topology and topology.is_tpu and fused:
         raise UserError(
-            f"{fused[0]}: cudnn is a kernel of NVIDIA's GPUs, and {topology.name} has none; plan it with xla"
+            f"{fused[0]}: cudnn is a kernel of NVIDIA's GPUs, and {topology.name} has none; set --config.{fused[0]}=xla"
         )
     with as_shapes():  # of the devices that are planned
         check_attention("model.attention", config.model.attention, DTYPES[config.model.dtype])

@@ -89,7 +89,7 @@ def check_alarms(
         if seen and motion_lost(seen[-1][name], seen[0][name], _error_of(seen[-1], name)):
             what = (
                 f"{name} is {seen[-1][name]:.4g}, below 90 % of the base's {seen[0][name]:.4g}: videos freeze;"
-                " set preference.motion_tolerance, or give motion more weight in reward.weights"
+                " lower preference.motion_tolerance, or give dynamic_degree more weight in reward.weights"
             )
             alarms.append(Alarm("motion_lost", what))
     newest = evaluations[-1]
@@ -97,8 +97,8 @@ def check_alarms(
         rise = newest[winners]
         if winners_forgotten(rise, _error_of(newest, winners)):
             what = (
-                f"the error of the first winners rose by {rise:.0%}: the policy leaves what it samples; lower"
-                " optimizer.learning_rate or raise preference.anchor"
+                f"the mean error of the first step's winners rose by {rise:.0%}: the policy leaves what it samples;"
+                " lower optimizer.learning_rate or raise preference.anchor"
             )
             alarms.append(Alarm("winners_forgotten", what))
     return tuple(alarms)

@@ -31,7 +31,7 @@ from vpo_jax.shapes import world
 
 Tree = Any
 TRAINED = ("unet", "text_encoder")  # what the second stage trains
-HAS_LESSONS = True
+OPTIONAL = ("lessons",)  # flags of `train_base` that not every family has
 
 _LATENT_CHANNELS = 6
 VAE = {

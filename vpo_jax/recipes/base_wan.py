@@ -29,7 +29,7 @@ from vpo_jax.shapes import world
 Tree = Any
 
 TRAINED = ("transformer", "text_encoder")  # what the second stage trains
-HAS_LESSONS = False  # a token holds all frames and so knows their order
+OPTIONAL = ("decoder_steps",)  # no lessons: a token holds all frames and so knows their order
 NUM_FRAMES = 9
 _Z = 4
 VAE: dict[str, Any] = {
@@ -131,9 +131,9 @@ def train_vae(seed: int, steps: int, rate: float, workdir: Path, seconds: float 
 
 
 def train_decoder(seed: int, steps: int, rate: float, vae_params: Tree, workdir: Path, seconds: float | None) -> Tree:
-    """The autoencoder with a decoder that learns on alone: latents, and so what is trained on them, stay as they are.
+    """The autoencoder after `steps` more of its decoder alone; the encoder, so also the denoiser's data, stays.
 
-    Videos come back sharper, as from the decoders that Stable Diffusion's autoencoder was given later.
+    Decoded videos are sharper, as with the later decoders of Stable Diffusion's autoencoder (sd-vae-ft-mse).
     """
     vae = AutoencoderKLWan(AutoencoderKLWanConfig.from_dict(VAE))
     seed_key = jax.random.fold_in(jax.random.key(seed), 3)
@@ -209,7 +209,7 @@ def train_denoiser(
     workdir: Path,
     seconds: float | None,
     start: Tree | None = None,
-    lessons: int = 0,  # none: see `HAS_LESSONS`
+    lessons: int = 0,  # none: see `OPTIONAL`
 ) -> Tree:
     """WanTransformer3DModel and umT5's encoder together, on flow velocities with caption dropout; the moving average.
 

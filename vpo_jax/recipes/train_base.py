@@ -1,8 +1,8 @@
 """Trains an embedded base model: `python -m vpo_jax.recipes.train_base --family=NAME --workdir=DIR --output=DIR`.
 
 An ordinary small latent video diffusion model of the shapes world, in two stages: an autoencoder, then denoiser and
-text encoder together on its latents. `base_unet` and `base_wan` are the two families. Held-out and tuning captions are
-never seen. Interrupted, the same command goes on.
+text encoder together on its latents. `--decoder_steps` adds a third, the autoencoder's decoder alone. `base_unet` and
+`base_wan` are the two families. Held-out and tuning captions are never seen. Interrupted, the same command goes on.
 """
 
 import json
@@ -44,10 +44,9 @@ def main(argv: Sequence[str]) -> None:
     kept.add_argument("--start", type=Path, default=None, help="a base to train further; its autoencoder is kept")
     flags = parser.parse(argv)
     family, start, before = FAMILIES[flags.family], None, flags.start or flags.autoencoder
-    if flags.decoder_steps and family is not base_wan:
-        raise UserError(f"--decoder_steps: a base of the family {flags.family} is trained without; leave the flag out")
-    if flags.lessons and not family.HAS_LESSONS:
-        raise UserError(f"--lessons: a base of the family {flags.family} is trained without; leave the flag out")
+    for name in ("lessons", "decoder_steps"):
+        if getattr(flags, name) and name not in family.OPTIONAL:
+            raise UserError(f"--{name}: a base of the family {flags.family} is trained without; leave the flag out")
     if before is None:
         vae, vae_config = family.train_vae(
             flags.seed, flags.vae_steps, flags.vae_learning_rate, flags.workdir, flags.seconds
@@ -62,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         flags.lessons,
     )  # fmt: skip
     if flags.decoder_steps:
-        vae = base_wan.train_decoder(
+        vae = family.train_decoder(
             flags.seed, flags.decoder_steps, flags.vae_learning_rate / 2, vae, flags.workdir, flags.seconds
         )
     names = (

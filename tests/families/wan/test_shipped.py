@@ -4,10 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 import vpo_jax
-from tests.families.wan import tiny
 from vpo_jax.pipeline import SHIPPED
 from vpo_jax.shapes import judge, world
 
@@ -37,9 +35,11 @@ def test_it_follows_captions_that_it_was_not_trained_on(pipe):
 
 @pytest.mark.slow
 def test_diffusers_makes_the_same_videos(pipe):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
     latents = np.random.default_rng(5).normal(size=(2, *pipe.latent_shape())).astype(np.float32)
     ours = pipe(CAPTIONS[:2], num_inference_steps=3, latents=latents)
-    theirs = tiny.WanPipeline.from_pretrained(FOLDER)
+    theirs = diffusers.WanPipeline.from_pretrained(FOLDER)
     theirs.set_progress_bar_config(disable=True)
     sizes = {name: pipe.defaults[name] for name in ("num_frames", "height", "width", "guidance_scale")}
     with torch.no_grad():
