@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 
 import jax
@@ -13,10 +14,11 @@ from vpo_jax.families.text_to_video_sd import published
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.loading import load_reward
 from vpo_jax.rewards.videoscore import published as videoscore
-from vpo_jax.runtime.cli import load_config
+from vpo_jax.runtime.cli import load_config, override
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.trees import bytes_of, flatten
 from vpo_jax.shapes import judge
+from vpo_jax.training.check import check
 
 
 def load(name):
@@ -199,3 +201,69 @@ def test_a_denoisers_benchmark_runs_both_halves_of_a_guided_call(monkeypatch, tm
     assert found["seconds"] > 0 and found["apart_from_xla"] == 0.0
     first = 2 * 2 * 2 * 8 * 8 * 2 * 9 * 4 * 32  # guidance, videos, frames, latents: the first convolution alone
     assert 20 * first < found["tflop"] * 1e12 < 2000 * first
+
+
+def finished_run(folder, judge, motion, alarms=()):
+    folder.mkdir(parents=True)
+    rows = [
+        {"scorer": "judge", "dimension": "overall", "win_rate": judge},
+        {"scorer": "shapes", "dimension": "dynamic_degree", "base_mean": 2.0, "tuned_mean": 2.0 * motion},
+    ]
+    (folder / "evaluation.json").write_text(json.dumps({"rows": rows}))
+    line = {"step": 1, **{f"alarm/{name}": 1.0 for name in alarms}}
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 0}) + "\n" + json.dumps(line) + "\n")
+
+
+def test_faults_are_run_once_and_counted_with_what_they_did(monkeypatch, tmp_path, capsys):
+    faults, said = load("faults"), []
+    outcomes = {
+        "healthy-0": (0.9, 1.1),
+        "healthy-1": (0.5, 0.9, ["motion_lost"]),
+        "rate-0": (0.4, 1.0, ["winners_forgotten"]),
+        "rate-1": (0.9, 0.8),
+    }
+
+    def run(words, **_):
+        folder = Path(words[-1].removeprefix("--workdir="))
+        said.append(words[3:])
+        finished_run(folder, *outcomes[folder.name])
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(faults.subprocess, "run", run)
+    words = ["--faults=healthy,rate", "--seeds=0,1", f"--workdir={tmp_path}", "--config.log.samples=1"]
+    for _ in range(2):  # the second time nothing is left to run
+        faults.main([*words, f"--output={tmp_path / 'found.json'}"])
+    assert [one[-1].rpartition("/")[2] for one in said] == ["healthy-0", "rate-0", "healthy-1", "rate-1"]
+    assert said[1][:-1] == [
+        "--config=configs/vpo.py:shapes_wan", "--config.log.samples=1", "--config.optimizer.learning_rate=0.005",
+        "--config.seed=0",
+    ]  # fmt: skip
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(one["alarms"], one["harmed"]) for name in ("healthy", "rate") for one in found[name]] == [
+        ([], False),
+        (["motion_lost"], False),  # at the limits nothing is harmed
+        (["winners_forgotten"], True),
+        ([], True),
+    ]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "rate" in line and "0.40 0.90" in line)
+    assert [cell.strip() for cell in line.split("│")[1:6]] == ["rate", "2", "1", "2", "1"]
+
+
+def test_a_fault_that_fails_ends_with_its_last_words(monkeypatch, tmp_path):
+    faults = load("faults")
+    failed = subprocess.CompletedProcess([], 2, "", "error: seed: no such number\n")
+    monkeypatch.setattr(faults.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UserError, match="healthy-0: error: seed: no such number"):
+        faults.main(["--faults=healthy", "--seeds=0", f"--workdir={tmp_path}"])
+    for words, message in ((["--faults=none"], "there is no 'none'"), (["--seeds=a"], "'a' is not a whole number")):
+        with pytest.raises(UserError, match=message):
+            faults.main([*words, f"--workdir={tmp_path}"])
+
+
+@pytest.mark.parametrize("fault", ["margin", "gate", "rate", "dimension", "still"])
+def test_every_fault_is_a_config_that_a_run_could_have(fault):
+    faults = load("faults")
+    config = load_config("configs/vpo.py:shapes_wan")
+    override(config, faults.broken_by(fault, config))
+    check(config)
+    assert config != load_config("configs/vpo.py:shapes_wan")
