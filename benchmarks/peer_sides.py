@@ -27,10 +27,10 @@ from vpo_jax.data.prompts import load_prompts
 from vpo_jax.pipeline import SHIPPED, load_pipeline
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
-from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
+from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory, share_cores
 from vpo_jax.runtime.mesh import make_meshes
 from vpo_jax.runtime.trees import flatten, unflatten
-from vpo_jax.training.check import check
+from vpo_jax.training.check import check, cpu_devices
 from vpo_jax.training.rollouts import make_candidate_keys
 from vpo_jax.training.setup import make_setup
 
@@ -120,6 +120,7 @@ def _channels_first(videos: Any) -> np.ndarray:
 
 def _ours(case: Case, config: Any) -> dict[str, Callable[[], dict[str, Any]]]:
     keep_compiled_programs()
+    share_cores(cpu_devices(config, case.cores))
     meshes = make_meshes(config.mesh)
     pipeline = load_pipeline(config.model.path)
     rewards = load_rewards(config.reward.scorers, training=True, settings=config.reward)
@@ -138,7 +139,9 @@ def _ours(case: Case, config: Any) -> dict[str, Callable[[], dict[str, Any]]]:
     }
     state = setup.fresh_state()
     groups = _groups(rng, state.algorithm.buffer, text)
-    state = state._replace(policy=jax.device_put(unflatten(theta)), algorithm=state.algorithm._replace(buffer=groups))
+    state = state._replace(policy=unflatten(theta), algorithm=state.algorithm._replace(buffer=groups))
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state))
+    groups = state.algorithm.buffer
     algorithm: Any = setup.algorithm
     noised = algorithm.draw(groups, setup.frozen.empty_text, state.step, np.int32(0))
     shape = setup.programs.latents.shape

@@ -156,6 +156,7 @@ def _shapes() -> ConfigDict:
     config.mesh.tensor = 1
     config.mesh.rollout = ""  # axes for sampling on the same devices, as "data=4,context=2"; "" = as above
     config.mesh.score = ""  # axes for scoring, likewise, or on reward.devices; others are 1, data the rest
+    config.mesh.cpu_devices = 0  # without an accelerator: devices that share the cores; 0 = one a core, if that divides
 
     config.profile = ConfigDict()
     config.profile.steps = ""  # "3:5" traces steps 3 and 4 into WORKDIR/profile, for TensorBoard or xprof

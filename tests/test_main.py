@@ -200,6 +200,32 @@ def test_memory_that_was_freed_is_not_asked_for_again():
     assert faults["keep"] < 0.1 * faults["free"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "number", "devices"),
+    [
+        ("", {}, 3),
+        ("--xla_force_host_platform_device_count=2", {}, 2),
+        ("", {"JAX_NUM_CPU_DEVICES": "4"}, 4),
+    ],
+)
+def test_a_cpu_is_as_many_devices_as_are_asked_for_unless_the_environment_says_a_number(flags, number, devices):
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "tests/programs/share_cores.py"), "3"],
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | number,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert process.stdout.split() == [str(devices)] * 2
+
+
+def test_a_machine_with_an_accelerator_keeps_its_devices(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(backend, "_has_nvidia", lambda: True)
+    monkeypatch.setattr(jax.config, "update", lambda *_: pytest.fail("a setting of the CPU changed"))
+    backend.share_cores(8)
+
+
 def test_the_compilation_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     import jax
 

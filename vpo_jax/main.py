@@ -23,7 +23,13 @@ from vpo_jax.report.card import write_card
 from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
-from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory, unused_accelerator
+from vpo_jax.runtime.backend import (
+    count_cores,
+    keep_compiled_programs,
+    keep_freed_memory,
+    share_cores,
+    unused_accelerator,
+)
 from vpo_jax.runtime.buckets import local_folder
 from vpo_jax.runtime.fingerprint import contents_of, expand_paths
 from vpo_jax.runtime.mesh import make_meshes
@@ -32,7 +38,7 @@ from vpo_jax.runtime.paths import check_output_folder
 from vpo_jax.runtime.processes import is_main, join_processes, main_first
 from vpo_jax.runtime.signals import Stop, catch_signals
 from vpo_jax.runtime.workdir import Workdir, completed_steps, open_workdir
-from vpo_jax.training.check import check, check_inputs, check_meshes
+from vpo_jax.training.check import check, check_inputs, check_meshes, cpu_devices
 from vpo_jax.training.policy import read_initial
 from vpo_jax.training.run import Alarmed, NonFinite
 from vpo_jax.training.summary import describe_end, describe_start
@@ -71,6 +77,8 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     """
     keep_compiled_programs()
     check(config)
+    if not config.reward.devices:  # where scorers have their own devices, programs run beside each other
+        share_cores(cpu_devices(config, count_cores()))
     join_processes()
     console = console or Console(quiet=not is_main())
     workdir = local_folder(workdir)

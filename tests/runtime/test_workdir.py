@@ -84,6 +84,17 @@ def test_how_a_run_is_computed_may_differ_on_resume_and_it_is_said_what_rounds(t
         assert workdir.resumed and workdir.note == ""
 
 
+def test_a_run_that_goes_on_with_other_devices_says_so(tmp_path):
+    open_workdir(tmp_path, {"seed": 1}).close()
+    file = tmp_path / "environment.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"devices": ["cpu 0", "cpu 1"]}))
+    with open_workdir(tmp_path, {"seed": 1}) as workdir:
+        assert "there were 2 devices and are 1 (videos, scores and losses)" in workdir.note
+    file.write_text("{")
+    with open_workdir(tmp_path, {"seed": 1}) as workdir:
+        assert workdir.resumed and workdir.note == ""
+
+
 def model_folder(path, text="one"):
     (path / "unet").mkdir(parents=True)
     (path / "unet" / "config.json").write_text(json.dumps({"layers": text}))

@@ -8,7 +8,7 @@ from vpo_jax.pipeline import load_pipeline
 from vpo_jax.runtime.cli import flatten_config, load_config, override
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import AXES, Meshes, make_mesh, make_meshes
-from vpo_jax.training.check import FIELDS, check, check_inputs, check_meshes
+from vpo_jax.training.check import FIELDS, check, check_inputs, check_meshes, cpu_devices
 
 
 def changed(key, value):
@@ -159,6 +159,41 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named_with_one_that_it_does():
     apart.reward.devices = 3
     with pytest.raises(UserError, match=videos + r", into which reward\.devices shards it"):
         check_meshes(apart, one._replace(score=three))
+
+
+@pytest.mark.parametrize(
+    ("cores", "changes", "devices"),
+    [
+        (1, {}, 1),
+        (2, {}, 2),
+        (7, {}, 4),
+        (64, {}, 8),  # prompts_per_step
+        (64, {"train.microbatch": 12}, 4),
+        (64, {"rollout.microbatch": 2}, 2),
+        (64, {"train.prompts_per_step": 3, "rollout.microbatch": 0}, 3),
+        (64, {"mesh.fsdp": 2}, 8),
+        (64, {"mesh.fsdp": 3}, 1),  # make_mesh says what is wrong
+        (64, {"mesh.cpu_devices": 5}, 5),
+        (64, {"mesh.data": 2}, 1),
+        (64, {"mesh.score": "fsdp=2"}, 1),
+        (64, {"reward.devices": 1}, 1),
+        (64, {"model.path": "owner/name"}, 1),
+    ],
+)
+def test_a_cpu_is_divided_as_far_as_its_cores_and_the_batches_go(cores, changes, devices):
+    config = load_config("configs/vpo.py")
+    override(config, [(key, str(value)) for key, value in changes.items()])
+    assert cpu_devices(config, cores) == devices
+
+
+def test_every_device_holds_a_copy_so_a_large_model_is_not_divided(tmp_path):
+    config = load_config("configs/vpo.py")
+    config.model.path = str(tmp_path)
+    (tmp_path / "unet").mkdir()
+    for size, devices in ((10**9, 8), (10**9 + 1, 1)):
+        with (tmp_path / "unet" / "a.safetensors").open("wb") as file:
+            file.truncate(size)
+        assert cpu_devices(config, 8) == devices
 
 
 @pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "fsdp=2,fsdp=4", "frames=2", "data=1e3", "tensor=", "=2"])

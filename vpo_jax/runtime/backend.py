@@ -1,5 +1,6 @@
 """What JAX runs on, and where it keeps compiled programs."""
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -44,14 +45,42 @@ def keep_freed_memory() -> None:
     zeros at the next allocation: an update of the embedded model took up to 3.9 s instead of 1.5 s. The function does
     nothing where there is an accelerator or another C library.
     """
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    if sys.platform != "linux" or (platforms != "cpu" and (platforms or _has_nvidia() or has_tpu())):
+    if sys.platform != "linux" or not on_cpu():
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_ARENA_MAX, 1)  # the arenas of other threads map anything large by themselves
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, -1)
+
+
+def on_cpu() -> bool:
+    """Whether JAX will compute on the CPU; before it computes anything."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return platforms == "cpu" or not (platforms or _has_nvidia() or has_tpu())
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def share_cores(devices: int) -> None:
+    """Makes JAX see a CPU as so many devices, which share its cores, and run one program at a time on them.
+
+    Before JAX computes anything. XLA divides an operation among cores with loss, and a batch among devices with little;
+    programs that run beside each other take each other's caches (docs/experiments.md has both). Nothing happens where
+    there is an accelerator or JAX has its devices. XLA_FLAGS and JAX_NUM_CPU_DEVICES may say another number.
+    """
+    if not on_cpu():
+        return
+    said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    with contextlib.suppress(RuntimeError):  # JAX has its devices
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+        if devices > 1 and not said and "JAX_NUM_CPU_DEVICES" not in os.environ:
+            jax.config.update("jax_num_cpu_devices", devices)
 
 
 def unused_accelerator() -> str:

@@ -163,15 +163,19 @@ def _open(path: Path, resolved: dict[str, Any], contents: Mapping[str, str]) -> 
     try:
         with writing(path):
             before = _read_config(path / "config.json")
-            note = "" if before is None else _refuse_differences(path, before, resolved, contents)
+            rounded = [] if before is None else _refuse_differences(path, before, resolved, contents)
             if before is None or contents:
                 write_json(path / _CONTENTS, {**(_read_config(path / _CONTENTS) or {}), **contents})
             if before != resolved:
                 write_json(path / "config.json", resolved)
-            write_json(path / "environment.json", environment())
+            now = environment()
+            if before is not None:
+                rounded += _other_devices(path / "environment.json", now)
+            write_json(path / "environment.json", now)
     except BaseException:
         os.close(lock)
         raise
+    note = f"resumed, and from here on some numbers may round differently: {', '.join(rounded)}" if rounded else ""
     return Workdir(path, resolved, before is not None, lock, note)
 
 
@@ -283,8 +287,8 @@ def _read_config(path: Path) -> dict[str, Any] | None:
 
 def _refuse_differences(
     path: Path, before: Mapping[str, Any], now: Mapping[str, Any], contents: Mapping[str, str]
-) -> str:
-    """A note on numbers that may round differently, or ""; raises UserError for a difference that makes another run."""
+) -> list[str]:
+    """Changes that may round numbers differently; raises UserError for a difference that makes another run."""
     old, new = _flat(before), _flat(now)
     held = _read_config(path / _CONTENTS) or {}
     differences, other, rounded = [], [], []
@@ -310,7 +314,16 @@ def _refuse_differences(
         )
     if other:
         raise UserError(f"--workdir: {path}: {', '.join(other)}; put that back, or choose another directory")
-    return f"resumed, and from here on some numbers may round differently: {', '.join(rounded)}" if rounded else ""
+    return rounded
+
+
+def _other_devices(file: Path, now: Mapping[str, Any]) -> list[str]:
+    """What is to be said where a run goes on with more or fewer devices than it had: a CPU may have one a core."""
+    was = 0
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # nothing depends on what the file says
+        was = len(json.loads(file.read_text())["devices"])
+    number = len(now["devices"])
+    return [f"there were {was} devices and are {number} (videos, scores and losses)"] if was not in (0, number) else []
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

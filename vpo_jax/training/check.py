@@ -1,6 +1,7 @@
 """Checks of a config, before anything is loaded, compiled or written."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from vpo_jax.algorithms.table import ALGORITHMS
 from vpo_jax.diffusion.config import with_shift
 from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.models.attention import check_attention
-from vpo_jax.pipeline import Pipeline
+from vpo_jax.pipeline import SHIPPED, Pipeline
 from vpo_jax.rewards.protocol import Reward
 from vpo_jax.runtime.cli import flatten_config, nearest
 from vpo_jax.runtime.errors import UserError
@@ -19,6 +20,8 @@ from vpo_jax.runtime.profile import parse_steps
 from vpo_jax.training.fields import FIELDS
 from vpo_jax.training.policy import DTYPES, Policy, abstract_policy
 from vpo_jax.training.programs import make_programs
+
+_LARGE = 1e9  # bytes of a model
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -58,14 +61,39 @@ def check(config: Mapping[str, Any]) -> None:
         )
 
 
-def check_meshes(config: Any, meshes: Meshes) -> None:
-    """Raises UserError where a mesh does not divide the batches that are computed on it."""
+def cpu_devices(config: Any, cores: int) -> int:
+    """Into how many devices a run divides a CPU of so many cores: `mesh.cpu_devices`, or by itself.
+
+    By itself one a core, as far as the step's batches can be divided. Each holds a copy of the model, so it is one for
+    a model above a gigabyte, or a hub id; and where other fields say more of the mesh.
+    """
+    mesh, model = config.mesh, Path(SHIPPED.get(config.model.path, config.model.path))
+    if mesh.cpu_devices:
+        return int(mesh.cpu_devices)
+    if mesh.data != -1 or mesh.rollout or mesh.score or config.reward.devices:
+        return 1
+    if not model.is_dir() or sum(file.stat().st_size for file in model.glob("*/*.safetensors")) > _LARGE:
+        return 1
+    fixed = mesh.fsdp * mesh.context * mesh.tensor
+    videos, pairs = _batches(config)
+    sizes = [size for size in (videos | pairs).values() if size]
+    return max((n for n in range(1, cores + 1) if n % fixed == 0 and not any(size % n for size in sizes)), default=1)
+
+
+def _batches(config: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """The sizes of batches that devices divide among them, by the fields that say them: of rollouts, of updates."""
     prompts = config.train.prompts_per_step
     videos = {
         "rollout.microbatch": config.rollout.microbatch,
         "train.prompts_per_step x rollout.candidates": prompts * config.rollout.candidates,
     }
-    pairs = {"train.prompts_per_step": prompts, "train.microbatch": config.train.microbatch}
+    return videos, {"train.prompts_per_step": prompts, "train.microbatch": config.train.microbatch}
+
+
+def check_meshes(config: Any, meshes: Meshes) -> None:
+    """Raises UserError where a mesh does not divide the batches that are computed on it."""
+    videos, pairs = _batches(config)
+    prompts = config.train.prompts_per_step
     # A trunk a prompt is sampled where candidates are.
     trunks = {"train.prompts_per_step": prompts} if config.rollout.trunk_level else {}
     for role, mesh, sizes in (

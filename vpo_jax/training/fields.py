@@ -105,6 +105,7 @@ FIELDS: Mapping[str, Field] = {
     "mesh.tensor": _AXIS,
     "mesh.rollout": TEXT,
     "mesh.score": TEXT,
+    "mesh.cpu_devices": whole(0, extra=" (0 = by the number of cores)"),
     "profile.steps": TEXT,
     "log.every": whole(1),
     "log.tensorboard": FLAG,

@@ -1,0 +1,12 @@
+"""Prints how many devices JAX has where a CPU should be as many as the first argument says."""
+
+import sys
+
+import jax
+
+from vpo_jax.runtime.backend import share_cores
+
+share_cores(int(sys.argv[1]))
+before = jax.device_count()
+share_cores(before + 1)  # too late: nothing happens
+print(before, jax.device_count())
