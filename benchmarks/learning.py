@@ -28,10 +28,11 @@ from vpo_jax.evaluation.win_rate import mean_difference, win_rate
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.judge import JudgeReward
 from vpo_jax.rewards.loading import load_rewards
-from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
+from vpo_jax.runtime.backend import copies_on_cores, keep_compiled_programs, keep_freed_memory, share_cores
 from vpo_jax.runtime.cli import Parser, run
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.metrics import read_metrics
+from vpo_jax.runtime.paths import weights_bytes
 from vpo_jax.shapes import judge, world
 
 Scores = Mapping[str, np.ndarray]
@@ -111,6 +112,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"runs: {folder} is no finished run: it has no evaluation.json; give a run's --workdir")
     keep_compiled_programs()
     keep_freed_memory()
+    share_cores(copies_on_cores(weights_bytes(folder / "export" for folder in flags.runs)))
     missed = 0
     for folder in flags.runs:
         base, tuned = measure(folder, flags.samples)

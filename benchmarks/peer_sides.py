@@ -71,6 +71,7 @@ class Case(NamedTuple):
 def config_of(case: Case) -> Any:
     """The embedded job's config, checked."""
     config = cli.load_config(f"configs/vpo.py{PRESETS[case.update]}")
+    config.rollout.guidance_scale = 2.0  # as a large model samples
     if case.small:
         config.update_from_flattened_dict(_SMALL)
     check(config)
@@ -120,7 +121,7 @@ def _channels_first(videos: Any) -> np.ndarray:
 
 def _ours(case: Case, config: Any) -> dict[str, Callable[[], dict[str, Any]]]:
     keep_compiled_programs()
-    share_cores(cpu_devices(config, case.cores))
+    share_cores(cpu_devices(config))
     meshes = make_meshes(config.mesh)
     pipeline = load_pipeline(config.model.path)
     rewards = load_rewards(config.reward.scorers, training=True, settings=config.reward)

@@ -21,7 +21,7 @@ from vpo_jax.data.prompts import load_prompts
 from vpo_jax.pipeline import load_pipeline
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
-from vpo_jax.runtime.backend import count_cores, keep_compiled_programs, keep_freed_memory, share_cores
+from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory, share_cores
 from vpo_jax.runtime.mesh import make_meshes
 from vpo_jax.training.check import check, check_inputs, cpu_devices
 from vpo_jax.training.setup import make_setup
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     check(config)
     keep_compiled_programs()
     keep_freed_memory()
-    share_cores(cpu_devices(config, count_cores()))
+    share_cores(cpu_devices(config))
     result = measure(config, flags.repeats)
     print(json.dumps(result, indent=2))
     cli.write_output(flags.output, result)

@@ -14,15 +14,15 @@ from rich.console import Console
 from vpo_jax.data.prompts import load_prompts
 from vpo_jax.evaluation.compare import Sampling, compare, table, write_json
 from vpo_jax.evaluation.videos import write_videos
-from vpo_jax.pipeline import Pipeline, load_pipeline
+from vpo_jax.pipeline import SHIPPED, Pipeline, load_pipeline
 from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.rewards.protocol import Reward
 from vpo_jax.runtime import cli
-from vpo_jax.runtime.backend import keep_compiled_programs, keep_freed_memory
+from vpo_jax.runtime.backend import copies_on_cores, keep_compiled_programs, keep_freed_memory, share_cores
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.keys import check_seed
-from vpo_jax.runtime.paths import check_output_folder, expand_user
+from vpo_jax.runtime.paths import check_output_folder, expand_user, weights_bytes
 
 PROMPTS = "shapes:held_out"
 FROM_BASE = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")
@@ -40,6 +40,9 @@ def main(argv: Sequence[str]) -> None:
     prompts = load_prompts(flags.prompts, "--prompts")
     # The analytic judge reads captions of the embedded world only.
     scorers = flags.scorers or ("shapes,judge" if flags.prompts.startswith("shapes:") else "shapes")
+    folders = [SHIPPED.get(path, Path(path)) for path in (flags.base, flags.tuned)]
+    if all(folder.is_dir() for folder in folders):  # a hub id is a model of unknown size
+        share_cores(copies_on_cores(weights_bytes([*folders, *filter(None, scorers.split(","))])))
     rewards = load_rewards(scorers, field="--scorers")
     if not rewards:
         raise UserError("--scorers: is empty; name at least one scorer, as shapes")

@@ -24,7 +24,6 @@ from vpo_jax.report.page import write_report
 from vpo_jax.rewards.loading import load_rewards
 from vpo_jax.runtime import cli
 from vpo_jax.runtime.backend import (
-    count_cores,
     keep_compiled_programs,
     keep_freed_memory,
     share_cores,
@@ -78,7 +77,7 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     keep_compiled_programs()
     check(config)
     if not config.reward.devices:  # where scorers have their own devices, programs run beside each other
-        share_cores(cpu_devices(config, count_cores()))
+        share_cores(cpu_devices(config))
     join_processes()
     console = console or Console(quiet=not is_main())
     workdir = local_folder(workdir)

@@ -5,6 +5,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from vpo_jax.pipeline import load_pipeline
+from vpo_jax.runtime import backend
 from vpo_jax.runtime.cli import flatten_config, load_config, override
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import AXES, Meshes, make_mesh, make_meshes
@@ -180,20 +181,27 @@ def test_a_batch_that_the_mesh_does_not_divide_is_named_with_one_that_it_does():
         (64, {"model.path": "owner/name"}, 1),
     ],
 )
-def test_a_cpu_is_divided_as_far_as_its_cores_and_the_batches_go(cores, changes, devices):
+def test_a_cpu_is_divided_as_far_as_its_cores_and_the_batches_go(monkeypatch, cores, changes, devices):
+    monkeypatch.setattr(backend, "count_cores", lambda: cores)
     config = load_config("configs/vpo.py")
     override(config, [(key, str(value)) for key, value in changes.items()])
-    assert cpu_devices(config, cores) == devices
+    assert cpu_devices(config) == devices
 
 
-def test_every_device_holds_a_copy_so_a_large_model_is_not_divided(tmp_path):
+def test_every_device_holds_a_copy_so_large_models_and_scorers_keep_one_device(monkeypatch, tmp_path):
+    monkeypatch.setattr(backend, "count_cores", lambda: 8)
     config = load_config("configs/vpo.py")
-    config.model.path = str(tmp_path)
-    (tmp_path / "unet").mkdir()
-    for size, devices in ((10**9, 8), (10**9 + 1, 1)):
-        with (tmp_path / "unet" / "a.safetensors").open("wb") as file:
-            file.truncate(size)
-        assert cpu_devices(config, 8) == devices
+    for folder, changes in (
+        ("model/unet", {"model.path": tmp_path / "model"}),
+        ("scorer", {"held_out.scorers": f"judge, {tmp_path / 'scorer'}"}),
+        ("other", {"reward.scorers": "shapes,videoscore", "reward.videoscore.path": tmp_path / "other"}),
+    ):
+        override(config, [(key, str(value)) for key, value in changes.items()])
+        (tmp_path / folder).mkdir(parents=True)
+        for size, devices in ((5 * 10**8, 8), (10**9 + 1, 1), (10, 8)):
+            with (tmp_path / folder / "a.safetensors").open("wb") as file:
+                file.truncate(size)
+            assert cpu_devices(config) == devices
 
 
 @pytest.mark.parametrize("text", ["fsdp", "fsdp=0", "fsdp=2,fsdp=4", "frames=2", "data=1e3", "tensor=", "=2"])

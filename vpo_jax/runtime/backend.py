@@ -67,6 +67,14 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
+_LARGE = 1e9  # bytes
+
+
+def copies_on_cores(weights: int) -> int:
+    """How many copies of models of so many bytes, each on a device of its own, this machine's cores are good for."""
+    return count_cores() if weights <= _LARGE else 1
+
+
 def share_cores(devices: int) -> None:
     """Makes JAX see a CPU as so many devices, which share its cores, and run one program at a time on them.
 

@@ -5,7 +5,7 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from vpo_jax.runtime.errors import UserError
@@ -51,6 +51,13 @@ def stays_inside(entry: Path, folder: Path) -> bool:
         return real.exists()
     repository = next((parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"), None)
     return repository is not None and real.is_relative_to(repository / "blobs") and real.is_file()
+
+
+def weights_bytes(folders: Iterable[str | Path]) -> int:
+    """Bytes of the .safetensors files in these folders and in the folders in them; 0 for what is no folder."""
+    patterns = ("*.safetensors", "*/*.safetensors")
+    files = (file for folder in folders for pattern in patterns for file in Path(folder).glob(pattern))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def natural_order(name: str | Path) -> tuple[tuple[tuple[int, int, str], ...], str]:

@@ -13,15 +13,15 @@ from vpo_jax.diffusion.samplers import make_sampler
 from vpo_jax.models.attention import check_attention
 from vpo_jax.pipeline import SHIPPED, Pipeline
 from vpo_jax.rewards.protocol import Reward
+from vpo_jax.runtime.backend import copies_on_cores
 from vpo_jax.runtime.cli import flatten_config, nearest
 from vpo_jax.runtime.errors import UserError
 from vpo_jax.runtime.mesh import Meshes, batch_size, parse_axes
+from vpo_jax.runtime.paths import weights_bytes
 from vpo_jax.runtime.profile import parse_steps
 from vpo_jax.training.fields import FIELDS
 from vpo_jax.training.policy import DTYPES, Policy, abstract_policy
 from vpo_jax.training.programs import make_programs
-
-_LARGE = 1e9  # bytes of a model
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -61,23 +61,24 @@ def check(config: Mapping[str, Any]) -> None:
         )
 
 
-def cpu_devices(config: Any, cores: int) -> int:
-    """Into how many devices a run divides a CPU of so many cores: `mesh.cpu_devices`, or by itself.
+def cpu_devices(config: Any) -> int:
+    """Into how many devices a run divides a CPU: `mesh.cpu_devices`, or by itself.
 
-    By itself one a core, as far as the step's batches can be divided. Each holds a copy of the model, so it is one for
-    a model above a gigabyte, or a hub id; and where other fields say more of the mesh.
+    By itself one a core, as far as the step's batches can be divided; 1 where the models are too large for a copy on
+    each or of unknown size, and where other fields say more of the mesh.
     """
     mesh, model = config.mesh, Path(SHIPPED.get(config.model.path, config.model.path))
     if mesh.cpu_devices:
         return int(mesh.cpu_devices)
-    if mesh.data != -1 or mesh.rollout or mesh.score or config.reward.devices:
+    if mesh.data != -1 or mesh.rollout or mesh.score or config.reward.devices or not model.is_dir():
         return 1
-    if not model.is_dir() or sum(file.stat().st_size for file in model.glob("*/*.safetensors")) > _LARGE:
-        return 1
+    scorers = [name.strip() for name in f"{config.reward.scorers},{config.held_out.scorers}".split(",")]
+    folders = [config.reward[name].path if "path" in config.reward.get(name, {}) else name for name in scorers]
+    most = copies_on_cores(weights_bytes([model, *filter(None, folders)]))
     fixed = mesh.fsdp * mesh.context * mesh.tensor
     videos, pairs = _batches(config)
     sizes = [size for size in (videos | pairs).values() if size]
-    return max((n for n in range(1, cores + 1) if n % fixed == 0 and not any(size % n for size in sizes)), default=1)
+    return max((n for n in range(1, most + 1) if n % fixed == 0 and not any(size % n for size in sizes)), default=1)
 
 
 def _batches(config: Any) -> tuple[dict[str, int], dict[str, int]]:
