@@ -192,8 +192,11 @@ class Run:
             self.show(step, evaluation.videos)
             stopping = bool(evaluation.alarms) and self._config.eval.on_alarm == "stop"
         self._late = Line(step, metrics, measured, candidates.prompts, scores)
-        if stopping or due(step, self._config.checkpoint.every, self._config.train.steps):
-            self.log()  # before the checkpoint: metrics.jsonl then has every step up to it
+        saves = stopping or due(step, self._config.checkpoint.every, self._config.train.steps)
+        # Before a checkpoint: metrics.jsonl then has every step up to it. On a CPU nothing is left to wait for.
+        if saves or jax.default_backend() == "cpu":
+            self.log()
+        if saves:
             self._save(evaluation.gain if evaluation else None)
         if stopping and evaluation is not None:
             said = evaluation.alarms[0].message

@@ -83,7 +83,8 @@ def train(
 
             for step in run.steps():
                 # Sample: N candidates a prompt from the policy as it is now.
-                candidates = rollouts.next(state, step)
+                with run.phase("rollout"):
+                    candidates = rollouts.next(state, step)
                 run.wait(candidates)
 
                 # Score: the decoded frames, as uint8.
