@@ -21,19 +21,6 @@ _LONG = ("test_processes", "test_survival", "test_train_videoscore", "test_mesh_
 _NOT_QUICK = ("slow", "long", "full_size")
 
 
-def _take_own_cores() -> None:
-    """Several processes of pytest share the cores out: XLA's threads of one would wait for those of another."""
-    worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if worker is None or not hasattr(os, "sched_setaffinity"):
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) >= workers:
-        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: workers])
-
-
-_take_own_cores()
-
-
 @pytest.hookimpl(tryfirst=True)  # before pytest reads -m
 def pytest_collection_modifyitems(items):
     """Marks as `quick` what has no other tier, and puts long files first."""
