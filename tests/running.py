@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from vpo_jax.runtime import backend
+
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ROOT / "tests" / "programs"
 
@@ -76,8 +78,8 @@ def ends(started):
 
 def on_devices(count):
     """This environment with so many CPU devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-    return os.environ | {"XLA_FLAGS": flags.lstrip()}
+    flags = (os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}", backend._PATIENT)
+    return os.environ | {"XLA_FLAGS": " ".join(flags).lstrip()}
 
 
 def start_program(name, *arguments, devices=1, **environment):

@@ -216,7 +216,7 @@ def test_a_cpu_is_as_many_devices_as_are_asked_for_unless_the_environment_says_a
         text=True,
         check=True,
     )
-    assert process.stdout.split() == [str(devices)] * 2
+    assert process.stdout.split() == [*[str(devices)] * 2, *flags.split(), backend._PATIENT]
 
 
 def test_a_machine_with_an_accelerator_keeps_its_devices(monkeypatch):

@@ -1,5 +1,6 @@
-"""Prints how many devices JAX has where a CPU should be as many as the first argument says."""
+"""Prints how many devices JAX has where a CPU should be as many as the first argument says, and XLA's flags."""
 
+import os
 import sys
 
 import jax
@@ -9,4 +10,4 @@ from vpo_jax.runtime.backend import share_cores
 share_cores(int(sys.argv[1]))
 before = jax.device_count()
 share_cores(before + 1)  # too late: nothing happens
-print(before, jax.device_count())
+print(before, jax.device_count(), os.environ["XLA_FLAGS"])

@@ -13,6 +13,9 @@ import jax
 # Without this flag two runs on one GPU differ in the last digit of the first gradient. XLA aborts on a flag that it
 # does not know; jax 0.10 to 0.12 know this one.
 _REPEATABLE = "--xla_gpu_exclude_nondeterministic_ops=true"
+# Devices of a CPU wait for each other, by default 40 s, after which XLA aborts; on a busy machine one may take longer.
+# jaxlib 0.10 and 0.12 know this flag.
+_PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=3600"
 
 
 def keep_compiled_programs() -> Path:
@@ -84,7 +87,10 @@ def share_cores(devices: int) -> None:
     """
     if not on_cpu():
         return
-    said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    flags = os.environ.get("XLA_FLAGS", "")
+    said = "xla_force_host_platform_device_count" in flags
+    if "xla_cpu_collective_call_terminate_timeout" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_PATIENT}".lstrip()
     with contextlib.suppress(RuntimeError):  # JAX has its devices
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         if devices > 1 and not said and "JAX_NUM_CPU_DEVICES" not in os.environ:
