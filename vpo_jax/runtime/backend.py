@@ -82,7 +82,7 @@ def share_cores(devices: int) -> None:
     """Makes JAX see a CPU as so many devices, which share its cores, and run one program at a time on them.
 
     Before JAX computes anything. XLA divides an operation among cores with loss, and a batch among devices with little;
-    programs that run beside each other take each other's caches (docs/experiments.md has both). Nothing happens where
+    programs that run beside each other take each other's caches (docs/tuning.md has the seconds). Nothing happens where
     there is an accelerator or JAX has its devices. XLA_FLAGS and JAX_NUM_CPU_DEVICES may say another number.
     """
     if not on_cpu():
