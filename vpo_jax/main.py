@@ -76,9 +76,10 @@ def run(config: Any, workdir: str | Path, console: Console | None = None) -> Com
     """
     keep_compiled_programs()
     check(config)
-    if not config.reward.devices:  # where scorers have their own devices, programs run beside each other
-        share_cores(cpu_devices(config))
     join_processes()
+    # Where scorers have their own devices, programs run beside each other; several processes share the cores already.
+    if not (config.reward.devices or jax.distributed.is_initialized()):
+        share_cores(cpu_devices(config))
     console = console or Console(quiet=not is_main())
     workdir = local_folder(workdir)
     expand_paths(config)
