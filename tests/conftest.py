@@ -23,10 +23,13 @@ _NOT_QUICK = ("slow", "long", "full_size")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads -m
 def pytest_collection_modifyitems(items):
-    """Marks as `quick` what has no other tier, and puts long files first."""
+    """Marks as `quick` the first case of every test that has no other tier, and puts long files first."""
+    seen = set()
     for item in items:
-        if not any(item.get_closest_marker(tier) for tier in _NOT_QUICK):
+        test = item.path, item.originalname
+        if test not in seen and not any(item.get_closest_marker(tier) for tier in _NOT_QUICK):
             item.add_marker(pytest.mark.quick)
+            seen.add(test)
     items.sort(key=lambda item: item.path.stem not in _LONG)
 
 

@@ -136,6 +136,7 @@ def test_a_workdir_that_is_a_file(job, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_mesh_does_not_divide(job, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "vpo_jax.main", *job, f"--workdir={tmp_path}/run"],

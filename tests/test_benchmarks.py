@@ -142,6 +142,7 @@ def test_a_scorers_benchmark_runs_all_of_it_on_videos_that_count(monkeypatch, tm
         scorers.main(["--scorer=videoreward", "--peer"])
 
 
+@pytest.mark.slow
 def test_stages_are_run_at_the_batch_of_a_step(tmp_path):
     output = tmp_path / "found.json"
     flags = ["--config=configs/vpo.py:tiny", "--config.train.prompts_per_step=3", "--stages=encode", "--repeats=1"]

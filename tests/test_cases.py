@@ -99,6 +99,7 @@ def test_a_tilde_is_expanded_in_every_command(tmp_path, monkeypatch, capsys, com
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_videos_are_scored_with_the_prompts_of_their_names(tmp_path):
     indices = world.caption_indices("held_out")[:3]
     videos = np.asarray(world.to_uint8(world.render_videos(jax.random.key(0), indices, 0.0).frames))
@@ -119,6 +120,7 @@ def test_videos_are_scored_with_the_prompts_of_their_names(tmp_path):
         np.testing.assert_allclose([row["overall"] for row in rows], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_bit_of_a_seed_changes_the_video_and_a_seed_out_of_range_is_refused(model_folder):
     pipeline = load_pipeline(model_folder)
     low, high = (pipeline("a", num_inference_steps=1, seed=seed) for seed in (5, 2**32 + 5))
@@ -151,6 +153,7 @@ def hostile(kind: str, folder: Path) -> None:
         (folder / "model_index.json").write_text("[" * 200_000 + "]" * 200_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shard outside", "no channels", "deep JSON"])
 def test_a_hostile_model_ends_a_run_in_one_line_and_leaves_nothing(model_folder, tmp_path, kind):
     shutil.copytree(model_folder, tmp_path / "m")

@@ -60,6 +60,7 @@ def test_lora_only_is_an_adapter_folder(finished, tmp_path, capsys):
     assert "PeftModel.from_pretrained(pipe.unet" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_family_chooses_the_form_of_an_adapter_and_a_flag_another(finished, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(TextToVideoSD, "adapter_forms", ("diffusers", "peft"))
     shown = staticmethod(lambda folder, base, form, components: [f"load {form} {folder} on {base} {components}"])

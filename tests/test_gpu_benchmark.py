@@ -47,6 +47,7 @@ def good(tmp_path):
     return ("ok", f"--log={tmp_path / 'log'}")
 
 
+@pytest.mark.slow
 def test_a_measurement_that_fails_is_recorded_and_the_others_run(fakes, tmp_path):
     started = time.monotonic()
     found = fakes(
@@ -85,6 +86,7 @@ def test_what_is_measured_is_not_measured_again_unless_it_is_named(fakes, tmp_pa
         fakes(*every, flags=["--again=tow"])
 
 
+@pytest.mark.slow
 def test_nothing_is_started_that_does_not_fit_into_the_budget(fakes, tmp_path, capsys):
     every = (("long", good(tmp_path), 500), ("short", good(tmp_path), 5))
     assert fakes(*every, flags=["--budget=0"]) == {} and not (tmp_path / "log").exists()

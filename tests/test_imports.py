@@ -118,6 +118,7 @@ def test_only_checkpoints_know_orbax_safetensors_and_diffusers():
             assert not tops(path) & {"orbax", "safetensors", "diffusers"}, path
 
 
+@pytest.mark.slow
 def test_one_file_knows_orbax():
     assert [path.name for path in FILES if "orbax" in tops(path)] == ["orbax_store.py"]
 

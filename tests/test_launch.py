@@ -44,6 +44,7 @@ def fake(folder: Path, name: str, text: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU")
 def test_local_runs_main_from_anywhere_with_paths_seen_from_there(checkout, tmp_path):
     done = run(checkout / "launch" / "local.sh", "--config.train.steps=3", "--workdir=w", cwd=tmp_path)
@@ -105,6 +106,7 @@ def test_a_python_that_is_too_old_is_an_error_with_the_fix(checkout, tmp_path):
     assert done.returncode == 2 and f"error: PYTHON={old} is not Python 3.11 or newer" in done.stderr
 
 
+@pytest.mark.slow
 def test_another_python_has_an_environment_of_its_own_and_the_first_one_stays(checkout, tmp_path):
     """The other Python says that it is 3.98, makes an environment like any other, and runs in it."""
     assert run(checkout / "launch" / "local.sh", cwd=tmp_path).returncode == 0

@@ -127,6 +127,7 @@ def test_help_lists_every_field(capsys):
     assert "--workdir" in shown
 
 
+@pytest.mark.slow
 def test_a_comparison_that_does_not_fit_leaves_the_export_and_says_how_to_go_on(finished, job, tmp_path, monkeypatch):
     workdir = Path(shutil.copytree(finished[0], tmp_path / "run"))
     (workdir / "complete").unlink()

@@ -22,6 +22,7 @@ def small_wan():
     return Pipeline(family, params, configs, make_umt5_tokenizer(), base_wan.DEFAULTS)
 
 
+@pytest.mark.slow
 def test_in_half_precision_a_pipeline_has_what_a_run_has_on_its_devices(small_wan):
     half = small_wan.as_sampled(jnp.bfloat16)
     dtypes = {path: leaf.dtype for path, leaf in flatten(half.params).items()}

@@ -163,6 +163,7 @@ def assert_same_video(frames, expected):
     assert (levels > 0).mean() < ROUNDED_DIFFERENTLY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "sampler", "guidance"),
     [
@@ -179,6 +180,7 @@ def test_the_same_folder_and_latents_give_the_same_video(both, schedule, sampler
     assert_same_video(our_frames(mine, sampler, guidance), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -197,6 +199,7 @@ def test_a_checkpoint_that_names_unipc_is_loaded_and_sampled_as_in_diffusers(bot
     assert_same_video(our_frames(mine, None), torch_video(theirs, tmp_path, "UniPCMultistepScheduler"))
 
 
+@pytest.mark.slow
 def test_what_is_saved_here_makes_the_same_video_in_diffusers(both, tmp_path):
     _, mine, _ = both("modelscope")
     rng = np.random.default_rng(5)

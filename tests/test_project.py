@@ -115,6 +115,11 @@ def test_a_test_without_a_tier_is_quick(request):
     assert request.node.get_closest_marker("quick") is not None
 
 
+@pytest.mark.parametrize("case", ["first", "second"])
+def test_the_first_case_alone_is_quick(request, case):
+    assert (request.node.get_closest_marker("quick") is not None) == (case == "first")
+
+
 @pytest.mark.slow
 def test_a_test_that_is_marked_slow_is_not_quick(request):
     assert request.node.get_closest_marker("quick") is None

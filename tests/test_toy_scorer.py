@@ -19,6 +19,7 @@ def traced():
     return toy.traced
 
 
+@pytest.mark.slow
 def test_a_toy_scorer_trains_and_reads_each_prompt_once(job, tmp_path, traced):
     flags = [*job, f"--config.reward.scorers={SOURCE}", "--config.train.steps=1", "--config.eval.every=0"]
     flags += ["--config.train.prompts_per_step=2", "--config.rollout.candidates=3", "--config.eval.prompts=1"]
@@ -42,6 +43,7 @@ def test_a_toy_scorer_scores_files(tmp_path):
     np.testing.assert_allclose([row["brightness"] for row in rows], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_toy_scorer_compares_models(model_folder, strange_prompts, tmp_path):
     flags = [f"--base={model_folder}", f"--tuned={model_folder}", f"--prompts={strange_prompts}", "--limit=2"]
     flags += [f"--scorers={SOURCE}", "--num_inference_steps=2", f"--output={tmp_path}"]

@@ -64,6 +64,7 @@ def test_what_is_not_finite_is_refused_when_it_is_opened(value, dtype):
         from_torch(state, SHAPES, dtype=dtype, stored=nothing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(FLOATS))
 def test_a_folder_on_disk_is_written_as_one_in_memory_byte_for_byte(written, tmp_path, dtype):
     for name, place in (("memory", None), ("disk", "disk")):
@@ -108,6 +109,7 @@ def test_a_file_that_is_replaced_or_removed_meanwhile_is_read_as_it_was(written,
     same(params["vae"], read_pipeline(written).params["vae"])
 
 
+@pytest.mark.slow
 def test_a_pipeline_on_disk_samples_once_it_is_on_a_mesh(model_folder):
     from vpo_jax.runtime.mesh import make_mesh
 
@@ -131,6 +133,7 @@ def allocated(work):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_loading_and_writing_take_memory_for_one_tensor_and_one_shard(tmp_path):
     layers, side, shard = 24, 256, 600_000
     shapes = unflatten({"blocks.*/a/kernel": jax.ShapeDtypeStruct((layers, side, side), jnp.float32)})

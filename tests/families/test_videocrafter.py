@@ -135,6 +135,7 @@ def donor(file, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_folder_that_diffusers_opens(file, donor, tmp_path, capsys):
     from diffusers import TextToVideoSDPipeline
 

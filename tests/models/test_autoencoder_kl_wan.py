@@ -159,6 +159,7 @@ def test_encoder_and_decoder_equal_diffusers(name):
         assert_equal(found, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [1, 5, 9, pytest.param(17, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", STREAMED)
 def test_the_loop_over_latent_frames_equals_one_pass_and_diffusers(name, frames):
@@ -174,6 +175,7 @@ def test_the_loop_over_latent_frames_equals_one_pass_and_diffusers(name, frames)
             assert_equal(value, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 2])
 @pytest.mark.parametrize("name", STREAMED)
 def test_the_first_frames_of_a_video_are_decoded_from_the_latents_that_they_depend_on(name, chunk):
@@ -195,6 +197,7 @@ def test_the_first_frames_of_a_video_are_decoded_from_the_latents_that_they_depe
             ours.apply(variables, latents, num_frames=wrong, method="decode")
 
 
+@pytest.mark.slow
 def test_a_decoded_video_is_clipped_as_in_diffusers():
     raw, _ = CASES["2.1: two levels in time"]
     theirs = torch_model(raw)
@@ -208,6 +211,7 @@ def test_a_decoded_video_is_clipped_as_in_diffusers():
     assert_equal(ours.apply(variables_of(theirs, raw), latents, method="decode"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STREAMED)
 def test_a_loop_compiles_the_same_program_and_needs_the_same_memory_for_a_longer_video(name):
     raw, _ = CASES[name]
@@ -228,6 +232,7 @@ def test_a_loop_compiles_the_same_program_and_needs_the_same_memory_for_a_longer
     assert large.temp_size_in_bytes - small.temp_size_in_bytes <= 1.1 * longer_video
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STREAMED)
 def test_bfloat16_is_near_float32_in_one_pass_and_in_a_loop(name):
     raw, _ = CASES[name]

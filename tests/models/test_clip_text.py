@@ -100,6 +100,7 @@ def test_both_key_layouts_give_the_same_parameters():
     assert jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
+@pytest.mark.slow
 def test_a_token_never_sees_the_ones_after_it():
     model = CLIPTextModel(CLIPTextConfig.from_dict(SMALL))
     variables = model.init(jax.random.key(0), ids((1, 6)))
@@ -110,6 +111,7 @@ def test_a_token_never_sees_the_ones_after_it():
     assert np.abs(a[:, 4:] - b[:, 4:]).max() > 0
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32():
     variables = CLIPTextModel(CLIPTextConfig.from_dict(SMALL)).init(jax.random.key(0), ids((2, 5)))
     exact = CLIPTextModel(CLIPTextConfig.from_dict(SMALL)).apply(variables, ids((2, 5)))

@@ -213,6 +213,7 @@ def small():
     return params, jax.jit(lambda *inputs: model.apply({"params": params}, *inputs))
 
 
+@pytest.mark.slow
 def test_padding_never_changes_a_score(small):
     _, score = small
     pixels, _ = make_pixels(2, 2, (12, 16))
@@ -256,6 +257,7 @@ def test_every_frame_and_every_word_counts(small):
     assert np.abs(score(words, mask, pixels) - exact).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_ranks_as_float32(small):
     params, score = small
     half = Idefics2ForSequenceClassification(Idefics2Config.from_dict(SMALL), dtype=jnp.bfloat16)

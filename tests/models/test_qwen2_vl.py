@@ -281,6 +281,7 @@ def small():
     return scores(jnp.float32), scores(jnp.bfloat16)
 
 
+@pytest.mark.slow
 def test_padding_never_changes_a_score(small):
     score, _ = small
     pixels = make_pixels(2, 4, 16, 16)
@@ -325,6 +326,7 @@ def test_bfloat16_ranks_as_float32(small):
         assert np.corrcoef(*ranks)[0, 1] >= 0.99
 
 
+@pytest.mark.slow
 def test_the_full_size_config_gives_every_tensor_of_transformers():
     with torch.device("meta"):
         theirs = transformers.Qwen2VLModel(transformers.Qwen2VLConfig(**copy.deepcopy(FULL_SIZE)))

@@ -68,6 +68,7 @@ def _torch_unet(config):
     return torch, reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_prediction_is_that_of_diffusers(name):
     changes, frames, height, width, length = CASES[name]
@@ -87,6 +88,7 @@ def test_prediction_is_that_of_diffusers(name):
     assert np.abs(result - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_every_tensor_of_modelscope_is_consumed_and_produced():
     torch = pytest.importorskip("torch")
     from diffusers import UNet3DConditionModel as Reference
@@ -138,6 +140,7 @@ def test_adapters_on_every_layer_do_what_merged_weights_do(small):
     assert np.abs(with_adapters - merged).max() <= 1e-4 * np.abs(merged).max()
 
 
+@pytest.mark.slow
 def test_fresh_adapters_change_no_bit(small):
     unet, params, inputs = small
     adapters = init_lora(

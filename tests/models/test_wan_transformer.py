@@ -247,6 +247,7 @@ def adapters_of(params, targets=("kernel",), rank=3):
     return unflatten(flat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [("kernel",), ("attn2/to_k", "attn2/to_v"), ("blocks.*/ffn",)], ids=str)
 def test_adapters_of_stacked_layers_do_what_merged_kernels_do(small, targets):
     model, params, sample, timesteps, text = small
@@ -266,6 +267,7 @@ def test_adapters_of_stacked_layers_do_what_merged_kernels_do(small, targets):
     np.testing.assert_array_equal(again, with_adapters)
 
 
+@pytest.mark.slow
 def test_adapters_get_a_gradient_in_every_layer(small):
     model, params, *inputs = small
     adapters = adapters_of(params)

@@ -74,6 +74,7 @@ def modelscope():
     return read_shapes("modelscope")
 
 
+@pytest.mark.slow
 def test_modelscopes_denoiser_costs_what_pytorchs_counter_says(modelscope):
     def denoise(params, latents, timesteps, text):
         return modelscope.family.denoise({"params": params}, latents, timesteps, Text(text))
@@ -92,6 +93,7 @@ def test_modelscopes_autoencoder_costs_what_pytorchs_counter_says(modelscope):
     assert cost.flops / 1e12 == pytest.approx(9.955, abs=5e-4)
 
 
+@pytest.mark.slow
 def test_videoscore_costs_what_pytorchs_counter_says():
     pytest.importorskip("vpo_jax.rewards.videoscore")
     (reward,) = abstract_rewards("videoscore", cli.load_config("configs/vpo.py").reward)
@@ -113,6 +115,7 @@ def test_videoscore_reads_a_prompt_once_for_its_candidates():
         assert cost.flops / 8e12 == pytest.approx(expected, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("frames", "side", "expected"), [(4, 336, 4.889), (8, 448, 11.549)])
 def test_videoreward_costs_what_pytorchs_counter_and_arithmetic_say(frames, side, expected):
     # The language model by the counter; the vision blocks by 2 x weights x tokens and attention within two frames.

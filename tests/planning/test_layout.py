@@ -86,6 +86,7 @@ def test_stand_ins_have_the_names_and_shapes_of_jaxs_own_primitives(monkeypatch)
     assert outputs(by_cudnn) == described and len(described) == 2
 
 
+@pytest.mark.slow
 def test_cudnn_saves_the_bytes_of_the_scores(xla, fused):
     ours, theirs = (lines.on("errors", {}).at(1) for _, lines in (xla, fused))
     scores = HEADS * LENGTH**2 * (4 + 2)  # float32, and the weights in bfloat16

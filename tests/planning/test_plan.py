@@ -40,6 +40,7 @@ def planned(job):
     return tiny, measure_programs(tiny)
 
 
+@pytest.mark.slow
 def test_a_plan_needs_no_weights_and_says_what_sets_the_floor(job, model_folder, tmp_path):
     folder = tmp_path / "configs only"
     for file in model_folder.rglob("*.json"):
@@ -54,16 +55,19 @@ def test_a_plan_needs_no_weights_and_says_what_sets_the_floor(job, model_folder,
     assert written["plan"]["stages"]["rollout"]["flops"] > 0 and written["smallest"]["devices"] == 1
 
 
+@pytest.mark.slow
 def test_without_a_topology_every_kind_of_chip_gets_its_smallest_mesh(job):
     said = run(*job)
     assert all(f"1 x {name}, data=1 " in said for name in CHIPS)
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_topology_does_not_divide_is_refused(job):
     with pytest.raises(UserError, match=r"train\.prompts_per_step: 2 is not a multiple of 16"):
         run(*job, "--topology=v5e:4x4")
 
 
+@pytest.mark.slow
 def test_the_flags_that_a_refusal_prints_are_accepted_and_fit(job):
     asked = *job, "--topology=gpu:4xh100", "--config.rollout.microbatch=2"
     shown = io.StringIO()
@@ -96,6 +100,7 @@ def test_the_flags_are_checked(job):
 APART = "--config.reward.devices=2", "--config.preference.max_pair_age=1"
 
 
+@pytest.mark.slow
 def test_scorers_on_devices_of_their_own_leave_the_others_without_them(job, tmp_path):
     output = tmp_path / "plan.json"
     said = run(*job, *APART, "--topology=gpu:4xh100", f"--output={output}")
@@ -115,10 +120,12 @@ def test_scorers_apart_need_a_topology_that_leaves_devices_to_train_on(job):
         run(*job, *APART, "--topology=gpu:2xh100")
 
 
+@pytest.mark.slow
 def test_no_prompts_are_needed(job):
     assert "smallest mesh" in run(*job, "--config.data.prompts=")
 
 
+@pytest.mark.slow
 def test_fsdp_shards_weights_and_gathers_them_in_every_forward(planned):
     job, lines = planned
     topology = parse_topology("v5e:1x2")
@@ -141,6 +148,7 @@ def test_twice_the_chips_halve_the_compute_of_a_chip_and_leave_the_work(planned)
     assert rollouts[0].seconds["compute"] == pytest.approx(2 * rollouts[1].seconds["compute"])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_cut_into_microbatches_and_then_over_more_chips(planned):
     import dataclasses
 

@@ -18,6 +18,7 @@ COUNTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size", "forward", "decode"), COUNTED)
 def test_flops_are_those_counted_in_torch(name, size, forward, decode):
     pipeline = read_shapes(name)

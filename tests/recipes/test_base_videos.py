@@ -43,6 +43,7 @@ def test_carried_videos_keep_the_labels_of_what_went_in(way, model_folder, tmp_p
     assert len(list(tmp_path.glob("*.npz"))) == 2
 
 
+@pytest.mark.slow
 def test_samples_of_the_base_follow_its_own_defaults(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(base_videos, "_CHUNK", 4)
     pipeline = load_pipeline(str(model_folder))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vpo_jax.models.unet3d_config import UNet3DConfig
 from vpo_jax.models.unet3d_layers import Compute, TemporalConvLayer
@@ -16,6 +17,7 @@ def _noise(key: jax.Array) -> jax.Array:
     return jax.random.normal(key, (4, FRAMES, 8, 8, CHANNELS))
 
 
+@pytest.mark.slow
 def test_the_code_names_every_frame() -> None:
     layer = TemporalConvLayer(UNet3DConfig.from_dict({"norm_num_groups": GROUPS}), Compute())
     x = _noise(jax.random.key(0))

@@ -17,6 +17,7 @@ def _goodness(**strengths):
     return np.asarray(data.goodness_of(scene, world.Degradation(**strengths)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("degradation", "dimension"),
     [
@@ -37,6 +38,7 @@ def test_each_degradation_lowers_its_own_label_alone(degradation, dimension):
         assert (level >= 0).all() and (level <= 1).all()
 
 
+@pytest.mark.slow
 def test_asked_captions_are_as_wrong_as_their_label_says():
     rows = jnp.asarray(np.resize(world.caption_indices("train"), 2000))
     asked, goodness = jax.vmap(data.ask, (0, 0, None))(jax.random.split(jax.random.key(1), 2000), rows, 0.0)
@@ -46,6 +48,7 @@ def test_asked_captions_are_as_wrong_as_their_label_says():
     assert wrong.max() == 4
 
 
+@pytest.mark.slow
 def test_a_wrong_caption_of_a_pair_has_two_attributes_exchanged_at_least():
     rows = jnp.asarray(world.caption_indices("train"))
     asked, _ = jax.vmap(lambda key, row: data.ask(key, row, 0.0, fewest=2))(
@@ -69,6 +72,7 @@ def test_only_training_captions_are_rendered():
     assert labelled.videos.dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_a_spoiled_sample_is_worse_in_its_dimension_by_the_judge():
     rows = world.caption_indices("train")[:42]
     clean = world.render_videos(jax.random.key(2), rows, 0.0)
@@ -92,6 +96,7 @@ def test_a_spoiled_sample_is_worse_in_its_dimension_by_the_judge():
     assert (right[kind == 6] <= 3).all()
 
 
+@pytest.mark.slow
 def test_pairs_of_chosen_kinds_alone():
     rows = world.caption_indices("train")[:8]
     videos = world.to_uint8(world.render_videos(jax.random.key(2), rows, 0.0).frames)
@@ -102,6 +107,7 @@ def test_pairs_of_chosen_kinds_alone():
     assert list(same) == [True, False, True] * 2
 
 
+@pytest.mark.slow
 def test_disturbances_keep_the_video_recognisable():
     rows = np.resize(world.caption_indices("train"), 64)
     videos = world.render_videos(jax.random.key(4), rows, 0.0)
@@ -146,6 +152,7 @@ def test_equivalent_blur_is_the_blur_that_a_video_caught_wherever_and_however_br
     assert (np.median(off) if change == "place" else off.max()) < 0.03
 
 
+@pytest.mark.slow
 def test_facts_are_what_the_frames_show():
     rows = jnp.asarray(world.caption_indices("train"))
     presence = (1.0, 1.0, 0.0, 0.0, 0.0, 1.0)  # flicker, jitter, morph

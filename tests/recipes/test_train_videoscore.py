@@ -96,6 +96,7 @@ def test_the_scores_that_it_learns_are_those_that_the_reward_gives(small, pools,
         assert float(metrics[name]) == pytest.approx(float(np.mean((scores[name] - truth[:, i]) ** 2)), rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_lessons_of_attributes_ask_for_what_the_caption_names_and_for_what_the_video_has(small):
     """Heads that answer nothing leave log(choices) an attribute; those that know one side answer that one alone."""
     tokenizer = train_videoscore.make_tokenizer()
@@ -126,6 +127,7 @@ def test_lessons_of_attributes_ask_for_what_the_caption_names_and_for_what_the_v
         assert float(metrics[name]) == pytest.approx(np.mean(expected), rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_it_reads_with_slower_eyes_once_it_has_learnt_to_see(small, tmp_path, monkeypatch):
     begun = []
 
@@ -175,6 +177,7 @@ def test_every_caption_fits_and_every_word_has_a_token():
     assert unknown not in tokenizer.encode(train_videoscore.QUERY.replace(FIELD, "")).ids
 
 
+@pytest.mark.slow
 def test_what_frames_show_is_learnt_from_what_was_drawn(small):
     """With heads that answer nothing, the errors are the mean squares of the facts and of their differences."""
     tokenizer = train_videoscore.make_tokenizer()
@@ -193,6 +196,7 @@ def test_what_frames_show_is_learnt_from_what_was_drawn(small):
     assert float(value) == pytest.approx(float(np.square(facts).mean()) + differ, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_sees_learns_slower_than_what_reads(small):
     tokenizer = train_videoscore.make_tokenizer()
     params = jax.jit(train_videoscore.make_start(train_videoscore.make_config(tokenizer), 0))()

@@ -134,6 +134,7 @@ def test_scores_are_by_dimension_within_the_declared_range(folder):
         assert (values > 1.0).all() and (values < 4.0).all()
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_batch(folder):
     scorer = load_scorer(folder)
     videos, prompts = _videos(33), world.captions("tune")[:33]

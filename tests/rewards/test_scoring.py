@@ -86,6 +86,7 @@ def test_four_devices_keep_their_own_prompts_and_give_the_same_scores():
     assert max(one["apart"] for one in found.values()) <= 1e-6, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shapes", "classical", "judge"])
 def test_a_row_a_prompt_gives_the_bits_of_a_row_a_video(name):
     reward, captions = load_reward(name), list(world.captions("tune")[:2])

@@ -36,6 +36,7 @@ def _measured(name, strength):
     return judge.measure(videos, captions), judge.noise_level(videos), judge.overall(judge.measure(videos, captions))
 
 
+@pytest.mark.slow
 def test_clean_held_out_videos_match_their_captions():
     videos, captions, scenes = _videos()
     for name, found in judge.matches(videos, captions).items():
@@ -100,6 +101,7 @@ def test_flicker_and_jitter_are_measured_apart():
     assert abs(jitter["flicker"].mean() - clean["flicker"].mean()) < 0.002
 
 
+@pytest.mark.slow
 def test_the_training_mixture_is_far_from_clean_in_flicker_and_jitter():
     rows = np.resize(world.caption_indices("train"), 480)
     captions = [world.make_caption(world.ALL_ATTRIBUTES[row]) for row in rows]
@@ -109,6 +111,7 @@ def test_the_training_mixture_is_far_from_clean_in_flicker_and_jitter():
         assert measures[name].mean() > 5 * judge.CLEAN_MEAN[name]
 
 
+@pytest.mark.slow
 def test_the_clean_constants_are_what_clean_videos_give():
     measures = judge.measure_clean_videos(count=320, seed=1)
     for name, values in measures.items():

@@ -44,6 +44,7 @@ def test_a_video_does_not_depend_on_its_neighbours():
     assert not np.array_equal(np.asarray(a.frames[4]), np.asarray(b.frames[4]))
 
 
+@pytest.mark.slow
 def test_clean_objects_stay_inside_the_frame():
     videos = world.render_videos(jax.random.key(0), np.arange(480), 0.0)
     last = (world.NUM_FRAMES - 1) / 2

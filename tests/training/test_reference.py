@@ -78,6 +78,7 @@ def test_a_wrong_schedule_is_named_with_the_fix(schedule, every, decay, says):
         make_reference(schedule, every, decay)
 
 
+@pytest.mark.slow
 def test_an_adaptive_reference_copies_the_policy_that_was_evaluated(configure, run, toy_reward, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "HIGH_ACCURACY", 0.0)
     evaluated, finished = {}, {}

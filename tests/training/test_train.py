@@ -65,6 +65,7 @@ EVERYTHING = {
 TRUNK = {"rollout__trunk_level": 0.5, "rollout__num_inference_steps": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, *(pytest.param(options, marks=pytest.mark.slow) for options in ({"preference__pairs": "group"}, TRUNK))],
@@ -111,6 +112,7 @@ def test_every_form_of_groups_trains_to_its_end(configure, run, tmp_path, pairs)
     assert any(not np.array_equal(base[k], tuned[k]) for k in base)
 
 
+@pytest.mark.slow
 def test_raising_the_number_of_steps_continues_the_same_run(configure, run, tmp_path):
     whole = run(configure(train__steps=3), tmp_path / "whole")
     run(configure(train__steps=2), tmp_path / "raised")
@@ -221,6 +223,7 @@ def test_a_record_survives_json():
     assert RunRecord.from_json(json.loads(json.dumps(fresh.as_json()))) == fresh
 
 
+@pytest.mark.slow
 def test_the_steps_of_profile_steps_are_traced_for_tensorboard(configure, run, tmp_path):
     run(configure(train__steps=3, profile__steps="2:3"), tmp_path)
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
@@ -298,6 +301,7 @@ def test_cached_encodings_train_to_the_same_bits(configure, run, tmp_path):
     assert len(list((tmp_path / "text").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cached", "on_devices"), [(True, False), (True, True), (False, False)])
 def test_the_text_encoder_leaves_the_devices_once_its_encodings_are_cached(
     configure, pipeline, toy_reward, tmp_path, cached, on_devices

@@ -7,8 +7,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 import jax
+
+T = TypeVar("T")
 
 # Without this flag two runs on one GPU differ in the last digit of the first gradient. XLA aborts on a flag that it
 # does not know; jax 0.10 to 0.12 know this one.
@@ -95,6 +98,15 @@ def share_cores(devices: int) -> None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         if devices > 1 and not said and "JAX_NUM_CPU_DEVICES" not in os.environ:
             jax.config.update("jax_num_cpu_devices", devices)
+
+
+def settled(tree: T) -> T:
+    """`tree`; on a CPU, once it is computed.
+
+    XLA holds 32 programs at most for each device of a CPU. A host that starts more of them while devices wait for each
+    other inside one blocks them for ever (jaxlib 0.10.2), and on a CPU running ahead gains nothing.
+    """
+    return jax.block_until_ready(tree) if jax.default_backend() == "cpu" else tree
 
 
 def unused_accelerator() -> str:

@@ -12,6 +12,7 @@ from vpo_jax.algorithms.state import TrainState
 from vpo_jax.data.prompts import fingerprint
 from vpo_jax.pipeline import Pipeline
 from vpo_jax.rewards.combine import motion_columns
+from vpo_jax.runtime.backend import settled
 from vpo_jax.runtime.mesh import Meshes
 from vpo_jax.runtime.processes import fetch
 from vpo_jax.runtime.signals import Stop
@@ -103,7 +104,7 @@ def train(
                 metrics = [selected]
                 with run.phase("update"):
                     for index in range(config.train.updates_per_step):
-                        state, updated = algorithm.update(state, frozen, index)
+                        state, updated = settled(algorithm.update(state, frozen, index))
                         metrics.append(updated)
                 state = state.advanced(candidates.prefetched)
 

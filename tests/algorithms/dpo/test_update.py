@@ -116,6 +116,7 @@ def test_noised_videos_are_what_the_schedule_says(pipeline):
 # ---- Exactness ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [2, 0], ids=["lora", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [2, 4])

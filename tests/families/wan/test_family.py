@@ -150,6 +150,7 @@ def test_a_prompts_rows_after_its_end_are_zeros_and_change_nothing(pipe):
         assert np.abs(row[:live]).min(-1).max() > 0.0 and not row[live:].any()
 
 
+@pytest.mark.slow
 def test_fewer_rows_of_text_make_the_same_video(pipe):
     import dataclasses
 
@@ -161,6 +162,7 @@ def test_fewer_rows_of_text_make_the_same_video(pipe):
     assert difference.max() <= 1 and (difference > 0).mean() < 0.005
 
 
+@pytest.mark.slow
 def test_each_expert_denoises_its_own_timesteps(pipe):
     family, variables = pipe.family, {"params": pipe.trainable}
     latents = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 4, 4, 4)), jnp.float32)
@@ -180,6 +182,7 @@ def test_each_expert_denoises_its_own_timesteps(pipe):
     assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient["transformer"]))
 
 
+@pytest.mark.slow
 def test_only_what_is_asked_for_is_decoded(pipe):
     latents = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 2, 4, 4)), jnp.float32)
     decode = pipe.family.decode

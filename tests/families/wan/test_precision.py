@@ -48,6 +48,7 @@ def bits(tree):
     return {path: (str(leaf.dtype), np.asarray(leaf).tobytes()) for path, leaf in flatten(tree).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_on_disk_is_placed_as_one_in_memory_to_the_bit(folder, dtype):
     (on_disk, text), (in_memory, same_text) = (set_up(folder, dtype, place=place) for place in ("disk", None))
@@ -57,6 +58,7 @@ def test_a_model_on_disk_is_placed_as_one_in_memory_to_the_bit(folder, dtype):
     np.testing.assert_array_equal(text, same_text)
 
 
+@pytest.mark.slow
 def test_the_text_encoder_has_bfloat16_weights_and_computes_in_float32(folder, tmp_path):
     pipeline = load_pipeline(folder)
     ids = pipeline.tokenize(PROMPTS)

@@ -59,6 +59,7 @@ def blocky(clips, share):
     return (clips.reshape(cut.shape) * (1 - share) + share * cut.mean((3, 5), keepdims=True)).reshape(clips.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dimension", "degrade", "strengths"),
     [
@@ -116,6 +117,7 @@ def degraded():
     return lambda **strengths: render(world.Degradation()._replace(**strengths))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dimension", "degradation"),
     [
@@ -135,6 +137,7 @@ def test_the_worlds_degradations_lower_what_they_should(scorer, degraded, dimens
     assert (scores[-1] < scores[0]).mean() >= 7 / 8
 
 
+@pytest.mark.slow
 def test_one_frame_has_still_values_and_any_size_from_32_pixels_works(scorer):
     frame = np.random.default_rng(0).integers(0, 256, (1, 1, 32, 45, 3), np.uint8)
     scores = scorer(frame, "")

@@ -21,6 +21,7 @@ def luma(clip):
     return clip.astype(np.float32).mean(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speed", [0.5, 1.0, 2.0, 4.0])
 def test_a_known_move_is_found(image, speed):
     first, second = luma(textures.moving_video(image, 64, 2, speed, ANGLE))

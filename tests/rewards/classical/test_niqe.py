@@ -46,6 +46,7 @@ def test_clean_patches_have_mean_0_and_covariance_1_after_whitening():
     np.testing.assert_allclose(np.cov(white, rowvar=False), np.eye(36), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_shipped_models_are_small_and_those_of_the_command_in_the_file():
     assert niqe.ASSET.stat().st_size < 100_000
     pristine = niqe.read_pristine()
@@ -55,6 +56,7 @@ def test_the_shipped_models_are_small_and_those_of_the_command_in_the_file():
     assert np.abs(white.mean(0)).max() < 1.5 and 0.3 < white.std() < 2.0
 
 
+@pytest.mark.slow
 def test_every_patch_of_every_frame_counts_and_what_is_flat_is_finite():
     image = textures.dead_leaves(5, 96).mean(-1)
     assert _features(image[None, :, :70]).shape == (3 * 2, 36)

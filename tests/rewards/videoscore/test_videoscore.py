@@ -181,6 +181,7 @@ def test_a_clip_scores_the_same_in_any_batch(reward, score):
     np.testing.assert_array_equal(score(reward.params, videos, other)[2], together[2])
 
 
+@pytest.mark.slow
 def test_candidates_of_a_prompt_read_it_once(reward, score):
     videos = noise(6)
     once = reward.prepare(PROMPTS)
@@ -307,6 +308,7 @@ def test_wrong_options_are_user_errors(original, options, message):
         load(original, options=Options(**options))
 
 
+@pytest.mark.slow
 def test_the_attention_of_the_options_is_what_attends(original, monkeypatch):
     used = []
 

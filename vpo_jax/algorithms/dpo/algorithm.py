@@ -96,7 +96,10 @@ class DPO:
         rounds = config.model.dtype != "float32"
         self.errors_float32 = make_errors(setting.denoise_float32, microbatch) if rounds else self.errors
         loss_of = make_loss(preference)
-        self._loss_of = jax.jit(loss_of)
+        self._loss_of = loss_of
+        # One program each: the many small ones of their operators can block each other (`backend.settled`).
+        self._disagreement, self._watch = jax.jit(self._disagree), jax.jit(self._follow)
+        self._perturb = jax.jit(lambda tree, step: _perturb(tree, stream_key(config.seed, "noise", step)))
         self._safeguard_mu = preference.winner_safeguard_mu if preference.winner_safeguard else None
         self.weigh = make_weigh(loss_of, preference.winner_penalty, self._safeguard_mu)
         gradients = make_gradients(setting.denoise, microbatch, preference.anchor)
@@ -211,13 +214,16 @@ class DPO:
             return 0.0
         groups = state.algorithm.buffer
         noised = self.draw(groups, frozen.empty_text, state.step, 0)
-        moved = _perturb(state.policy, stream_key(self._seed, "noise", state.step))
-        logits = []
-        for errors in (self.errors, self.errors_float32):
-            policy, reference = (errors(frozen.backbone, tree, noised)[0] for tree in (state.policy, moved))
-            logits.append(self._of(groups, policy - reference).logit)
-        difference = jnp.abs(logits[0] - logits[1])
-        return float(losses.masked_sum(difference, groups.mask) / losses.denominator(groups.mask))
+        moved = self._perturb(state.policy, state.step)
+        errors = [
+            [measure(frozen.backbone, tree, noised)[0] for tree in (state.policy, moved)]
+            for measure in (self.errors, self.errors_float32)
+        ]
+        return float(self._disagreement(groups, errors))
+
+    def _disagree(self, groups: Groups, errors: Sequence[Sequence[jax.Array]]) -> jax.Array:
+        lower, exact = (self._of(groups, policy - reference).logit for policy, reference in errors)
+        return losses.masked_sum(jnp.abs(lower - exact), groups.mask) / losses.denominator(groups.mask)
 
     def evaluate(self, state: TrainState, frozen: Frozen, result: Tree) -> dict[str, float]:
         """How far the policy has gone, and what has become of the first step's winners under `result`.
@@ -225,30 +231,34 @@ class DPO:
         Their errors are means over `_WATCH_DRAWS` draws of noise and timestep; the mean relative change of a prompt's
         winners rings an alarm where it is large (`evaluation.alarms`).
         """
-        watched = state.algorithm.watched
-        draws = []
+        watched, draws = state.algorithm.watched, []
         for draw in range(_WATCH_DRAWS):
             noised = self.draw(watched, frozen.empty_text, 0, _WATCH_DRAW + draw)
             draws.append([self.errors(frozen.backbone, tree, noised)[0] for tree in (result, frozen.initial)])
-        now, before = (sum(errors).reshape(watched.learnt.shape) for errors in zip(*draws, strict=True))
-        better, kept = self._of(watched, now - before).better, watched.mask
-        risen = jnp.sum(better * ((now > before).astype(jnp.float32) + 0.5 * (now == before)), axis=1)
-        start = jnp.sum(better * before, axis=1)
-        change = jnp.where(kept > 0, jnp.sum(better * (now - before), axis=1) / jnp.where(kept > 0, start, 1.0), 0.0)
-        mean = losses.masked_sum(change, kept) / losses.denominator(kept)
-        spread = losses.masked_sum(jnp.square(change - mean), kept)
-        count = float(kept.sum())
+        change, rises, spread, count = map(float, jax.device_get(self._watch(watched, draws)))
         changed = "policy/winner_error_change"
         metrics = {
-            changed: float(mean),
-            "policy/winner_error_rises": float(losses.masked_sum(risen, kept) / losses.denominator(kept)),
+            changed: change,
+            "policy/winner_error_rises": rises,
             "policy/watched": count,
             "policy/distance_to_initial": float(_distance(state.policy, frozen.initial)),
             "policy/distance_to_reference": float(_distance(state.policy, state.reference)),
         }
         if count > 1:
-            metrics[standard_error_of(changed)] = float(spread / (count - 1) / count) ** 0.5
+            metrics[standard_error_of(changed)] = (spread / (count - 1) / count) ** 0.5
         return metrics
+
+    def _follow(self, watched: Groups, draws: Sequence[Sequence[jax.Array]]) -> tuple[jax.Array, ...]:
+        """Of the winners' errors: mean relative change, share that rises, squared spread; and the groups counted."""
+        now, before = (sum(errors).reshape(watched.learnt.shape) for errors in zip(*draws, strict=True))
+        better, kept = self._of(watched, now - before).better, watched.mask
+        risen = jnp.sum(better * ((now > before).astype(jnp.float32) + 0.5 * (now == before)), axis=1)
+        start = jnp.sum(better * before, axis=1)
+        change = jnp.where(kept > 0, jnp.sum(better * (now - before), axis=1) / jnp.where(kept > 0, start, 1.0), 0.0)
+        counted = losses.denominator(kept)
+        mean = losses.masked_sum(change, kept) / counted
+        spread = losses.masked_sum(jnp.square(change - mean), kept)
+        return mean, losses.masked_sum(risen, kept) / counted, spread, kept.sum()
 
     def _of(self, groups: Groups, change: jax.Array) -> losses.GroupLoss:
         change = change.reshape(groups.learnt.shape)
