@@ -106,7 +106,8 @@ def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
 def arrays_of(found: Mapping[str, Any]) -> Arrays:
     """What a stage computed, in PyTorch's layout; latents [B, C, F, h, w], gradients as the optimizer meets them."""
     if "moments" in found:  # Adam's first update leaves a share of the gradient
-        factors = {f"gradient/{name}": x for name, x in torch_factors(found["moments"]).items()}
+        gradient = jax.tree.map(lambda x: np.asarray(x) / found["share"], found["moments"])
+        factors = {f"gradient/{name}": x for name, x in torch_factors(gradient).items()}
         return {"loss": np.asarray(found["loss"]), "norm": np.asarray(found["norm"])} | factors
     if "grads" in found:
         factors = {f"gradient/{name}": x.grad.numpy() for name, x in found["grads"].items()}
@@ -158,11 +159,12 @@ def _ours(case: Case, config: Any) -> dict[str, Callable[[], dict[str, Any]]]:
     def update() -> dict[str, Any]:
         nonlocal state
         state, metrics = algorithm.update(state, setup.frozen, 0)
-        mean = {name: total / count for name, (total, count) in metrics.items()}
+        # On the host: in operators of their own, the few numbers and the many gradients take as long as the update.
+        mean = {name: total / count for name, (total, count) in jax.device_get(metrics).items()}
         loss = mean["loss/preference"] + config.preference.anchor * mean["loss/anchor"]
         (adam,) = [one for one in jax.tree.leaves(state.optimizer, is_leaf=_is_adam) if _is_adam(one)]
-        moments = jax.tree.map(lambda x: x / (1 - config.optimizer.b1), adam.mu)
-        return {"loss": loss, "norm": mean["loss/gradient_norm"], "moments": moments}
+        share = 1 - config.optimizer.b1
+        return {"loss": loss, "norm": mean["loss/gradient_norm"], "moments": adam.mu, "share": share}
 
     return {"rollout": rollout, "update": update}
 

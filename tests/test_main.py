@@ -217,7 +217,36 @@ def test_a_cpu_is_as_many_devices_as_are_asked_for_unless_the_environment_says_a
         text=True,
         check=True,
     )
-    assert process.stdout.split() == [*[str(devices)] * 2, *flags.split(), backend._PATIENT]
+    assert process.stdout.split() == [*[str(devices)] * 2, "in_turn", *flags.split(), backend._PATIENT]
+
+
+@pytest.mark.parametrize(("several", "apart", "shares"), [(False, 0, True), (True, 0, False), (False, 1, False)])
+def test_one_process_whose_scorers_have_no_devices_of_their_own_shares_the_cores(
+    monkeypatch, job, tmp_path, several, apart, shares
+):
+    class Begun(Exception):
+        """What follows is another test's."""
+
+    def begin(*_):
+        raise Begun
+
+    shared = []
+    monkeypatch.setattr(main, "share_cores", shared.append)
+    monkeypatch.setattr(main, "join_processes", lambda: None)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: several)
+    monkeypatch.setattr(main, "local_folder", begin)
+    with pytest.raises(Begun):
+        apart = f"--config.reward.devices={apart}", f"--config.preference.max_pair_age={apart}"
+        main.main([*job, *apart, f"--workdir={tmp_path}"])
+    assert bool(shared) == shares
+
+
+def test_the_seconds_of_a_step_are_those_of_its_stages(finished):
+    stages = ("rollout", "score", "update")
+    for line in lines(finished[0]):
+        spent = [line[f"time/{name}"] for name in stages]
+        assert min(spent) > 0.0
+        assert sum(spent) <= line["time/step"] * (1 + 1e-6)
 
 
 def test_a_machine_with_an_accelerator_keeps_its_devices(monkeypatch):

@@ -1,4 +1,4 @@
-"""Prints how many devices JAX has where a CPU should be as many as the first argument says, and XLA's flags."""
+"""Prints how many devices JAX has where a CPU should be as many as the first argument says, and its settings."""
 
 import os
 import sys
@@ -10,4 +10,5 @@ from vpo_jax.runtime.backend import share_cores
 share_cores(int(sys.argv[1]))
 before = jax.device_count()
 share_cores(before + 1)  # too late: nothing happens
-print(before, jax.device_count(), os.environ["XLA_FLAGS"])
+ahead = jax.config.read("jax_cpu_enable_async_dispatch")
+print(before, jax.device_count(), "ahead" if ahead else "in_turn", os.environ["XLA_FLAGS"])
