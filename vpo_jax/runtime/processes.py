@@ -169,13 +169,14 @@ def _same(tree: Tree) -> Tree:
 def fetch(tree: Tree) -> Tree:
     """Global arrays as numpy arrays, whole, in every process; all have to call it.
 
-    One after the other: a device holds one whole array at a time, and starts one program (`backend.settled`).
+    What is sharded over processes is gathered one array after the other: a device holds one whole array at a time, and
+    has one program started (`backend.settled`).
     """
 
     def one(x: Any) -> Any:
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
             assert isinstance(x.sharding, NamedSharding)
-            x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
-        return jax.device_get(x)
+            x = jax.device_get(jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec())))
+        return x
 
-    return jax.tree.map(one, tree)
+    return jax.device_get(jax.tree.map(one, tree))
